@@ -1,0 +1,39 @@
+"""Pretraining of long-document CoLT5 encoder-decoders.
+
+The names below are loaded when they are first used, so that preparing data needs no model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colt5dist.model.colt5 import CoLT5
+    from colt5dist.model.config import CoLT5Config
+    from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
+    from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
+    from colt5dist.nn.router import CoordinateDescentRouter
+    from colt5dist.ops.soft_topk import soft_topk
+
+__all__ = [
+    "CoLT5",
+    "CoLT5Config",
+    "ConditionalRoutedAttention",
+    "ConditionalRoutedFeedForward",
+    "CoordinateDescentRouter",
+    "soft_topk",
+]
+
+_HOMES = {
+    "CoLT5": "colt5dist.model.colt5",
+    "CoLT5Config": "colt5dist.model.config",
+    "ConditionalRoutedAttention": "colt5dist.nn.conditional_attention",
+    "ConditionalRoutedFeedForward": "colt5dist.nn.conditional_feed_forward",
+    "CoordinateDescentRouter": "colt5dist.nn.router",
+    "soft_topk": "colt5dist.ops.soft_topk",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'colt5dist' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,29 @@
+"""Text to batches: tokenizers, shards, the order of samples, denoising, and the loader. Knows no nn.Module.
+
+The way of the data: prepare writes shards, shards opens them, plan says which tokens sample i is made from, stream
+reads them, denoise makes inputs and targets of them, loader hands out micro-batches.
+"""
+
+from colt5dist.data.batch import Batch
+from colt5dist.data.checks import data_problems
+from colt5dist.data.config import DataConfig
+from colt5dist.data.held_out import held_out_batches, unigram_entropy
+from colt5dist.data.loader import training_batches
+from colt5dist.data.objectives import OBJECTIVE_NAMES, length_notes, required_sentinels
+from colt5dist.data.shards import ShardSet, open_shards
+from colt5dist.data.standard_library import ensure_standard_library_shards
+
+__all__ = [
+    "OBJECTIVE_NAMES",
+    "Batch",
+    "DataConfig",
+    "ShardSet",
+    "data_problems",
+    "ensure_standard_library_shards",
+    "held_out_batches",
+    "length_notes",
+    "open_shards",
+    "required_sentinels",
+    "training_batches",
+    "unigram_entropy",
+]

@@ -1,0 +1,127 @@
+"""From raw tokens to inputs and targets: span corruption and prefix-LM, vectorised.
+
+The spans follow T5's random segmentation: of all masks with n noise tokens in s spans that begin with a kept token
+and end with a noise token, each is equally likely. So the first token is never noise and the last one always is.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colt5dist.data.objectives import Objective, largest_suffix, span_counts
+from colt5dist.data.philox import below, subset
+
+Tokens = NDArray[np.integer]
+
+
+def random_parts(bits: np.random.Philox, total: int, parts: int) -> NDArray[np.int64]:
+    """A uniform composition of `total` into `parts` positive numbers, (parts,)."""
+    ends = np.empty(parts + 1, dtype=np.int64)
+    ends[0] = 0
+    ends[1:-1] = subset(bits, total - 1, parts - 1) + 1
+    ends[-1] = total
+    return np.diff(ends)
+
+
+def corrupt_spans(
+    tokens: Tokens,
+    kept: NDArray[np.int64],
+    noise: NDArray[np.int64],
+    *,
+    first_sentinel: int,
+    eos_id: int,
+    inputs: Tokens,
+    targets: Tokens,
+) -> tuple[int, int]:
+    """Write one span-corrupted text.
+
+    Args:
+        tokens: (L,) the text.
+        kept: (s,) tokens before each noise span.
+        noise: (s,) tokens of each noise span; `kept` and `noise` together add up to L.
+        first_sentinel: id of sentinel 0; sentinel j stands for noise span j.
+        eos_id: the end token, last of inputs and targets.
+        inputs: (>= L - n + s + 1,) gets kept span 0, sentinel 0, kept span 1, ..., end token.
+        targets: (>= n + s + 1,) gets sentinel 0, noise span 0, sentinel 1, ..., end token.
+
+    Returns:
+        The number of tokens written to inputs and to targets.
+    """
+    num_spans = len(noise)
+    spans = np.arange(num_spans)
+    lengths = np.empty(2 * num_spans, dtype=np.int64)
+    lengths[0::2] = kept
+    lengths[1::2] = noise
+    flags = np.zeros(2 * num_spans, dtype=bool)
+    flags[1::2] = True
+    is_noise = np.repeat(flags, lengths)
+
+    num_inputs = int(kept.sum()) + num_spans
+    sentinel_positions = np.cumsum(kept) + spans
+    is_text = np.ones(num_inputs, dtype=bool)
+    is_text[sentinel_positions] = False
+    inputs[:num_inputs][is_text] = tokens[~is_noise]
+    inputs[sentinel_positions] = first_sentinel + spans
+    inputs[num_inputs] = eos_id
+
+    num_targets = int(noise.sum()) + num_spans
+    sentinel_positions = np.cumsum(noise) - noise + spans
+    is_text = np.ones(num_targets, dtype=bool)
+    is_text[sentinel_positions] = False
+    targets[:num_targets][is_text] = tokens[is_noise]
+    targets[sentinel_positions] = first_sentinel + spans
+    targets[num_targets] = eos_id
+    return num_inputs + 1, num_targets + 1
+
+
+def cut_prefix(tokens: Tokens, suffix: int, *, eos_id: int, inputs: Tokens, targets: Tokens) -> tuple[int, int]:
+    """Write one prefix-LM text: its last `suffix` tokens to `targets`, those before them to `inputs`.
+
+    Both get an end token. A prefix longer than `inputs` holds loses its first tokens. Returns the number of tokens
+    written to each.
+    """
+    end = len(tokens) - suffix
+    prefix = tokens[max(0, end + 1 - len(inputs)) : end]
+    inputs[: len(prefix)] = prefix
+    inputs[len(prefix)] = eos_id
+    targets[:suffix] = tokens[end:]
+    targets[suffix] = eos_id
+    return len(prefix) + 1, suffix + 1
+
+
+def denoise(
+    tokens: Tokens,
+    objective: Objective,
+    bits: np.random.Philox,
+    *,
+    first_sentinel: int,
+    eos_id: int,
+    inputs: Tokens,
+    targets: Tokens,
+) -> tuple[int, int]:
+    """Write one sample of `objective`.
+
+    Args:
+        tokens: (L,) the text, 2 <= L <= sample_lengths(objective, len(inputs), len(targets)).raw_tokens.
+        objective: what to do with it.
+        bits: the random numbers of the sample.
+        first_sentinel: id of sentinel 0.
+        eos_id: the end token, last of inputs and targets.
+        inputs: (input_length,) its first tokens are written.
+        targets: (target_length,) its first tokens are written.
+
+    Returns:
+        The number of tokens written to inputs and to targets.
+    """
+    if objective.mean_span is None:
+        suffix = 1 + below(bits, largest_suffix(len(tokens), objective, len(targets)))
+        return cut_prefix(tokens, suffix, eos_id=eos_id, inputs=inputs, targets=targets)
+    num_noise, num_spans = span_counts(len(tokens), objective, len(targets))
+    return corrupt_spans(
+        tokens,
+        random_parts(bits, len(tokens) - num_noise, num_spans),
+        random_parts(bits, num_noise, num_spans),
+        first_sentinel=first_sentinel,
+        eos_id=eos_id,
+        inputs=inputs,
+        targets=targets,
+    )

@@ -1,0 +1,132 @@
+"""manifest.json: what a folder of shards holds, so that damage and mix-ups are found before training."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from colt5dist.data.files import write_whole
+from colt5dist.errors import ConfigError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "colt5dist shards"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One tar file."""
+
+    file: str
+    """Name in the folder."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Hash of the file."""
+    members: int
+    """Tar members."""
+    documents: int
+    """Documents that end in it."""
+    tokens: int
+    """Tokens in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexEntry:
+    """One file of the index."""
+
+    file: str
+    """Path in the folder."""
+    bytes: int
+    """Size of the file."""
+    crc32: int
+    """Checksum of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEntry:
+    """The tokenizer that made the ids."""
+
+    kind: str
+    """"bytes" or "tokenizer.json" (a copy lies in the folder)."""
+    fingerprint: str
+    """Hash of what decides the ids."""
+    vocab_size: int
+    """Ids are 0..vocab_size-1."""
+    pad_id: int
+    """Id of the pad token."""
+    eos_id: int
+    """Id of the end token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of manifest.json, without format, version and checksum."""
+
+    tokenizer: TokenizerEntry
+    """The tokenizer that made the ids."""
+    dtype: str
+    """Type of the stored ids: uint16 or uint32, little-endian."""
+    documents: int
+    """Documents of the set."""
+    tokens: int
+    """Tokens of the set."""
+    shards: tuple[ShardEntry, ...]
+    """The tar files, in order."""
+    index: tuple[IndexEntry, ...]
+    """The files of the index."""
+    validation: str | None
+    """Checksum of the manifest of the held-out documents, which lie in validation/; None in that set itself."""
+    source: dict[str, Any]
+    """What the shards were made from: inputs, settings, documents left out."""
+
+    @property
+    def checksum(self) -> str:
+        """Hash over everything in the manifest: the fingerprint of the data."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json to `folder`."""
+        content = {**self._content(), "checksum": self.checksum}
+        write_whole(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of `folder`; ConfigError if it is missing, foreign or damaged."""
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path}: is missing; give a folder written by launch/prepare.py") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give a folder written by launch/prepare.py"
+        ) from None
+    except ValueError:
+        raise ConfigError(f"{path}: is damaged, it is no JSON; prepare the shards again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConfigError(f"{path}: was not written by launch/prepare.py; prepare the shards from the text")
+    if content.get("version") != VERSION:
+        raise ConfigError(
+            f"{path}: has format version {content.get('version')}, this is version {VERSION}; prepare the shards again"
+        )
+    try:
+        manifest = Manifest(
+            tokenizer=TokenizerEntry(**content["tokenizer"]),
+            shards=tuple(ShardEntry(**entry) for entry in content["shards"]),
+            index=tuple(IndexEntry(**entry) for entry in content["index"]),
+            **{field.name: content[field.name] for field in fields(Manifest) if field.name not in _NESTED},
+        )
+        whole = manifest.checksum == content["checksum"]
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ConfigError(f"{path}: is damaged or was edited, its checksum differs; prepare the shards again")
+    return manifest
+
+
+_NESTED = ("tokenizer", "shards", "index")

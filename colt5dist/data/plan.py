@@ -1,0 +1,165 @@
+"""The order of the samples: sample i of a run is a pure function of (shards, lengths, seed, i).
+
+An epoch shows every block once. The blocks are dealt at random to windows of a few dozen; in a window every objective
+gets blocks until its samples are as many as those of the others; the chunks of all blocks of a window are shuffled
+together, and so are the windows. A reader therefore needs the blocks of one window at a time, while its samples come
+from all over the corpus. World size, rank, workers and batch sizes appear nowhere.
+
+How the blocks are dealt repeats after `DEALS` epochs, the shuffles never do: so the samples of any number of past
+epochs can be counted from `DEALS` numbers, and sample i is found in a time that does not grow with i.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colt5dist.data.blocks import BlockLayout, Blocks, Chunk
+from colt5dist.data.philox import Stream, below, permutation, random_bits
+from colt5dist.data.writer import MEMBER_TOKENS
+
+DEALS = 64
+WINDOW_TOKENS = 1 << 24  # a reader keeps about so many tokens in memory
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """What sample i is made from."""
+
+    index: int
+    """Number of the sample in the run."""
+    epoch: int
+    """How often all blocks were shown before."""
+    objective: int
+    """Number of the objective in the mixture."""
+    block: int
+    """Number of the block in the shard set."""
+    chunk: Chunk
+    """Where its tokens are."""
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The blocks of each window and their objectives."""
+
+    blocks: NDArray[np.int64]
+    """(windows, most blocks in a window) block numbers; -1 fills short windows."""
+    objectives: NDArray[np.int64]
+    """Same shape: the objective of each block."""
+    counts: NDArray[np.int64]
+    """Same shape: the chunks of each block; 0 where there is none."""
+
+
+def block_tokens(raw_tokens: int, num_tokens: int) -> int:
+    """Tokens of a block: about 64 samples, fewer for very long inputs and for small sets.
+
+    Large blocks leave little over (half a sample a block in the mean), small ones let every objective have some.
+    """
+    wide = min(64 * raw_tokens, max(1 << 20, 32 * raw_tokens))
+    return min(wide, max(8 * raw_tokens, num_tokens // 16))
+
+
+class Plan:
+    """Finds the tokens of sample i."""
+
+    def __init__(
+        self,
+        document_ends: NDArray[np.int64],
+        raw_lengths: Sequence[int],
+        *,
+        seed: int,
+        min_document_tokens: int = 0,
+    ) -> None:
+        """Plan the samples of a shard set.
+
+        Args:
+            document_ends: (documents,) ends of the documents on the set's axis.
+            raw_lengths: raw tokens of a full sample, an objective each; the objectives share the samples equally.
+            seed: another seed is another order.
+            min_document_tokens: documents of fewer tokens are left out.
+        """
+        self._seed = seed
+        self.raw_lengths = tuple(raw_lengths)
+        size = block_tokens(max(raw_lengths), int(document_ends[-1]))
+        self.blocks = Blocks(document_ends, size, self.raw_lengths, min_document_tokens=min_document_tokens)
+        self.window_blocks = min(max(WINDOW_TOKENS // size, 8), 64)
+        assert self.blocks.counts.any(axis=0).all(), "no text for a sample"
+        self._deal_ends: list[int] = []  # samples up to the end of each deal
+        self._deal = lru_cache(maxsize=2)(self._make_deal)
+        self._order = lru_cache(maxsize=2)(self._make_order)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+        self._layout = lru_cache(maxsize=2 * self.window_blocks)(self._make_layout)
+
+    def sample(self, index: int) -> PlannedSample:
+        """What sample `index` is made from."""
+        epoch, place = self._find_epoch(index)
+        windows, window_ends = self._order(epoch)
+        turn = int(np.searchsorted(window_ends, place, side="right"))
+        window = int(windows[turn])
+        place -= int(window_ends[turn - 1]) if turn else 0
+        block_ends, chunks = self._window(epoch, window)
+        place = int(chunks[place])
+        slot = int(np.searchsorted(block_ends, place, side="right"))
+        place -= int(block_ends[slot - 1]) if slot else 0
+        deal = self._deal(epoch % DEALS)
+        block, objective = int(deal.blocks[window, slot]), int(deal.objectives[window, slot])
+        layout, offset = self._layout(epoch, block, objective)
+        return PlannedSample(index, epoch, objective, block, layout.chunk(place, offset))
+
+    def epoch_samples(self, epoch: int) -> int:
+        """Samples of an epoch."""
+        return int(self._deal(epoch % DEALS).counts.sum())
+
+    def window_bytes(self, item_bytes: int) -> int:
+        """Bytes of all members that a window's blocks lie in, at `item_bytes` a token."""
+        blocks = self.blocks
+        return self.window_blocks * (int(np.diff(blocks.bounds).max()) + MEMBER_TOKENS) * item_bytes
+
+    def _find_epoch(self, index: int) -> tuple[int, int]:
+        """The epoch of a sample, and its place in it."""
+        ends = self._deal_ends
+        while len(ends) < DEALS and (not ends or ends[-1] <= index):
+            ends.append((ends[-1] if ends else 0) + self.epoch_samples(len(ends)))
+        rounds, index = divmod(index, ends[-1]) if len(ends) == DEALS else (0, index)
+        deal = bisect_right(ends, index)
+        return rounds * DEALS + deal, index - (ends[deal - 1] if deal else 0)
+
+    def _make_deal(self, number: int) -> Deal:
+        """Deal the blocks to windows, and the objectives to the blocks of each window in turn."""
+        num_blocks, num_objectives = self.blocks.counts.shape
+        num_windows = -(-num_blocks // self.window_blocks)
+        shuffled = permutation(random_bits(self._seed, number, Stream.DEAL), num_blocks)
+        # window w gets places w, w + windows, ... so that sizes differ by one at most
+        blocks = np.full((-(-num_blocks // num_windows), num_windows), -1, dtype=np.int64)
+        blocks.reshape(-1)[:num_blocks] = shuffled
+        objectives = np.zeros_like(blocks)
+        counts = np.zeros_like(blocks)
+        every_window = np.arange(num_windows)
+        totals = np.zeros((num_windows, num_objectives), dtype=np.int64)
+        # among equals another objective comes first each time, so that sets of few blocks show all of them in turn
+        rank = (np.arange(num_objectives) - every_window[:, None] - number * num_blocks) % num_objectives
+        for slot, block in enumerate(blocks):
+            objective = np.argmin(totals * num_objectives + rank, axis=1)
+            objectives[slot] = objective
+            counts[slot] = np.where(block >= 0, self.blocks.counts[block, objective], 0)
+            totals[every_window, objective] += counts[slot]
+        return Deal(blocks.T, objectives.T, counts.T)
+
+    def _make_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The windows of an epoch in their order, and the samples up to the end of each."""
+        counts = self._deal(epoch % DEALS).counts.sum(axis=1)
+        windows = permutation(random_bits(self._seed, epoch, Stream.WINDOWS), len(counts))
+        return windows, np.cumsum(counts[windows])
+
+    def _make_window(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The chunks up to the end of each block of a window, and the order of all its chunks."""
+        block_ends = np.cumsum(self._deal(epoch % DEALS).counts[window])
+        return block_ends, permutation(random_bits(self._seed, epoch, Stream.CHUNKS, window), int(block_ends[-1]))
+
+    def _make_layout(self, epoch: int, block: int, objective: int) -> tuple[BlockLayout, int]:
+        """The chunks of a block, and where its joined text is cut in this epoch."""
+        layout = self.blocks.layout(block, objective)
+        return layout, below(random_bits(self._seed, epoch, Stream.OFFSET, block), layout.num_offsets)

@@ -1,0 +1,132 @@
+"""Shards of the running Python's own standard library: real, long documents that are on every machine.
+
+The files of a package are joined, and long ones cut between lines, to documents of about 4k to 64k bytes;
+`pydoc_data.topics` adds English prose. The shards lie in a cache folder whose name holds the hash of all sources.
+"""
+
+import hashlib
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from platform import python_version
+
+from colt5dist.data.corpus import CorpusWriter
+from colt5dist.data.files import fsync_path, fsync_tree, locked
+from colt5dist.data.manifest import FORMAT, VERSION
+from colt5dist.data.tokenizer import ByteTokenizer
+from colt5dist.errors import ConfigError
+
+STANDARD_LIBRARY = "python-stdlib"
+"""The value of data.shards that stands for these shards."""
+
+SMALLEST, LARGEST = 4 << 10, 64 << 10  # bytes of a document
+VALIDATION_FRACTION = 0.04
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+
+
+def ensure_standard_library_shards() -> Path:
+    """Folder of the standard library's shards; made at the first call, which takes a few seconds.
+
+    Any number of processes may call it at the same time. The cache folder is $COLT5DIST_CACHE,
+    $XDG_CACHE_HOME/colt5dist or ~/.cache/colt5dist.
+
+    Raises:
+        ConfigError: this Python has no sources, or the cache folder cannot be written.
+    """
+    sources = read_sources()
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sources.items()}
+    digest = hashlib.sha256(
+        f"{FORMAT} {VERSION} {SMALLEST} {LARGEST} {VALIDATION_FRACTION} {hashes}".encode()
+    ).hexdigest()
+    cache = cache_folder()
+    output = cache / f"{STANDARD_LIBRARY}-{python_version()}-{digest[:16]}"
+    try:
+        if output.exists():
+            return output
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f"{output.name}.lock", wait=True):
+            if not output.exists():
+                _build(output, sources, hashes)
+    except OSError as error:
+        raise ConfigError(
+            f"COLT5DIST_CACHE: {error.filename or cache} cannot be written ({error.strerror}); name another folder "
+            "in it, or give data.shards"
+        ) from None
+    return output
+
+
+def cache_folder() -> Path:
+    """Where colt5dist keeps what it can make again."""
+    if cache := os.environ.get("COLT5DIST_CACHE"):
+        return Path(cache).absolute()
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache).absolute() / "colt5dist"
+    return Path.home() / ".cache" / "colt5dist"
+
+
+def read_sources() -> dict[str, bytes]:
+    """Name and content of the standard library's sources, a package's files one after the other."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in LEFT_OUT]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not paths:
+        raise ConfigError(f"data.shards: {root} holds no sources of Python's standard library; give a folder of shards")
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths)}
+
+
+def make_documents(sources: dict[str, bytes]) -> Iterator[str]:
+    """Documents of about SMALLEST to LARGEST bytes: packages joined, large modules alone, what is short together."""
+    groups: dict[str, list[str]] = {}
+    for name, content in sources.items():
+        groups.setdefault(name.split("/", maxsplit=1)[0], []).append(content.decode(errors="replace"))
+    short = []
+    for texts in [_topics(), *groups.values()]:
+        if sum(map(len, texts)) < SMALLEST:
+            short.extend(texts)
+        else:
+            yield from _pack(texts)
+    yield from _pack(short)
+
+
+def _topics() -> list[str]:
+    """Python's help texts, which are English prose."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return []
+    return [text for _, text in sorted(topics.items())]
+
+
+def _pack(texts: list[str]) -> Iterator[str]:
+    """Join texts to documents of at most LARGEST characters; a longer text is cut into equal parts, between lines."""
+    document = ""
+    for text in texts:
+        num_parts = -(-len(text) // LARGEST)
+        start = 0
+        for part in range(num_parts):
+            nominal = (part + 1) * len(text) // num_parts
+            end = len(text) if part == num_parts - 1 else text.rfind("\n", start, nominal) + 1 or nominal
+            if document and len(document) + end - start > LARGEST:
+                yield document
+                document = ""
+            document += text[start:end]
+            start = end
+    if document:
+        yield document
+
+
+def _build(output: Path, sources: dict[str, bytes], hashes: dict[str, str]) -> None:
+    """Write the shards under a temporary name and rename them to `output`; the lock is held."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    writer = CorpusWriter(partial, ByteTokenizer(), validation_fraction=VALIDATION_FRACTION)
+    for document in make_documents(sources):
+        writer.add(document)
+    writer.close({"python": python_version(), "sha256": hashes})
+    fsync_tree(partial)
+    os.rename(partial, output)
+    fsync_path(output.parent)

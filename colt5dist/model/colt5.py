@@ -1,0 +1,86 @@
+"""The CoLT5 encoder-decoder (arXiv 2303.09752)."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from colt5dist.model.activation_checkpointing import ACTIVATION_CHECKPOINTING
+from colt5dist.model.config import CoLT5Config
+from colt5dist.model.decoder import Decoder
+from colt5dist.model.encoder import Encoder
+from colt5dist.model.routing_statistics import LayerRouting
+from colt5dist.model.vocabulary_loss import VocabularyLoss
+from colt5dist.nn.embedding import Embedding
+
+
+class CoLT5Output(NamedTuple):
+    """token_loss (b, t): cross-entropy in nats; z_loss (b, t): squared logsumexp of the logits; both 0 where masked.
+
+    routing: one entry an encoder layer if it was asked for, else empty (and empty for the dense encoder).
+    """
+
+    token_loss: Tensor
+    z_loss: Tensor
+    routing: tuple[LayerRouting, ...]
+
+
+class CoLT5(nn.Module):
+    """Conditional (or dense) encoder, decoder, one embedding for the inputs of both and another for the output.
+
+    activation_checkpointing: none | full | full_keep_routing, of every layer of both (`run_layer`). seed: of random
+    routing. Raises ValueError naming every problem of the configuration.
+    """
+
+    def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
+        super().__init__()
+        if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+            allowed = ", ".join(ACTIVATION_CHECKPOINTING)
+            raise ValueError(f"activation_checkpointing: {activation_checkpointing!r}; use one of {allowed}")
+        if problems := config.problems():
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
+        self.encoder = Encoder(config, activation_checkpointing=activation_checkpointing, seed=seed)
+        self.decoder = Decoder(config, activation_checkpointing=activation_checkpointing)
+        self.loss = VocabularyLoss(config.d_model, config.vocab_size, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        target_ids: Tensor,
+        *,
+        input_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        collect_routing: bool = False,
+    ) -> CoLT5Output:
+        """Losses of the targets.
+
+        input_ids (b, n) int64, n a multiple of `config.input_multiple`; decoder_input_ids, target_ids (b, t) int64;
+        input_mask (b, n), target_mask (b, t) bool, True = valid, None = all; sample_index (b,) int64: the samples'
+        numbers, needed for random routing. Padding of the targets stands at their end.
+        """
+        encoder_states, routing = self.encode(
+            input_ids, input_mask=input_mask, sample_index=sample_index, collect_routing=collect_routing
+        )
+        decoder_states = self.decode(decoder_input_ids, encoder_states, input_mask=input_mask)
+        token_loss, z_loss = self.loss(decoder_states, target_ids, target_mask)
+        return CoLT5Output(token_loss, z_loss, routing)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        *,
+        input_mask: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        collect_routing: bool = False,
+    ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
+        """Encoder states (b, n, d_model) of input_ids (b, n), and the routing if asked for."""
+        return self.encoder(
+            self.embedding(input_ids), mask=input_mask, sample_index=sample_index, collect_routing=collect_routing
+        )
+
+    def decode(self, decoder_input_ids: Tensor, encoder_states: Tensor, *, input_mask: Tensor | None = None) -> Tensor:
+        """Decoder states (b, t, d_model), before the output embedding."""
+        return self.decoder(self.embedding(decoder_input_ids), encoder_states, encoder_mask=input_mask)

@@ -1,0 +1,148 @@
+"""The model's configuration: sizes, routing, and what is wrong with them."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from colt5dist.nn.router import ROUTINGS
+
+ENCODERS = ("conditional", "dense")
+ROUTER_SOLVERS = ("coordinate_descent", "newton")
+ROUTER_IMPLEMENTATIONS = ("auto", "reference", "scalar", "triton")
+# smallest share of the input that num_heavy_tokens and its product with heavy_key_value_ratio can name
+MAX_DENOMINATOR = 4096
+
+
+@dataclass(kw_only=True)
+class CoLT5Config:
+    """Sizes and routing of a CoLT5 (arXiv 2303.09752, tables 6 and 7); the defaults are CoLT5-Base in pre-training."""
+
+    vocab_size: int = 32128
+    """Rows of the embeddings: the tokenizer's tokens, the sentinels, and padding to a multiple of 128."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    num_encoder_layers: int = 12
+    """Encoder layers."""
+    num_decoder_layers: int = 12
+    """Decoder layers."""
+    head_dim: int = 64
+    """Dimension of every attention head; even (rotary positions)."""
+    num_heads: int = 12
+    """Heads of the decoder and of the dense encoder."""
+    num_light_heads: int = 4
+    """Heads of the light, local attention."""
+    num_heavy_heads: int = 8
+    """Heads of the heavy attention among routed tokens."""
+    light_ff_dim: int = 1024
+    """Hidden size of the light feed-forward."""
+    heavy_ff_dim: int = 8192
+    """Hidden size of the heavy feed-forward."""
+    ff_dim: int = 2048
+    """Hidden size of the feed-forward of the decoder and of the dense encoder."""
+    encoder: str = "conditional"
+    """conditional: CoLT5; dense: full attention and ordinary feed-forward (T5), the baseline."""
+    routing: str = "learned"
+    """learned; static: the first token of equal blocks; random: by the sample's number. The last two are controls."""
+    num_heavy_tokens: float = 0.125
+    """Share of the input, in (0, 1], that the heavy feed-forward sees and that are heavy attention's queries."""
+    heavy_key_value_ratio: float = 2.0
+    """Routed keys/values for one routed query."""
+    light_radius: int = 127
+    """Light attention reaches this many tokens to either side."""
+    fetch_k_ratio: float = 1.125
+    """Sum of the soft scores for one routed token, 1 or more."""
+    router_eps: float = 1.0
+    """Final temperature of the soft top-k, above 0."""
+    router_n_iters: int = 50
+    """Iterations of coordinate descent."""
+    router_eps_init: float | None = None
+    """Temperature of the first iteration; None: router_eps."""
+    router_eps_decay: float = 1.0
+    """Factor of the temperature from one iteration to the next, in (0, 1]."""
+    router_solver: str = "coordinate_descent"
+    """coordinate_descent (the papers'); newton: exact."""
+    router_implementation: str = "auto"
+    """auto: triton on CUDA, scalar elsewhere; reference, scalar, triton: that one."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights; maps into the residual stream have it over sqrt(2 * layers)."""
+
+    def problems(self) -> list[str]:
+        """What is wrong, one line a key: the key, what is wrong, and the mend. Empty if nothing is."""
+        found = []
+        positive = (
+            "d_model num_encoder_layers num_decoder_layers head_dim num_heads num_light_heads num_heavy_heads "
+            "light_ff_dim heavy_ff_dim ff_dim light_radius router_n_iters"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                found.append(f"model.{name}: {getattr(self, name)}; use 1 or more")
+        for name in ("router_eps", "rope_theta", "norm_eps", "initializer_range", "heavy_key_value_ratio"):
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(f"model.{name}: {getattr(self, name)}; use a number above 0")
+        choices = {
+            "encoder": ENCODERS,
+            "routing": ROUTINGS,
+            "router_solver": ROUTER_SOLVERS,
+            "router_implementation": ROUTER_IMPLEMENTATIONS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                found.append(f"model.{name}: {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        if self.vocab_size < 1 or self.vocab_size % 128:
+            mend = max(128, math.ceil(self.vocab_size / 128) * 128)
+            found.append(f"model.vocab_size: {self.vocab_size} is not a multiple of 128; use {mend}")
+        if self.head_dim % 2:
+            found.append(
+                f"model.head_dim: {self.head_dim} is odd, rotary positions turn pairs; use {self.head_dim + 1}"
+            )
+        if not 1 <= self.fetch_k_ratio < math.inf:
+            found.append(f"model.fetch_k_ratio: {self.fetch_k_ratio}; use 1 or more")
+        if not 0 < self.router_eps_decay <= 1:
+            found.append(f"model.router_eps_decay: {self.router_eps_decay}; use a number in (0, 1]")
+        if self.router_eps_init is not None and not 0 < self.router_eps_init < math.inf:
+            found.append(f"model.router_eps_init: {self.router_eps_init}; use null or a number above 0")
+        return found + self._budget_problems()
+
+    def _budget_problems(self) -> list[str]:
+        if not 0 < self.num_heavy_tokens <= 1:
+            return [f"model.num_heavy_tokens: {self.num_heavy_tokens} is a share of the input; use a number in (0, 1]"]
+        if not 0 < self.heavy_key_value_ratio < math.inf:
+            return []
+        if self.num_heavy_tokens * self.heavy_key_value_ratio > 1:
+            mend = f"use {1 / self.num_heavy_tokens:g} or less with num_heavy_tokens {self.num_heavy_tokens:g}"
+            return [
+                f"model.heavy_key_value_ratio: {self.heavy_key_value_ratio} routes more keys than there are; {mend}"
+            ]
+        if any(share <= 0 for share in self._shares()):
+            return [f"model.num_heavy_tokens: {self.num_heavy_tokens} is below 1/{MAX_DENOMINATOR}; use more"]
+        return []
+
+    def _shares(self) -> tuple[Fraction, Fraction]:
+        """Shares of the input that are routed as queries, and as keys/values."""
+        share = Fraction(self.num_heavy_tokens).limit_denominator(MAX_DENOMINATOR)
+        ratio = Fraction(self.heavy_key_value_ratio).limit_denominator(MAX_DENOMINATOR)
+        return share, (share * ratio).limit_denominator(MAX_DENOMINATOR)
+
+    @property
+    def input_multiple(self) -> int:
+        """Input lengths must be a multiple of this many tokens, so that every budget is a whole number."""
+        if self.encoder == "dense":
+            return 1
+        query, key_value = self._shares()
+        return math.lcm(query.denominator, key_value.denominator)
+
+    def num_routed(self, input_length: int) -> tuple[int, int, int]:
+        """Tokens of an input that are routed to the heavy feed-forward, as queries, and as keys/values.
+
+        Raises ValueError where input_length is not a multiple of `input_multiple`.
+        """
+        if input_length < 1 or input_length % self.input_multiple:
+            raise ValueError(f"input length: {input_length} is not a multiple of {self.input_multiple}")
+        if self.encoder == "dense":
+            return 0, 0, 0
+        query, key_value = self._shares()
+        return int(input_length * query), int(input_length * query), int(input_length * key_value)

@@ -1,0 +1,83 @@
+"""The decoder: T5.1.1's, with multi-query cross-attention."""
+
+import math
+
+from torch import Tensor, nn
+
+from colt5dist.model.activation_checkpointing import run_layer
+from colt5dist.model.config import CoLT5Config
+from colt5dist.nn.feed_forward import FeedForward
+from colt5dist.nn.multi_query_attention import MultiQueryAttention
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.self_attention import SelfAttention
+
+
+class DecoderLayer(nn.Module):
+    """x + causal self-attention, x + multi-query cross-attention, x + gated feed-forward, each on RMSNorm of x."""
+
+    def __init__(self, config: CoLT5Config) -> None:
+        super().__init__()
+        output_std = config.initializer_range / math.sqrt(2 * config.num_decoder_layers)
+        self.self_attention = SelfAttention(
+            config.d_model,
+            config.head_dim,
+            config.num_heads,
+            prenorm=True,
+            causal=True,
+            norm_eps=config.norm_eps,
+            std=config.initializer_range,
+            output_std=output_std,
+        )
+        self.cross_attention = MultiQueryAttention(
+            config.d_model,
+            dim_head=config.head_dim,
+            heads=config.num_heads,
+            norm_eps=config.norm_eps,
+            std=config.initializer_range,
+            output_std=output_std,
+        )
+        self.feed_forward = FeedForward(
+            config.d_model,
+            hidden_dim=config.ff_dim,
+            gated=True,
+            bias=False,
+            norm_eps=config.norm_eps,
+            std=config.initializer_range,
+            output_std=output_std,
+        )
+
+    def forward(self, x: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
+        """x (b, t, d_model), encoder_states (b, n, d_model), encoder_mask (b, n) bool, rotary_angles (t, head_dim)."""
+        x = x + self.self_attention(x, rotary_angles=rotary_angles)
+        x = x + self.cross_attention(x, encoder_states, mask=encoder_mask)
+        return x + self.feed_forward(x)
+
+
+class Decoder(nn.Module):
+    """Embedded tokens (b, t, d_model) and encoder states -> normalised decoder states (b, t, d_model).
+
+    Rotary positions in self-attention only. Padding stands at the end of the targets, where causal attention cannot see
+    it: there is no mask for it.
+    """
+
+    def __init__(self, config: CoLT5Config, *, activation_checkpointing: str) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, encoder_states: Tensor, *, encoder_mask: Tensor | None) -> Tensor:
+        """encoder_states (b, n, d_model), encoder_mask (b, n) bool, True = valid."""
+        angles = self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        for layer in self.layers:
+            x = run_layer(
+                layer,
+                x,
+                encoder_states,
+                encoder_mask,
+                angles,
+                activation_checkpointing=self.activation_checkpointing,
+            )
+        return self.norm(x)

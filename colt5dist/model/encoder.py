@@ -1,0 +1,177 @@
+"""The encoders: CoLT5's conditional one, and T5's dense one as its baseline."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colt5dist.model.activation_checkpointing import run_layer
+from colt5dist.model.config import CoLT5Config
+from colt5dist.model.routing_statistics import LayerRouting, RoutedTokens
+from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
+from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
+from colt5dist.nn.feed_forward import FeedForward
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.router import Route
+from colt5dist.nn.self_attention import SelfAttention
+
+
+class ConditionalEncoderLayer(nn.Module):
+    """x + conditional attention, then x + conditional feed-forward, as arXiv 2303.09752 has them.
+
+    Scores multiply (no straight-through), those of keys/values the heavy branch's input; gated GELU without bias; no
+    null tokens; one RMSNorm before each of the two. Our choice where the paper is silent: rotary positions in both
+    branches of attention, those of the tokens in the whole input.
+    """
+
+    def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        router: dict[str, Any] = {
+            "n_iters": config.router_n_iters,
+            "fetch_k_ratio": config.fetch_k_ratio,
+            "eps": config.router_eps,
+            "eps_init": config.router_eps_init,
+            "eps_decay": config.router_eps_decay,
+            "routing": config.routing,
+            "solver": config.router_solver,
+            "implementation": config.router_implementation,
+            # the routers read normalised tokens: their scores start with variance 1
+            "std": config.d_model**-0.5,
+            "random_seed": seed,
+        }
+        weights: dict[str, Any] = {
+            "norm_eps": config.norm_eps,
+            "std": config.initializer_range,
+            "output_std": config.initializer_range / math.sqrt(2 * config.num_encoder_layers),
+        }
+        # a layer's three routers draw from three streams
+        self.attention = ConditionalRoutedAttention(
+            config.d_model,
+            num_heavy_tokens_q=1,
+            num_heavy_tokens_kv=1,
+            light_dim_head=config.head_dim,
+            light_heads=config.num_light_heads,
+            light_radius=config.light_radius,
+            light_rotary_emb=True,
+            heavy_dim_head=config.head_dim,
+            heavy_heads=config.num_heavy_heads,
+            router_straight_through=False,
+            router_kwargs=router | {"random_stream": 3 * layer_number},
+            multiply_keys_by_score=True,
+            use_null_q_tokens=False,
+            use_null_kv=False,
+            rotary_emb=True,
+            rope_theta=config.rope_theta,
+            shared_norm=True,
+            **weights,
+        )
+        self.feed_forward = ConditionalRoutedFeedForward(
+            config.d_model,
+            num_heavy_tokens=1,
+            light_hidden_dim=config.light_ff_dim,
+            heavy_hidden_dim=config.heavy_ff_dim,
+            router_straight_through=False,
+            router_kwargs=router | {"random_stream": 3 * layer_number + 2},
+            gated=True,
+            bias=False,
+            shared_norm=True,
+            **weights,
+        )
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, sample_index: Tensor | None, collect_routing: bool
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """x (b, n, d_model), mask (b, n) bool, sample_index (b,) int64 -> x and, if asked for, the routing."""
+        num_feed_forward, num_query, num_key_value = self.config.num_routed(x.shape[1])
+        attended, query, key_value = self.attention(
+            x,
+            num_heavy_tokens_q=num_query,
+            num_heavy_tokens_kv=num_key_value,
+            mask=mask,
+            sample_index=sample_index,
+            return_route=True,
+        )
+        x = x + attended
+        fed_forward, feed_forward = self.feed_forward(
+            x, mask, num_feed_forward, sample_index=sample_index, return_route=True
+        )
+        x = x + fed_forward
+        if not collect_routing:
+            return x, None
+        return x, LayerRouting(_routed_tokens(feed_forward), _routed_tokens(query), _routed_tokens(key_value))
+
+
+def _routed_tokens(route: Route) -> RoutedTokens:
+    """The only route of a group, without gradient."""
+    soft_scores = route.soft_scores[:, 0]
+    if route.indices is None:
+        indices = torch.arange(soft_scores.shape[-1], device=soft_scores.device).expand_as(soft_scores)
+    else:
+        indices = route.indices[:, 0]
+    mask = torch.ones_like(indices, dtype=torch.bool) if route.mask is None else route.mask[:, 0]
+    return RoutedTokens(indices, mask, soft_scores)
+
+
+class DenseEncoderLayer(nn.Module):
+    """x + full self-attention, then x + feed-forward: T5.1.1's layer, with rotary positions."""
+
+    def __init__(self, config: CoLT5Config) -> None:
+        super().__init__()
+        output_std = config.initializer_range / math.sqrt(2 * config.num_encoder_layers)
+        self.attention = SelfAttention(
+            config.d_model,
+            config.head_dim,
+            config.num_heads,
+            prenorm=True,
+            norm_eps=config.norm_eps,
+            std=config.initializer_range,
+            output_std=output_std,
+        )
+        self.feed_forward = FeedForward(
+            config.d_model,
+            hidden_dim=config.ff_dim,
+            gated=True,
+            bias=False,
+            norm_eps=config.norm_eps,
+            std=config.initializer_range,
+            output_std=output_std,
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
+        """x (b, n, d_model), mask (b, n) bool, rotary_angles (n, head_dim) -> (b, n, d_model)."""
+        x = x + self.attention(x, mask=mask, rotary_angles=rotary_angles)
+        return x + self.feed_forward(x)
+
+
+class Encoder(nn.Module):
+    """Embedded tokens (b, n, d_model) -> normalised encoder states (b, n, d_model) and what the routers did."""
+
+    def __init__(self, config: CoLT5Config, *, activation_checkpointing: str, seed: int) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.dense = config.encoder == "dense"
+        numbers = range(config.num_encoder_layers)
+        self.layers = nn.ModuleList(
+            DenseEncoderLayer(config) if self.dense else ConditionalEncoderLayer(config, layer_number=number, seed=seed)
+            for number in numbers
+        )
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta) if self.dense else None
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None, sample_index: Tensor | None, collect_routing: bool
+    ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
+        """mask (b, n) bool, True = valid; sample_index (b,) int64, for random routing."""
+        routing: list[LayerRouting] = []
+        arguments: tuple[Any, ...] = (mask, sample_index, collect_routing)
+        if self.rotary is not None:
+            arguments = (mask, self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x)))
+        for layer in self.layers:
+            out = run_layer(layer, x, *arguments, activation_checkpointing=self.activation_checkpointing)
+            x, layer_routing = (out, None) if self.dense else out
+            if layer_routing is not None:
+                routing.append(layer_routing)
+        return self.norm(x), tuple(routing)

@@ -1,0 +1,22 @@
+"""The layers: routers, conditional feed-forward and attention, and what they are made of."""
+
+from colt5dist.nn.attention import Attention
+from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
+from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
+from colt5dist.nn.feed_forward import FeedForward
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.rotary import RotaryEmbedding
+from colt5dist.nn.router import CoordinateDescentRouter, RouterReturn
+from colt5dist.nn.self_attention import SelfAttention
+
+__all__ = [
+    "Attention",
+    "ConditionalRoutedAttention",
+    "ConditionalRoutedFeedForward",
+    "CoordinateDescentRouter",
+    "FeedForward",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "RouterReturn",
+    "SelfAttention",
+]

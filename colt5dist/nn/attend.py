@@ -1,0 +1,33 @@
+"""Softmax attention through PyTorch's fused kernels: the (queries x keys) matrix is never held in memory."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(dim)) v.
+
+    q (b, h, i, dim), k and v (b, h, j, dim); mask (b, j), (b, 1, j) or (b, h, j) bool, True = valid key; causal
+    (without a mask): query i sees the keys up to i. Returns (b, h, i, dim). A masked key has weight exactly 0. Where a
+    row of the mask has no valid key the output is exactly 0, and so are its gradients.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if causal:
+        raise ValueError("causal attention takes no mask; let the padding stand at the end")
+    mask = mask[:, None, None, :] if mask.dim() == 2 else mask.unsqueeze(2)
+    has_key = mask.any(dim=-1, keepdim=True)
+    # a row without any valid key attends to all of them, for softmax over nothing is NaN in some kernels, and is then
+    # erased
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~has_key)
+    return out.masked_fill(~has_key, 0.0)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(b, n, h * dim) -> (b, h, n, dim)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(b, h, n, dim) -> (b, n, h * dim)."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,179 @@
+"""Conditional attention: a light local branch for every token, a heavy branch among the routed ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colt5dist.nn.attention import Attention
+from colt5dist.nn.local_self_attention import LocalSelfAttention
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.routed_tokens import add_routed, gather_positions, gather_tokens, replace_routed
+from colt5dist.nn.router import NO_KWARGS, CoordinateDescentRouter, Route
+
+
+class ConditionalRoutedAttention(nn.Module):
+    """x (b, n, dim) -> light(x, x) + scatter(heavy(routed queries, routed keys/values) * score), without the residual.
+
+    arXiv 2303.09752, section 3.3. num_heavy_tokens_q, num_heavy_tokens_kv: how many tokens the heavy branch takes as
+    queries and as keys/values; num_routed_kv: sets of the latter, each for its share of the heavy heads.
+    light_window_size: twice the radius of the light branch. multiply_keys_by_score, multiply_queries_by_score: the
+    routing scores multiply the keys as well as the values, and the queries as well as the output. use_null_q_tokens: a
+    learned output for tokens that are no heavy query. rotary_emb: rotary positions in the heavy branch, those of the
+    tokens in the whole sequence. use_flash_attn belongs to the seed's signature and changes nothing: PyTorch's fused
+    kernels serve wherever the shapes allow.
+
+    Keyword-only, beyond the seed: light_radius: the light branch's radius itself. light_rotary_emb: rotary positions
+    there too. use_null_kv: a learned null key and value in the heavy branch. shared_norm: one RMSNorm before the
+    routers and both branches, in place of a LayerNorm in the light one, a RMSNorm in the heavy one and none before the
+    routers. rope_theta: base of the rotary frequencies. norm_eps, std, output_std: as in `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int,
+        num_heavy_tokens_kv: int,
+        num_routed_kv: int = 1,
+        has_light_attn: bool = True,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = NO_KWARGS,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        rotary_emb: bool = False,
+        light_radius: int | None = None,
+        light_rotary_emb: bool = False,
+        use_null_kv: bool = True,
+        shared_norm: bool = False,
+        rope_theta: float = 10000,
+        norm_eps: float | None = None,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        if heavy_heads % num_routed_kv:
+            raise ValueError(f"num_routed_kv: {num_routed_kv} sets cannot share {heavy_heads} heavy heads evenly")
+        self.num_heavy_tokens_q = num_heavy_tokens_q
+        self.num_heavy_tokens_kv = num_heavy_tokens_kv
+        self.multiply_queries_by_score = multiply_queries_by_score
+        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+
+        self.norm = RMSNorm(dim, eps=norm_eps) if shared_norm else nn.Identity()
+        # one router for queries and keys/values: they read the same x
+        self.router = CoordinateDescentRouter(
+            dim,
+            straight_through=router_straight_through,
+            num_routing_tokens=1 + num_routed_kv,
+            route_groups=(1, num_routed_kv),
+            **router_kwargs,
+        )
+        self.light_attn: LocalSelfAttention | None = None
+        if has_light_attn:
+            self.light_attn = LocalSelfAttention(
+                dim,
+                dim_head=light_dim_head,
+                heads=light_heads,
+                radius=light_window_size // 2 if light_radius is None else light_radius,
+                prenorm=not shared_norm,
+                std=std,
+                output_std=output_std,
+            )
+        self.heavy_attn = Attention(
+            dim,
+            dim_head=heavy_dim_head,
+            heads=heavy_heads,
+            multiply_keys_by_score=multiply_keys_by_score,
+            prenorm=not shared_norm,
+            null_kv=use_null_kv,
+            norm_eps=norm_eps,
+            std=std,
+            output_std=output_std,
+        )
+        self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
+        self.rotary_emb = RotaryEmbedding(heavy_dim_head, rope_theta) if rotary_emb else None
+        self.light_rotary_emb = (
+            RotaryEmbedding(light_dim_head, rope_theta) if light_rotary_emb and has_light_attn else None
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | None = None,
+        num_heavy_tokens_kv: int | None = None,
+        mask: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        return_route: bool = False,
+    ) -> Tensor | tuple[Tensor, Route, Route]:
+        """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the queries' and the
+        keys' routing.
+
+        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's. sample_index (b,) int64: the samples'
+        numbers, for random routing.
+        """
+        budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        x = self.norm(x)
+        query, key_value = self.router.route(x, budgets=(budget_q, budget_kv), mask=mask, sample_index=sample_index)
+        heavy = self._heavy(x, query, key_value)
+        out = self._scatter(x, self._light(x, mask), heavy, query)
+        return (out, query, key_value) if return_route else out
+
+    def _light(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        if self.light_attn is None:
+            return None
+        angles = None
+        if self.light_rotary_emb is not None:
+            angles = self.light_rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        return self.light_attn(x, mask=mask, rotary_angles=angles)
+
+    def _heavy(self, x: Tensor, query: Route, key_value: Route) -> Tensor:
+        """The heavy branch's outputs of the routed queries (b, m, dim), times their scores."""
+        indices_q = None if query.indices is None else query.indices.squeeze(1)
+        indices_kv = key_value.indices
+        tokens_q = x if indices_q is None else gather_tokens(x, indices_q)
+        if indices_kv is None:
+            context = x.unsqueeze(1).expand(-1, key_value.scores.shape[1], -1, -1)
+        else:
+            context = gather_tokens(x, indices_kv)
+        rotary = None
+        if self.rotary_emb is not None:
+            angles = self.rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x))
+            rotary = (
+                angles if indices_q is None else gather_positions(angles, indices_q),
+                angles if indices_kv is None else gather_positions(angles, indices_kv),
+            )
+        scores_q = query.scores.squeeze(1)
+        heavy = self.heavy_attn(
+            tokens_q,
+            context=context,
+            mask=key_value.mask,
+            normalized_scores_kv=key_value.scores,
+            normalized_scores_q=scores_q if self.multiply_queries_by_score else None,
+            rotary_emb=rotary,
+        )
+        return heavy * scores_q.to(heavy.dtype).unsqueeze(-1)
+
+    def _scatter(self, x: Tensor, light: Tensor | None, heavy: Tensor, query: Route) -> Tensor:
+        """The heavy outputs (b, m, dim) at their positions, with the null token elsewhere, and the light branch
+        added."""
+        if query.indices is None:
+            out = heavy if light is None else light + heavy
+            # the null token is unused here and must still have a gradient: see CoordinateDescentRouter._scores
+            return out if self.null_q_token is None else out + (0.0 * self.null_q_token).to(out.dtype)
+        indices = query.indices.squeeze(1)
+        if self.null_q_token is None:
+            return add_routed(torch.zeros_like(x) if light is None else light, heavy, indices)
+        routed = replace_routed(self.null_q_token.to(heavy.dtype).expand(x.shape), heavy, indices)
+        return routed if light is None else light + routed

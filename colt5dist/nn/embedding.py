@@ -1,0 +1,16 @@
+"""Token embedding whose weight is initialised where it is owned."""
+
+from torch import nn
+
+
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding` whose weight is drawn from a normal distribution of standard deviation `std` inside
+    `__init__`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float) -> None:
+        self.std = std
+        super().__init__(num_embeddings, embedding_dim)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weight."""
+        nn.init.normal_(self.weight, std=self.std)

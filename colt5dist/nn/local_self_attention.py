@@ -1,0 +1,41 @@
+"""Attention of each position to its neighbours: the light branch of conditional attention."""
+
+from torch import Tensor, nn
+
+from colt5dist.nn.attend import merge_heads, split_heads
+from colt5dist.nn.linear import Linear
+from colt5dist.nn.rotary import apply_rotary
+from colt5dist.ops.local_attention import local_attention
+
+
+class LocalSelfAttention(nn.Module):
+    """x (b, n, dim) -> (b, n, dim): each position attends to those at most `radius` away; linear maps without bias.
+
+    prenorm: the seed's LayerNorm, with bias, before it. std, output_std: standard deviations of the initial weights
+    (None: PyTorch's initialisation).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int,
+        heads: int,
+        radius: int,
+        prenorm: bool = True,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.radius = radius
+        self.norm = nn.LayerNorm(dim) if prenorm else nn.Identity()
+        self.to_qkv = Linear(dim, dim_head * heads * 3, std=std)
+        self.to_out = Linear(dim_head * heads, dim, std=output_std)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
+        """x (b, n, dim); mask (b, n) bool, True = valid; rotary_angles (n, dim_head) -> (b, n, dim)."""
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(self.norm(x)).chunk(3, dim=-1))
+        if rotary_angles is not None:
+            q, k = apply_rotary(q, rotary_angles), apply_rotary(k, rotary_angles)
+        return self.to_out(merge_heads(local_attention(q, k, v, radius=self.radius, mask=mask)))

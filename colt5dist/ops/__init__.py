@@ -1,0 +1,2 @@
+"""Numerical operators: a folder each, with one function as its door, and a readable reference beside the fast
+version."""

@@ -1,0 +1,51 @@
+"""Random numbers that are a pure function of what they are for: no generator, no state, the same on every device.
+
+Random routing draws from here with the sample's number as key and one stream for each router, so neither the world size
+nor the order of the samples, a restart or a recomputed layer changes them.
+
+All arithmetic is on 32-bit words held in int64, with products below 2^49: exact, never an overflow, thus bit-equal
+wherever PyTorch runs. The mixing function is that of C. Wellons' hash prospector ("lowbias32", public domain).
+"""
+
+import torch
+from torch import Tensor
+
+from colt5dist.errors import ConfigError
+
+__all__ = ["counter_uniform"]
+
+_WORD = 0xFFFFFFFF
+
+
+def _multiply(words: Tensor, factor: int) -> Tensor:
+    """words * factor modulo 2^32, of 32-bit words, by halves of 16 bits."""
+    return ((words & 0xFFFF) * factor + ((((words >> 16) * factor) & 0xFFFF) << 16)) & _WORD
+
+
+def _mix(words: Tensor) -> Tensor:
+    """A bijection of 32-bit words in which every bit of the result depends on every bit of the argument."""
+    words = _multiply(words ^ (words >> 16), 0x7FEB352D)
+    words = _multiply(words ^ (words >> 15), 0x846CA68B)
+    return words ^ (words >> 16)
+
+
+def counter_uniform(keys: Tensor, num: int, *, stream: int, seed: int) -> Tensor:
+    """Uniform numbers in [0, 1): row i is a function of (seed, stream, keys[i]) and the position only.
+
+    keys (b,) int64, any values; `seed` and `stream` integers, taken modulo 2^64. Returns (b, num) float32, multiples of
+    2^-24, so equal numbers occur within long rows. Raises ConfigError where keys are not a vector of int64 or num is
+    negative.
+    """
+    if keys.dtype != torch.int64 or keys.dim() != 1:
+        raise ConfigError(f"keys: {tuple(keys.shape)} of {keys.dtype}; use a vector of int64")
+    if num < 0:
+        raise ConfigError(f"num: {num} numbers a row; use 0 or more")
+    # the key's state has two words, so that different keys practically never share a row of numbers
+    state = [torch.full_like(keys, 0x243F6A88), torch.full_like(keys, 0x85A308D3)]
+    for word in (seed, seed >> 32, stream, stream >> 32, keys, keys >> 32):
+        state[0] = _mix(state[0] ^ (word & _WORD))
+        state[1] = _mix((state[1] + state[0]) & _WORD)
+    position = torch.arange(num, dtype=torch.int64, device=keys.device)
+    words = _mix(position ^ state[0].unsqueeze(-1))
+    words = _mix((words + state[1].unsqueeze(-1)) & _WORD)
+    return (words >> 8).to(torch.float32) * 2.0**-24

@@ -1,0 +1,28 @@
+"""Attention of each position to its neighbours within a radius: the light branch of conditional attention."""
+
+import torch
+from torch import Tensor
+
+from colt5dist.ops.local_attention.reference import local_attention_reference
+
+__all__ = ["local_attention"]
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None = None) -> Tensor:
+    """softmax(q_i . k_j / sqrt(dim)) v_j over the valid j with |i - j| <= radius.
+
+    q, k, v (batch, heads, n, dim) of one shape and type, any n >= 1; mask (batch, n) bool, True = valid key, None =
+    all. Returns the shape and type of q. A masked or too distant key has weight exactly 0 wherever at least one key
+    within the radius is valid; elsewhere the output is finite and without meaning. Positions are the caller's: rotate
+    q and k before. CoLT5's radius is 127 (arXiv 2303.09752, section 3.1). Raises ValueError where the shapes do not
+    fit or radius < 1.
+    """
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            f"q, k, v: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; use one shape (b, heads, n, dim)"
+        )
+    if radius < 1:
+        raise ValueError(f"radius: {radius}; use 1 or more")
+    if mask is not None and (mask.shape != (q.shape[0], q.shape[2]) or mask.dtype != torch.bool):
+        raise ValueError(f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool ({q.shape[0]}, {q.shape[2]})")
+    return local_attention_reference(q, k, v, radius=radius, mask=mask)

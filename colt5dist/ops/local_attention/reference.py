@@ -1,0 +1,29 @@
+"""Local attention by the package `local-attention`: windows of keys around windows of queries."""
+
+from functools import lru_cache
+
+import torch
+from local_attention import LocalAttention
+from torch import Tensor
+
+
+@lru_cache(maxsize=32)
+def _attention_of_radius(radius: int) -> LocalAttention:
+    return LocalAttention(
+        window_size=radius,
+        causal=False,
+        look_backward=1,
+        look_forward=1,
+        exact_windowsize=True,
+        autopad=True,
+        use_rotary_pos_emb=False,
+    )
+
+
+def local_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None) -> Tensor:
+    """Shapes as in `local_attention`; the scores of a window of queries with three windows of keys are held in
+    memory."""
+    if mask is None:
+        # without a mask the package attends to the zeros that it pads the sequence with
+        mask = torch.ones((q.shape[0], q.shape[-2]), dtype=torch.bool, device=q.device)
+    return _attention_of_radius(radius)(q, k, v, mask=mask)

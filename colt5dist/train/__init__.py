@@ -1,0 +1,1 @@
+"""The trainer: configuration, DeepSpeed engine, loop, checkpoints, monitoring."""

@@ -1,0 +1,57 @@
+"""What a configuration would do and need, without GPUs, shards or other processes."""
+
+from colt5dist.data.objectives import MIXTURES, length_notes, lengths_of_mixture, required_sentinels
+from colt5dist.errors import ConfigError
+from colt5dist.train.accounting import state_memory, step_flops
+from colt5dist.train.checkpoint import checkpoint_bytes
+from colt5dist.train.config import RunConfig
+from colt5dist.train.config_file import config_to_yaml
+from colt5dist.train.engine import num_elements, parameter_shapes
+
+WORLD_SIZES = (1, 8, 64)
+
+
+def dry_run_report(config: RunConfig, world_size: int) -> str:
+    """The resolved configuration and the figures that follow from it, as text.
+
+    Args:
+        config: the run.
+        world_size: devices of this start; the memory table shows some more.
+
+    Raises:
+        ConfigError: the batch sizes do not divide among the devices.
+    """
+    problems = config.batch_problems(world_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    data, train = config.data, config.train
+    shapes = parameter_shapes(config)
+    num_parameters = sum(num_elements(shape) for shape in shapes.values())
+    batch = train.global_batch_size
+    accumulation = config.gradient_accumulation_steps(world_size)
+    lines = [
+        config_to_yaml(config).rstrip(),
+        "",
+        f"parameters: {num_parameters:,}",
+        f"batch: {batch} samples = {world_size} devices x {accumulation} micro-batches x {train.micro_batch_size}",
+        f"tokens a step: {batch * data.input_length:,} input, at most {batch * data.target_length:,} target",
+        f"tokens of the run: {batch * data.input_length * train.steps:,} input in {train.steps:,} steps",
+        f"FLOPs a step: {step_flops(config):.3e} (multiply-add = 2, backward = 2 forwards, as routed)",
+        f"checkpoint: {checkpoint_bytes(num_parameters) / 1e9:.2f} GB, up to {config.checkpoint.keep_last + 1} at once",
+        f"sentinels needed: {required_sentinels(data)}",
+        "data plan (tokens of a full sample):",
+    ]
+    lengths = lengths_of_mixture(data.mixture, data.input_length, data.target_length)
+    for objective, length in zip(MIXTURES[data.mixture], lengths, strict=True):
+        lines.append(
+            f"  {objective.name:<10} {length.raw_tokens:>7} of text -> {length.input_tokens:>7} input, "
+            f"{length.target_tokens:>6} target, {length.num_spans:>5} sentinels"
+        )
+    lines += [f"  note: {note}" for note in length_notes(data)]
+    lines.append("model states a GPU in GB (activations come on top):")
+    sizes = sorted({world_size, *WORLD_SIZES})
+    lines.append("  ZeRO stage " + "".join(f"{f'{size} GPUs':>12}" for size in sizes))
+    tables = [state_memory(config, num_parameters, size, on_gpu=True) for size in sizes]
+    for row in zip(*tables, strict=True):
+        lines.append(f"  {row[0].stage:<10} " + "".join(f"{cell.device_bytes / 1e9:>12.2f}" for cell in row))
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""The held-out loss: the same samples every time, on every world size."""
+
+import math
+
+import torch
+
+from colt5dist.data.batch import Batch
+from colt5dist.train.engine import Engine, to_device
+from colt5dist.train.losses import LossMeans, LossSums
+from colt5dist.train.monitor import Record
+
+
+def evaluate(
+    engine: Engine, batches: list[Batch], objectives: tuple[str, ...], *, shuffled_inputs: bool = False
+) -> Record:
+    """Mean held-out loss in nats a token, in all and by objective, and in bits a byte of the target text.
+
+    Args:
+        engine: every rank calls this with equally many batches.
+        batches: this rank's micro-batches.
+        objectives: names of the objectives, in the order of `batch["objective"]`.
+        shuffled_inputs: also measure with every input moved on by one sample: the loss of a decoder that reads another
+            document's encoder output. It is far above the loss when the decoder has learnt to read.
+    """
+    means = _measure(engine, batches, objectives)
+    record: Record = {"eval/loss": means.loss}
+    record.update({f"eval/loss/{name}": loss for name, loss in means.by_objective.items()})
+    record["eval/bits_per_byte"] = means.loss_sum / math.log(2) / means.target_bytes if means.target_bytes else None
+    if shuffled_inputs:
+        record["eval/loss_shuffled_inputs"] = _measure(engine, _shuffle_inputs(batches), objectives).loss
+    return record
+
+
+def _measure(engine: Engine, batches: list[Batch], objectives: tuple[str, ...]) -> LossMeans:
+    sums = LossSums(objectives, engine.device)
+    engine.train(False)
+    with torch.no_grad():
+        for batch in batches:
+            on_device = to_device(batch, engine.device)
+            sums.add(on_device, engine.forward(on_device))
+    engine.train(True)
+    return sums.read()
+
+
+def _shuffle_inputs(batches: list[Batch]) -> list[Batch]:
+    """Give each sample the inputs of the one before it; the first gets those of the last."""
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    mask = torch.cat([batch["input_mask"] for batch in batches])
+    valid = torch.cat([batch["sample_index"] for batch in batches]) >= 0  # a filler row has no input to give away
+    ids[valid], mask[valid] = ids[valid].roll(1, dims=0), mask[valid].roll(1, dims=0)
+    moved = []
+    for batch in batches:
+        size = len(batch["input_ids"])
+        moved.append(Batch(**{**batch, "input_ids": ids[:size], "input_mask": mask[:size]}))  # type: ignore[typeddict-item]
+        ids, mask = ids[size:], mask[size:]
+    return moved

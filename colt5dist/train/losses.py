@@ -1,0 +1,84 @@
+"""Sums over the global batch: what the loss is divided by, and what is reported of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from colt5dist.data.batch import Batch
+from colt5dist.model.colt5 import CoLT5Output
+from colt5dist.train.runtime import sum_over_ranks
+
+
+class LossSums:
+    """Adds up token losses by objective over micro-batches, and then over ranks.
+
+    All numbers live in one float64 tensor on the device, so that a step needs one collective and one host read.
+    Layout: losses by objective, tokens by objective, z-losses, input tokens, bytes of target text, micro-batches with a
+    loss that is not finite.
+    """
+
+    def __init__(self, objectives: tuple[str, ...], device: torch.device) -> None:
+        self.objectives = objectives
+        self._sums = torch.zeros(2 * len(objectives) + 4, dtype=torch.float64, device=device)
+
+    def add(self, batch: Batch, output: CoLT5Output) -> None:
+        """Count one micro-batch."""
+        num = len(self.objectives)
+        kinds = torch.nn.functional.one_hot(batch["objective"].clamp(min=0), num).to(
+            torch.float64
+        )  # (batch, objectives)
+        token_loss = output.token_loss.detach().double()
+        self._sums[:num] += kinds.T @ token_loss.sum(dim=1)
+        self._sums[num : 2 * num] += kinds.T @ batch["target_mask"].sum(dim=1).double()
+        self._sums[2 * num] += output.z_loss.detach().double().sum()
+        self._sums[2 * num + 1] += batch["input_mask"].sum()
+        self._sums[2 * num + 2] += batch["target_bytes"].sum()
+        self._sums[2 * num + 3] += (~torch.isfinite(token_loss.sum())).double()
+
+    def read(self, extra: Sequence[float] = ()) -> "LossMeans":
+        """Add up over ranks, with `extra` numbers of the caller, and read on the host; all ranks get the same."""
+        others = torch.tensor(extra, dtype=torch.float64, device=self._sums.device)
+        values = sum_over_ranks(torch.cat([self._sums, others])).tolist()
+        num = len(self.objectives)
+        losses, tokens = values[:num], values[num : 2 * num]
+        return LossMeans(
+            loss=_ratio(sum(losses), sum(tokens)),
+            by_objective={
+                name: _ratio(loss, count)
+                for name, loss, count in zip(self.objectives, losses, tokens, strict=True)
+                if count
+            },
+            z_loss=_ratio(values[2 * num], sum(tokens)),
+            loss_sum=sum(losses),
+            input_tokens=int(values[2 * num + 1]),
+            target_tokens=int(sum(tokens)),
+            target_bytes=int(values[2 * num + 2]),
+            non_finite=int(values[2 * num + 3]),
+            extra=tuple(values[2 * num + 4 :]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossMeans:
+    """Losses of a global batch on the host, in nats a valid target token."""
+
+    loss: float
+    by_objective: dict[str, float]
+    z_loss: float
+    loss_sum: float
+    input_tokens: int
+    target_tokens: int
+    target_bytes: int
+    non_finite: int
+    extra: tuple[float, ...]
+
+
+def count_target_tokens(batches: list[Batch], device: torch.device) -> torch.Tensor:
+    """Valid target tokens of the whole global batch, a float32 scalar on the device, without a host read."""
+    count = sum(int(batch["target_mask"].sum()) for batch in batches)
+    return sum_over_ranks(torch.tensor(float(count), device=device))
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else float("nan")

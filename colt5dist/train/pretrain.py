@@ -1,0 +1,152 @@
+"""A pretraining run from its configuration to its last line: the start-up, as a recipe."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from colt5dist.data import (
+    ShardSet,
+    data_problems,
+    ensure_standard_library_shards,
+    length_notes,
+    open_shards,
+    unigram_entropy,
+)
+from colt5dist.errors import ConfigError
+from colt5dist.train import run_directory
+from colt5dist.train.accounting import step_flops
+from colt5dist.train.checkpoint import load_checkpoint
+from colt5dist.train.config import RunConfig
+from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
+from colt5dist.train.loop import Run, train
+from colt5dist.train.meter import Meter
+from colt5dist.train.monitor import Monitor
+from colt5dist.train.runtime import (
+    EXIT_STOPPED,
+    Ranks,
+    finish_process_group,
+    gather_host_names,
+    initialise_process_group,
+)
+from colt5dist.train.stop import StopReason, StopRequests
+from colt5dist.train.summary import summary
+
+STANDARD_LIBRARY = "python-stdlib"
+
+
+def pretrain(config: RunConfig, ranks: Ranks) -> int:
+    """Run or resume a pretraining run.
+
+    Returns:
+        The exit status: 0 finished or stopped on request by file, 75 stopped and to be started again.
+
+    Raises:
+        ConfigError: wrong input, found before a device is touched.
+    """
+    check_devices(config, ranks)
+    shards = open_run_shards(config)
+    shapes = parameter_shapes(config)
+    plan = run_directory.plan_start(config, shards.fingerprint, shapes)
+    run_dir = Path(str(config.run_dir))
+    entropy = unigram_entropy(shards, config.data, num_samples=config.train.eval_samples)
+    if plan.is_finished(config):
+        if ranks.is_first:
+            print(f"nothing to do: the run is finished; train.steps above {plan.state.step} would go on")
+            run_directory.write_status(run_dir, "finished", plan.state.step)
+            print(summary(run_dir, plan.state.first_held_out_loss, entropy, None), flush=True)
+        return 0
+
+    make_deterministic(config)
+    device = initialise_process_group(ranks, config.train.timeout_minutes)
+    hosts = gather_host_names()
+    run_directory.open_run_directory(config, ranks, hosts)
+    stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
+    try:
+        engine = Engine(config, ranks.world_size, device)
+        state = plan.state
+        if plan.resume_from:
+            load_checkpoint(plan.resume_from, engine)
+        elif plan.init_from:
+            load_checkpoint(plan.init_from, engine, weights_only=True)
+        meter = Meter(device, hosts, step_flops(config))
+        monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=state.step, num_steps=config.train.steps)
+        with monitor:
+            for line in (*plan.notes, *length_notes(config.data), *describe(config, ranks, engine, shapes, shards)):
+                monitor.say(line)
+            run = Run(
+                config=config,
+                run_dir=run_dir,
+                ranks=ranks,
+                shards=shards,
+                engine=engine,
+                state=state,
+                monitor=monitor,
+                meter=meter,
+                stop=stop,
+            )
+            reason = train(run)
+        if ranks.is_first:
+            stop.obeyed("STOP")
+            status = "finished" if state.step >= config.train.steps else "stopped"
+            run_directory.write_status(run_dir, status, state.step, reason.value if reason else None)
+            print(summary(run_dir, state.first_held_out_loss, entropy, meter.mean_rate), flush=True)
+    except Exception:
+        path = run_directory.write_failure(run_dir, ranks.rank)
+        print(f"rank {ranks.rank} on {hosts[ranks.rank]} failed; its traceback is in {path}", flush=True)
+        if ranks.is_first:
+            run_directory.write_status(run_dir, "failed", plan.state.step)
+        raise
+    finish_process_group()
+    return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
+
+
+def check_devices(config: RunConfig, ranks: Ranks) -> None:
+    """Check what depends on the number of processes and devices; touches no device.
+
+    Raises:
+        ConfigError: the batch sizes do not divide, or there are more processes than GPUs.
+    """
+    problems = device_problems(config, ranks.world_size, torch.cuda.device_count(), ranks.local_world_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def open_run_shards(config: RunConfig) -> ShardSet:
+    """Open the shards, built first if they are the standard library's.
+
+    Raises:
+        ConfigError: they are missing or damaged, or do not go with the model.
+    """
+    standard = config.data.shards == STANDARD_LIBRARY
+    shards = open_shards(ensure_standard_library_shards() if standard else Path(config.data.shards))
+    problems = data_problems(config.data, shards, config.model.vocab_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return shards
+
+
+def make_deterministic(config: RunConfig) -> None:
+    """Choose deterministic algorithms where the run asks for them."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def describe(
+    config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, tuple[int, ...]], shards: ShardSet
+) -> list[str]:
+    """What this start works with, for the first lines of its log."""
+    number = sum(num_elements(shape) for shape in shapes.values())
+    accumulation = config.gradient_accumulation_steps(ranks.world_size)
+    stage = f"ZeRO stage {engine.stage}"
+    if engine.stage != config.zero.stage:
+        stage += (
+            f" (for zero.stage={config.zero.stage}: DeepSpeed's stage {config.zero.stage} in bf16 trains otherwise)"
+        )
+    return [
+        f"{number:,} parameters, {engine.dtype} on {ranks.world_size} x {engine.device.type}, {stage}",
+        f"{config.train.global_batch_size} samples a step: {ranks.world_size} devices x {accumulation} micro-batches x "
+        f"{config.train.micro_batch_size}, {config.data.input_length} input and {config.data.target_length} target "
+        "tokens each",
+    ]

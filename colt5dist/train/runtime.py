@@ -1,0 +1,158 @@
+"""Processes and devices: who this rank is, the process group, and the few collectives that the trainer uses."""
+
+import os
+import socket
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from colt5dist.errors import ConfigError
+
+EXIT_WRONG_INPUT = 2
+EXIT_STOPPED = 75
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process among all, as the launcher's environment variables say."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for the run."""
+        return self.rank == 0
+
+
+def ranks_from_environment() -> Ranks:
+    """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun); without a launcher there is one process."""
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1")
+    return Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_world_size=int(local_size),
+    )
+
+
+def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.device:
+    """Join the process group through DeepSpeed: NCCL where there are GPUs, gloo otherwise.
+
+    Returns:
+        The device of this rank.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _describe_single_process()
+    # torch 2.13 renamed two collectives that DeepSpeed 0.19.8 still calls by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor.*")
+    import deepspeed
+
+    deepspeed.utils.logging.logger.setLevel("WARNING")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        _skip_shared_memory_op()
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    return device
+
+
+def finish_process_group() -> None:
+    """Leave the process group; without this gloo sometimes turns a good run into a non-zero exit status."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Add up a small tensor over all ranks, in place, without waiting for the result on the host."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
+    """The row of every rank, on every rank."""
+    mine = torch.tensor(row, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return [r.tolist() for r in rows]
+
+
+def gather_host_names() -> list[str]:
+    """Host name of every rank, on every rank."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
+def broadcast_from_first(value: object) -> object:
+    """Rank 0's value of a small object, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise the first rank's problem on all ranks, so that none waits for the others.
+
+    Raises:
+        ConfigError: if any rank brought a problem.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    found = list(dict.fromkeys(p for p in problems if p))
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def exit_for_wrong_input(error: ConfigError, ranks: Ranks) -> int:
+    """Report wrong input: rank 0 prints one line a problem, the others give it the time to do so.
+
+    The launcher ends all ranks as soon as one leaves with a non-zero status: without the wait the lines could be lost.
+
+    Returns:
+        The exit status.
+    """
+    if ranks.is_first:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
+    return EXIT_WRONG_INPUT
+
+
+def _describe_single_process() -> None:
+    """Without a launcher DeepSpeed would look for MPI; name one process and a free port instead."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+
+
+def _skip_shared_memory_op() -> None:
+    """Keep `init_distributed` from compiling a CPU operator for a minute that only DeepSpeed's inference uses."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

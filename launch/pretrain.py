@@ -1,0 +1,68 @@
+"""Pretrain a CoLT5: `deepspeed launch/pretrain.py [--config FILE] [key=value ...]`.
+
+Without arguments the embedded default: a tiny model on the running Python's standard library, on whatever is there.
+`--print-config` prints the resolved configuration, `--dry-run` also what the run would need.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a slip as one line, like all wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print and end with status 2."""
+        from colt5dist.errors import ConfigError
+        from colt5dist.train.runtime import exit_for_wrong_input, ranks_from_environment
+
+        sys.exit(
+            exit_for_wrong_input(ConfigError(f"arguments: {message}; --help lists them"), ranks_from_environment())
+        )
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Options, and the settings as they stand."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="YAML file (default: configs/tiny.yaml)")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and end")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Run; returns the exit status."""
+    options = parse_arguments(arguments)
+    # imported after the arguments are read, so that --help and a slip in them are answered at once
+    from colt5dist.errors import ConfigError
+    from colt5dist.train.config_file import config_to_yaml, load_config
+    from colt5dist.train.runtime import exit_for_wrong_input, ranks_from_environment
+
+    ranks = ranks_from_environment()
+    try:
+        config = load_config(options.config, options.settings)
+        if options.print_config:
+            if ranks.is_first:
+                print(config_to_yaml(config), end="")
+            return 0
+        if options.dry_run:
+            from colt5dist.train.dry_run import dry_run_report
+
+            if ranks.is_first:
+                print(dry_run_report(config, ranks.world_size))
+            return 0
+        from colt5dist.train.pretrain import pretrain
+
+        return pretrain(config, ranks)
+    except ConfigError as error:
+        return exit_for_wrong_input(error, ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""Settings of all tests: Triton's interpreter where there is no GPU, the skip of tests that need one, fixtures."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+if not torch.cuda.is_available():
+    # read when a kernel is decorated, so it must stand before the package is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MICRO_SETTINGS = (
+    "model.vocab_size=384",
+    "model.d_model=32",
+    "model.num_encoder_layers=2",
+    "model.num_decoder_layers=1",
+    "model.head_dim=8",
+    "model.num_heads=4",
+    "model.num_light_heads=1",
+    "model.num_heavy_heads=3",
+    "model.light_ff_dim=32",
+    "model.heavy_ff_dim=128",
+    "model.ff_dim=64",
+    "model.light_radius=15",
+    "model.router_n_iters=20",
+    "data.input_length=256",
+    "data.target_length=64",
+    "data.num_workers=0",
+    "train.steps=4",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=4",
+    "train.log_every=1",
+    "train.eval_every=0",
+    "train.eval_samples=8",
+    "train.routing_every=2",
+    "schedule.warmup_steps=4",
+    "zero.persistence_threshold=0",
+)
+"""A true CoLT5 of some ten thousand parameters; the threshold makes stage 3 partition even its smallest ones."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this session's own: tests build the standard library's shards once and for themselves."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["COLT5DIST_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_settings() -> tuple[str, ...]:
+    """Settings of a run small enough to train within a test."""
+    return MICRO_SETTINGS
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of launch/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def pretrain_main() -> Callable[[list[str]], int]:
+    """`main` of launch/pretrain.py."""
+    return load_script("pretrain").main
+
+
+Pretrain = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def run_pretrain() -> Pretrain:
+    """Run the real `deepspeed launch/pretrain.py` on the micro model with some CPU processes, or Python with none."""
+
+    def run(
+        run_dir: Path, *settings: str, processes: int = 1, launcher: str = "deepspeed", check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        bin_dir = Path(sys.executable).parent
+        commands = {
+            "deepspeed": [str(bin_dir / "deepspeed"), "-q", "--master_port", "0", "--num_accelerators", str(processes)],
+            "torchrun": [str(bin_dir / "torchrun"), "--standalone", "--nproc-per-node", str(processes)],
+            "python": [sys.executable],
+        }
+        if launcher == "deepspeed":
+            commands["deepspeed"][3] = str(free_port())
+        command = [*commands[launcher], str(ROOT / "launch" / "pretrain.py"), f"run_dir={run_dir}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [*command, *MICRO_SETTINGS, *settings], env=environment, capture_output=True, text=True, timeout=300
+        )
+        if check:
+            assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,51 @@
+"""`--dry-run` and `--print-config`: no shards, no GPU, no process group."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from colt5dist.train.config_file import config_leaves, load_config
+
+Main = Callable[[list[str]], int]
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize(("name", "millions"), [("base", 433), ("large", 1462), ("xl", 5297)])
+def test_parameter_counts_are_the_papers(
+    name: str, millions: int, pretrain_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CoLT5 2303.09752, table 7."""
+    assert pretrain_main(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run", "data.shards=not-there"]) == 0
+    printed = capsys.readouterr().out
+    (count,) = re.findall(r"^parameters: ([\d,]+)$", printed, flags=re.MULTILINE)
+    assert int(count.replace(",", "")) / 1e6 == pytest.approx(millions, rel=0.01)
+    for word in ("tokens a step", "FLOPs a step", "ZeRO stage", "checkpoint"):
+        assert word in printed
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_printed_config_is_the_config(path: Path, pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed reads back as the same configuration, every key named."""
+    assert pretrain_main(["--config", str(path), "--print-config", "seed=7"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    config = load_config(path, ["seed=7"])
+    assert printed["seed"] == 7
+    assert printed["run_dir"] == f"runs/{path.stem}"
+    for key, value in config_leaves(config).items():
+        node = printed
+        for part in key.split("."):
+            node = node[part]
+        assert node == value
+
+
+def test_the_last_of_a_repeated_key_wins() -> None:
+    assert load_config(CONFIGS / "tiny.yaml", ["train.steps=5", "train.steps=7"]).train.steps == 7
+
+
+def test_flags_and_settings_may_stand_in_any_order(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain_main(["seed=3", "--print-config", "--local_rank=0", "train.steps=9"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["seed"], printed["train"]["steps"]) == (3, 9)

@@ -1,0 +1,215 @@
+"""The main job end to end, with the real launchers, on CPU processes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from colt5dist.train.monitor import read_metrics
+
+Pretrain = Callable[..., subprocess.CompletedProcess[str]]
+
+CONTRACT_KEYS = (
+    "step loss grad_norm lr input_tokens target_tokens tokens_per_second step_seconds data_wait_seconds mfu "
+    "skipped_steps peak_memory_bytes"
+).split()
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training loss of every step."""
+    return [record["loss"] for record in read_metrics(run_dir)]
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """How the run ended."""
+    return json.loads((run_dir / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, run_pretrain: Pretrain) -> tuple[Path, str]:
+    """An undisturbed run of 8 steps in one process without a launcher, and what it printed."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    settings = ("train.steps=8", "checkpoint.every_steps=4", "train.eval_every=4", "train.eval_shuffled_inputs=true")
+    done = run_pretrain(run_dir, *settings, launcher="python")
+    return run_dir, done.stdout
+
+
+def test_run_directory_holds_what_is_promised(reference: tuple[Path, str]) -> None:
+    run_dir, printed = reference
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "status.json"):
+        assert (run_dir / name).exists()
+    for step in (4, 8):
+        assert (run_dir / "checkpoints" / f"step_{step:08d}" / "COMPLETE").exists()
+    assert status(run_dir) == {"status": "finished", "step": 8}
+    for words in ("held-out loss", "unigram entropy", "tokens/s", str(run_dir), "tensorboard --logdir"):
+        assert words in printed
+
+
+def test_metrics_have_the_contract_keys(reference: tuple[Path, str]) -> None:
+    records = read_metrics(reference[0])
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for record in records:
+        assert all(key in record for key in CONTRACT_KEYS)
+        objectives = [key for key in record if key.startswith("loss/")]
+        assert objectives and all(math.isfinite(record[key]) for key in objectives)
+    evaluations = [record for record in records if "eval/loss" in record]
+    assert [record["step"] for record in evaluations] == [4, 8]
+    for record in evaluations:
+        assert sum(key.startswith("eval/loss/") for key in record) == 4
+        assert record["eval/bits_per_byte"] > 0 and record["eval/loss_shuffled_inputs"] > 0
+
+
+def test_routing_is_recorded(reference: tuple[Path, str]) -> None:
+    record = read_metrics(reference[0])[1]
+    for key in ("router/layer_00/query/mean_score", "router/unrouted_share/feed_forward"):
+        assert 0 <= record[key] <= 2
+
+
+def test_tensorboard_has_the_same_numbers(reference: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(reference[0] / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(reference[0]))
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+    assert any(tag.endswith("/positions") for tag in events.Tags()["histograms"])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "settings"),
+    [
+        ("deepspeed", 2, ("zero.stage=0", "train.micro_batch_size=1")),
+        ("deepspeed", 2, ("zero.stage=1", "train.micro_batch_size=2", "data.num_workers=2")),
+        ("deepspeed", 2, ("zero.stage=2", "train.activation_checkpointing=full")),
+        ("torchrun", 2, ("zero.stage=3", "train.activation_checkpointing=full_keep_routing")),
+        ("deepspeed", 1, ("zero.stage=2", "zero.offload=optimizer", "train.micro_batch_size=8")),
+    ],
+    ids=["stage0-accumulate4", "stage1-accumulate2-workers2", "stage2-full", "stage3-keep-routing", "offload"],
+)
+def test_cuts_stages_and_checkpointing_do_not_change_the_losses(
+    launcher: str,
+    processes: int,
+    settings: tuple[str, ...],
+    reference: tuple[Path, str],
+    run_pretrain: Pretrain,
+    tmp_path: Path,
+) -> None:
+    run_pretrain(tmp_path / "run", *settings, launcher=launcher, processes=processes)
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:4], rel=2e-5)
+
+
+@pytest.fixture
+def half(reference: tuple[Path, str], tmp_path: Path) -> Path:
+    """The reference run as it stood after its checkpoint of step 4, killed while it went on."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference[0], run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000008")
+    (run_dir / "status.json").unlink()
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # cut off by the kill
+    return run_dir
+
+
+SAME = ("train.steps=8", "checkpoint.every_steps=4", "train.eval_every=4", "train.eval_shuffled_inputs=true")
+
+
+def test_a_killed_run_goes_on_to_the_bit(reference: tuple[Path, str], half: Path, run_pretrain: Pretrain) -> None:
+    run_pretrain(half, *SAME, launcher="python")
+    assert losses(half) == losses(reference[0])
+    gradient_norms = [[r["grad_norm"] for r in read_metrics(d)] for d in (half, reference[0])]
+    assert gradient_norms[0] == gradient_norms[1]
+    events = EventAccumulator(str(half / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+
+
+def test_a_longer_run_is_the_same_run(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """4 steps and then 4 more equal 8, and a third start says that it is finished."""
+    run_dir = tmp_path / "run"
+    four = ("train.steps=4", *SAME[1:])
+    run_pretrain(run_dir, *four, launcher="python")
+    run_pretrain(run_dir, *SAME, launcher="python")
+    assert losses(run_dir) == losses(reference[0])
+    done = run_pretrain(run_dir, *SAME)
+    assert "finished" in done.stdout
+    assert losses(run_dir) == losses(reference[0])
+
+
+def test_it_goes_on_with_other_processes_and_stage(
+    reference: tuple[Path, str], half: Path, run_pretrain: Pretrain
+) -> None:
+    run_pretrain(half, *SAME, "zero.stage=3", "train.micro_batch_size=2", processes=2)
+    assert losses(half)[:4] == losses(reference[0])[:4]
+    assert losses(half)[4:] == pytest.approx(losses(reference[0])[4:], rel=2e-5)
+
+
+def test_another_setting_is_refused_and_can_be_allowed(half: Path, run_pretrain: Pretrain) -> None:
+    refused = run_pretrain(half, *SAME, "optimizer.lr=0.1", check=False)
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error")]
+    assert "optimizer.lr: 0.1 here, 0.003 in the run that is resumed" in line
+    assert "Traceback" not in refused.stderr
+    run_pretrain(half, *SAME, "optimizer.lr=0.1", "resume_allow=[optimizer.lr]", launcher="python")
+
+
+def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_pretrain(run_dir, f"init_from={reference[0]}", "train.steps=1", launcher="python")
+    (record,) = read_metrics(run_dir)
+    before = json.loads((run_dir / "checkpoints" / "step_00000001" / "trainer.json").read_text())["state"]
+    assert before["first_held_out_loss"] == pytest.approx(read_metrics(reference[0])[-1]["eval/loss"], rel=1e-6)
+    assert record["lr"] == pytest.approx(0.003 / 4)  # the schedule starts anew
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "STOP"])
+def test_a_request_to_stop_saves_first(way: str, micro_settings: tuple[str, ...], tmp_path: Path) -> None:
+    """A signal ends with 75, the file STOP with 0, both after a checkpoint of the step that was being done."""
+    run_dir = tmp_path / "run"
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    settings = [*micro_settings, f"run_dir={run_dir}", "train.steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(root / "launch" / "pretrain.py"), *settings],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not read_metrics(run_dir):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        if way == "STOP":
+            (run_dir / "STOP").touch()
+        else:
+            process.send_signal(signal.Signals[way])
+        assert process.wait(60) == (0 if way == "STOP" else 75)
+    finally:
+        process.kill()
+    last = read_metrics(run_dir)[-1]["step"]
+    assert status(run_dir)["status"] == "stopped" and status(run_dir)["step"] == last
+    assert (run_dir / "checkpoints" / f"step_{last:08d}" / "COMPLETE").exists()
+    assert not (run_dir / "STOP").exists()
+
+
+def test_max_minutes_stops_with_75(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    done = run_pretrain(tmp_path / "run", "train.max_minutes=0.001", launcher="python", check=False)
+    assert done.returncode == 75
+    assert status(tmp_path / "run")["reason"] == "train.max_minutes"
+
+
+@pytest.mark.parametrize("model", ["model.routing=static", "model.routing=random", "model.encoder=dense"])
+def test_controls_and_baseline_train(
+    model: str, reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path
+) -> None:
+    run_pretrain(tmp_path / "run", model, "train.steps=2", "zero.stage=3", launcher="python")
+    values = losses(tmp_path / "run")
+    assert all(math.isfinite(value) for value in values)
+    assert values != losses(reference[0])[:2]

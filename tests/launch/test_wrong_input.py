@@ -1,0 +1,141 @@
+"""Wrong input ends with status 2 and one line a problem that names the key or file, before any device is touched."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from colt5dist.data import ensure_standard_library_shards
+
+Main = Callable[[list[str]], int]
+
+CASES = {
+    "unknown key": (["train.stepps=3"], "train.stepps: no such key; did you mean train.steps?"),
+    "unknown section": (["trian.steps=3"], "did you mean train.steps?"),
+    "section for value": (["train=3"], "train: is a section"),
+    "not key=value": (["train.steps"], "not of the form key=value"),
+    "not an integer": (["train.steps=many"], "train.steps: Value 'many'"),
+    "not a number": (["optimizer.lr=fast"], "optimizer.lr: Value 'fast'"),
+    "not a choice": (["zero.stage=4"], "zero.stage: "),
+    "unknown schedule": (["schedule.name=linear"], "schedule.name: "),
+    "unknown routing": (["model.routing=hashed"], "model.routing: "),
+    "negative steps": (["train.steps=-1"], "train.steps: -1 is not positive"),
+    "micro-batch does not divide": (["train.micro_batch_size=3"], "train.micro_batch_size: 3 does not divide"),
+    "input length not a multiple": (["data.input_length=257"], "data.input_length: 257 is not a multiple of 8"),
+    "vocabulary not a multiple": (["model.vocab_size=500"], "model.vocab_size: 500 is not a multiple of 128"),
+    "vocabulary too small": (["model.vocab_size=256"], "model.vocab_size: "),
+    "too few sentinels": (["data.num_sentinels=2"], "data.num_sentinels: 2"),
+    "offload without stage 3": (["zero.offload=parameters", "zero.stage=2"], "zero.offload: parameters needs"),
+    "offload at stage 0": (["zero.offload=optimizer", "zero.stage=0"], "zero.offload: optimizer needs"),
+    "adafactor under ZeRO": (["optimizer.name=adafactor", "zero.stage=2"], "optimizer.name: adafactor"),
+    "cosine without horizon": (["schedule.name=cosine"], "schedule.total_steps: cosine needs a horizon"),
+    "missing shards": (["data.shards=nowhere"], "nowhere"),
+    "resume must": (["resume=must"], "resume: no whole checkpoint"),
+    "init from nothing": (["init_from=nowhere"], "init_from: no whole checkpoint in nowhere"),
+    "missing config file": (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+    "unknown option": (["--confg", "x.yaml"], "arguments: "),
+    "deepspeed owns its batch size": (["deepspeed.train_batch_size=3"], "train.global_batch_size"),
+    "unknown deepspeed section": (["deepspeed.zero_optimisation.stage=3"], "deepspeed.zero_optimisation: "),
+    "profile window": (["profile.steps=[5]"], "profile.steps: "),
+    "head dimension": (["model.head_dim=7"], "model.head_dim: 7 is odd"),
+}
+
+
+def problem_lines(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Run and expect status 2; the lines on stderr."""
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # argparse's way
+        status = end.code
+    captured = capsys.readouterr()
+    assert status == 2, captured
+    assert "Traceback" not in captured.err
+    assert not dist.is_initialized()
+    return captured.err.splitlines()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-"))
+def test_one_line_and_status_2(
+    case: str, tmp_path: Path, pretrain_main: Main, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, expected = CASES[case]
+    options = settings[:2] if settings[0].startswith("--") else []
+    rest = [] if options else settings
+    lines = problem_lines(pretrain_main, [*options, f"run_dir={tmp_path}/run", *micro_settings, *rest], capsys)
+    assert len(lines) == 1, lines
+    assert expected in lines[0]
+    assert lines[0].startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_problems_at_once(
+    pretrain_main: Main, tmp_path: Path, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["optimizer.lr=-1", "data.input_length=257", "checkpoint.keep_last=0"]
+    lines = problem_lines(pretrain_main, [f"run_dir={tmp_path}/run", *micro_settings, *wrong], capsys)
+    assert [line.split(":")[1].strip() for line in lines] == [
+        "optimizer.lr",
+        "checkpoint.keep_last",
+        "data.input_length",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["truncated shard", "no manifest", "not JSON", "foreign"])
+def test_damaged_shards(
+    damage: str,
+    pretrain_main: Main,
+    tmp_path: Path,
+    micro_settings: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(ensure_standard_library_shards(), shards)
+    manifest = shards / "manifest.json"
+    if damage == "truncated shard":
+        os.truncate(shards / "000000.tar", 5000)
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "not JSON":
+        manifest.write_text("{")
+    else:
+        manifest.write_text(json.dumps({"someone": "else's"}))
+    lines = problem_lines(pretrain_main, [f"run_dir={tmp_path}/run", *micro_settings, f"data.shards={shards}"], capsys)
+    assert len(lines) == 1 and str(shards) in lines[0]
+
+
+def test_no_space_for_a_checkpoint(
+    pretrain_main: Main,
+    tmp_path: Path,
+    micro_settings: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    lines = problem_lines(pretrain_main, [f"run_dir={tmp_path}/run", *micro_settings], capsys)
+    assert len(lines) == 1 and "free space" in lines[0]
+
+
+def test_never_in_a_folder_that_holds_a_run(
+    pretrain_main: Main, tmp_path: Path, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    lines = problem_lines(pretrain_main, [f"run_dir={tmp_path}", *micro_settings, "resume=never"], capsys)
+    assert len(lines) == 1 and "already holds a run" in lines[0]
+
+
+def test_batch_that_does_not_divide_among_processes(
+    pretrain_main: Main,
+    tmp_path: Path,
+    micro_settings: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    lines = problem_lines(pretrain_main, [f"run_dir={tmp_path}/run", *micro_settings], capsys)
+    assert len(lines) == 1 and "train.global_batch_size: 8 does not divide among 3 devices" in lines[0]

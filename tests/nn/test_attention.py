@@ -1,0 +1,117 @@
+"""Attention layers against attention written out, and against the peer's."""
+
+import pytest
+import torch
+from colt5_attention import transformer_block as peer
+
+from colt5dist.nn.attend import attend
+from colt5dist.nn.attention import Attention
+from colt5dist.nn.multi_query_attention import MultiQueryAttention
+from colt5dist.nn.rotary import RotaryEmbedding, apply_rotary
+from colt5dist.nn.self_attention import SelfAttention
+
+DIM, HEADS, HEAD_DIM = 16, 4, 8
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attend_with_masked_keys_and_wholly_masked_samples(dtype):
+    q, k, v = (random(3, 2, n, 8, seed=n, dtype=dtype).requires_grad_() for n in (5, 7, 7))
+    mask = torch.arange(7)[None] < torch.tensor([[7], [4], [0]])
+    out = attend(q, k, v, mask=mask)
+    weights = (q[:2] @ k[:2].transpose(-1, -2) / 8**0.5).masked_fill(~mask[:2, None, None], float("-inf")).softmax(-1)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(out[:2], weights @ v[:2], rtol=0, atol=tolerance)
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(grad.isfinite().all() and grad[2].count_nonzero() == 0 for grad in grads)
+    assert all(grad[0].count_nonzero() > 0 for grad in grads[1:])
+
+
+def test_attend_refuses_a_mask_with_causal():
+    x = random(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="causal"):
+        attend(x, x, x, mask=torch.ones(1, 3, dtype=torch.bool), causal=True)
+
+
+def test_rotary_embedding_is_the_peers_and_relative():
+    torch.testing.assert_close(RotaryEmbedding(HEAD_DIM)(20), peer.RotaryEmbedding(HEAD_DIM)(20))
+    angles = RotaryEmbedding(HEAD_DIM)(20, dtype=torch.float64)
+    x = random(2, 3, 20, HEAD_DIM)
+    torch.testing.assert_close(apply_rotary(x, angles), peer.apply_rotary_pos_emb(angles, x), rtol=0, atol=1e-14)
+    q, k = (apply_rotary(random(1, HEAD_DIM, seed=s).expand(20, -1), angles) for s in (1, 2))
+    products = q @ k.t()
+    torch.testing.assert_close(products[3, 1], products[17, 15])
+    with pytest.raises(ValueError, match="even"):
+        RotaryEmbedding(7)
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_self_attention_is_the_peers(prenorm):
+    ours, theirs = (
+        module(DIM, HEAD_DIM, HEADS, prenorm=prenorm).double() for module in (SelfAttention, peer.SelfAttention)
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x = random(2, 9, DIM)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
+
+
+def test_causal_self_attention_sees_nothing_later():
+    module, x = SelfAttention(DIM, HEAD_DIM, HEADS, prenorm=True, causal=True).double(), random(1, 12, DIM)
+    angles = RotaryEmbedding(HEAD_DIM)(12, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 7:] += 1.0
+    assert torch.equal(module(x, rotary_angles=angles)[:, :7], module(changed, rotary_angles=angles)[:, :7])
+    shifted = module(x[:, :3], rotary_angles=angles[:3])
+    torch.testing.assert_close(shifted, module(x[:, :3], rotary_angles=angles[5:8]))
+    assert not torch.allclose(shifted, module(x[:, :3], rotary_angles=angles[:1].expand(3, -1)))
+
+
+@pytest.mark.parametrize("multiply_keys", [False, True])
+@pytest.mark.parametrize("routes", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heavy_attention_is_the_peers(multiply_keys, routes, masked):
+    arguments = (DIM, HEAD_DIM, HEADS, multiply_keys)
+    ours, theirs = Attention(*arguments).double(), peer.Attention(*arguments).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, context = random(2, 5, DIM).requires_grad_(), random(2, routes, 7, DIM, seed=1).requires_grad_()
+    if routes == 1:
+        context = context.squeeze(1)
+    rows = context.shape[:-1]
+    scores_kv, scores_q = random(*rows, seed=2).sigmoid(), random(2, 5, seed=3).sigmoid()
+    mask = (torch.rand(rows, generator=torch.Generator().manual_seed(4)) > 0.3) if masked else None
+    angles_q, angles_kv = random(2, 5, HEAD_DIM // 2, seed=5), random(*rows, HEAD_DIM // 2, seed=6)
+    angles_q, angles_kv = (torch.cat((angles, angles), dim=-1) for angles in (angles_q, angles_kv))
+    out = ours(x, context, mask, scores_kv, scores_q, (angles_q, angles_kv))
+    expected = theirs(x, context, mask, scores_kv, scores_q, (angles_q.unsqueeze(1), angles_kv.unsqueeze(-3)))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    upstream = random(*out.shape, seed=7)
+    inputs = (x, context, *ours.parameters()), (x, context, *theirs.parameters())
+    names = [name for name, _ in ours.named_parameters()]
+    assert names == [name for name, _ in theirs.named_parameters()]
+    for actual, wanted in zip(
+        torch.autograd.grad(out, inputs[0], upstream), torch.autograd.grad(expected, inputs[1], upstream), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-11)
+
+
+def test_heavy_attention_refuses_heads_that_routes_cannot_share():
+    with pytest.raises(ValueError, match="heads"):
+        Attention(DIM, HEAD_DIM, 3)(random(1, 2, DIM).float(), random(1, 2, 4, DIM).float())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_multi_query_attention_is_attention_with_one_repeated_key_value_head(masked):
+    module = MultiQueryAttention(DIM, dim_head=HEAD_DIM, heads=HEADS, norm_eps=1e-6).double()
+    x, context = random(3, 5, DIM), random(3, 7, DIM, seed=1)
+    mask = torch.arange(7)[None] < torch.tensor([[7], [3], [0]]) if masked else None
+    out = module(x, context, mask=mask)
+    q = module.to_q(module.norm(x)).view(3, 5, HEADS, HEAD_DIM).transpose(1, 2)
+    k, v = (part[:, None].expand(-1, HEADS, -1, -1) for part in module.to_kv(context).chunk(2, dim=-1))
+    expected = module.to_out(attend(q, k, v, mask=mask).transpose(1, 2).reshape(3, 5, -1))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    if masked:
+        assert out[2].count_nonzero() == 0

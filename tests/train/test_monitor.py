@@ -1,0 +1,33 @@
+"""metrics.jsonl and TensorBoard after an interruption."""
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from colt5dist.train.monitor import Monitor, read_metrics
+
+
+def test_what_was_recorded_beyond_the_resumed_step_is_gone(tmp_path: Path) -> None:
+    with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
+        for step in range(1, 6):
+            monitor.record(step, {"loss": float(step)})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    with Monitor(tmp_path, is_first=True, first_step=3, num_steps=9) as monitor:
+        monitor.record(4, {"loss": 40.0})
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in scalars] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
+        monitor.record(1, {"loss": float("nan"), "grad_norm": float("inf"), "mfu": None})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "mfu": None}]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with Monitor(tmp_path, is_first=False, first_step=0, num_steps=9) as monitor:
+        monitor.record(1, {"loss": 1.0})
+        monitor.flush()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,69 @@
+"""All ZeRO stages and world sizes train alike, skip a bad step alike, and load each other's checkpoints.
+
+This also probes the semi-private places of DeepSpeed that colt5dist/train/fragments.py relies on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STAGES = (0, 1, 2, 3)
+SCRIPT = Path(__file__).with_name("zero_matrix.py")
+
+
+def run_matrix(output: Path, folder: Path, settings: tuple[str, ...], processes: int) -> dict[str, Any]:
+    """Run zero_matrix.py on CPU processes."""
+    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(output), str(folder), *settings],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]) -> dict[int, dict[str, Any]]:
+    """Trained and saved with 2 processes; loaded with 2 and with 1."""
+    folder = tmp_path_factory.mktemp("matrix")
+    two = run_matrix(folder / "two.json", folder, (*micro_settings, "train.micro_batch_size=2"), 2)
+    one = run_matrix(folder / "one.json", folder, (*micro_settings, "train.micro_batch_size=8"), 1)
+    return {1: one, 2: two}
+
+
+def close(values: list[list[float]], reference: list[list[float]]) -> None:
+    """Losses and gradient norms agree to the noise of float32 sums."""
+    for got, expected in zip(values, reference, strict=True):
+        assert got == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_stages_train_alike(results: dict[int, dict[str, Any]], stage: int) -> None:
+    """The losses of two steps, of two after a skipped one, and the gradient norms."""
+    close(results[2][f"train {stage}"], results[2]["train 0"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_is_skipped(results: dict[int, dict[str, Any]], stage: int) -> None:
+    """One rank's NaN: nobody applies the step; that the steps after it agree with stage 0 is tested above."""
+    assert results[2][f"nan {stage}"] == {"applied": False, "finite": True}
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("written", STAGES)
+def test_a_checkpoint_loads_at_every_stage_and_world_size(
+    results: dict[int, dict[str, Any]], written: int, stage: int, world_size: int
+) -> None:
+    """Going on from a checkpoint equals the run that wrote it, cut into other micro-batches, too."""
+    close(results[world_size][f"load {written} {stage}"], results[2][f"train {written}"][2:])
