@@ -71,6 +71,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {config.output}", file=sys.stderr)
+        return 130
     print("\n".join(summary_lines(prepared)))
     print(f"{'was already there' if prepared.was_there else 'written'}: {config.output}")
     return 0

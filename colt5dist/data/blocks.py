@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-DOCUMENTS_AT_ONCE = 1 << 20  # bounds the memory for counting
+DOCUMENTS_AT_ONCE = 1 << 18  # bounds the memory for counting
 
 
 @dataclass(frozen=True)

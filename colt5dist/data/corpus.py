@@ -120,11 +120,10 @@ class CorpusWriter:
         """Write what is left, the indexes and both manifests; `source` is put in them. Returns the training set's.
 
         Raises:
-            ConfigError: there is not enough text for a training and a held-out set.
+            ConfigError: a single token is all there is, so that nothing can be held out.
         """
         training, validation = self._sets[""], self._sets[VALIDATION_FOLDER]
-        if self._waiting is None:
-            raise ConfigError("--input: holds no document; name files with text in them")
+        assert self._waiting is not None, "no document was added"
         if training.num_documents:
             self._release(validation)
         elif validation.num_documents:

@@ -18,11 +18,14 @@ class Stream(IntEnum):
     WINDOWS = 3
     CHUNKS = 4
     OFFSET = 5
+    SURPLUS = 6
 
 
 def random_bits(seed: int, item: int, stream: Stream, part: int = 0) -> np.random.Philox:
     """The generator of (seed, item, stream, part); each call starts it anew."""
-    return np.random.Philox(counter=[0, 0, part, int(stream)], key=[seed % (1 << 64), item])
+    # arrays of the right type: NumPy would take a list with a number above 2^63 for floats
+    key = np.array([seed % (1 << 64), item], dtype=np.uint64)
+    return np.random.Philox(counter=np.array([0, 0, part, stream], dtype=np.uint64), key=key)
 
 
 def permutation(bits: np.random.Philox, size: int) -> NDArray[np.int64]:

@@ -88,6 +88,12 @@ class Plan:
         self.window_blocks = min(max(WINDOW_TOKENS // size, 8), 64)
         assert self.blocks.counts.any(axis=0).all(), "no text for a sample"
         self._deal_ends: list[int] = []  # samples up to the end of each deal
+        # samples that each objective had too many in a window before each deal; the next makes up for it. It begins
+        # at random, within half a block: else the windows would all err in the same direction
+        shape = -(-self.blocks.num_blocks // self.window_blocks), len(self.raw_lengths)
+        most = np.maximum(self.blocks.counts.max(axis=0), 1)
+        begin = random_bits(seed, 0, Stream.SURPLUS).random_raw(shape[0] * shape[1]).reshape(shape)
+        self._surplus = [(begin % most.astype(np.uint64)).astype(np.int64) - most // 2]
         self._deal = lru_cache(maxsize=2)(self._make_deal)
         self._order = lru_cache(maxsize=2)(self._make_order)
         self._window = lru_cache(maxsize=4)(self._make_window)
@@ -129,7 +135,9 @@ class Plan:
 
     def _make_deal(self, number: int) -> Deal:
         """Deal the blocks to windows, and the objectives to the blocks of each window in turn."""
-        num_blocks, num_objectives = self.blocks.counts.shape
+        for earlier in range(len(self._surplus) - 1, number):
+            self._deal(earlier)
+        num_blocks = self.blocks.num_blocks
         num_windows = -(-num_blocks // self.window_blocks)
         shuffled = permutation(random_bits(self._seed, number, Stream.DEAL), num_blocks)
         # window w gets places w, w + windows, ... so that sizes differ by one at most
@@ -138,14 +146,16 @@ class Plan:
         objectives = np.zeros_like(blocks)
         counts = np.zeros_like(blocks)
         every_window = np.arange(num_windows)
-        totals = np.zeros((num_windows, num_objectives), dtype=np.int64)
-        # among equals another objective comes first each time, so that sets of few blocks show all of them in turn
-        rank = (np.arange(num_objectives) - every_window[:, None] - number * num_blocks) % num_objectives
+        totals = self._surplus[number].copy()
         for slot, block in enumerate(blocks):
-            objective = np.argmin(totals * num_objectives + rank, axis=1)
+            offered = np.where(block[:, None] >= 0, self.blocks.counts[block], 0)
+            # half of the block counts with it: else objectives with many samples a block would get too many
+            objective = np.argmin(2 * totals + offered, axis=1)
             objectives[slot] = objective
-            counts[slot] = np.where(block >= 0, self.blocks.counts[block, objective], 0)
+            counts[slot] = offered[every_window, objective]
             totals[every_window, objective] += counts[slot]
+        if len(self._surplus) == number + 1:
+            self._surplus.append(totals - totals.min(axis=1, keepdims=True))
         return Deal(blocks.T, objectives.T, counts.T)
 
     def _make_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

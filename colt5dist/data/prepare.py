@@ -8,6 +8,7 @@ the folder gets its final name in one rename. The result depends on the inputs a
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -180,6 +181,10 @@ def _write_shards(
                 report(bytes_before + item.file_position, job["bytes"], writer)
         bytes_before += file.bytes
         place = {"file": number + 1, "offset": 0, "line": 0}
+    if not writer.num_documents:
+        shutil.rmtree(partial)  # there is nothing in it to go on from
+        left_out = "".join(f"; {line}" for line in problems.lines())
+        raise ConfigError(f"--input: {len(files)} files hold no document{left_out}; name files with text in them")
     save()
     writer.close({"job": job, "left_out": problems.counts, "document_lengths": writer.length_counts})
 

@@ -50,7 +50,7 @@ values, so the gradients are the same to the last bit for every S.
     F(a) = sum_i min(1, exp((s_i + a) / eps)) = k        for 0 < k < n_valid; for k >= n_valid the answer is y = 1
 
 Let c = #{i : s_i + a >= 0}, and M the sum of exp((s_i + a) / eps) over the others. As a function of u = exp(a / eps), F
-is concave and piecewise linear: on the piece of a given a, F(a') = c + M * u'/u. So Newton's step in u, written in a, is
+is concave and piecewise linear, F(a') = c + M * u'/u on the piece of a. So Newton's step in u, written in a, is
 
     a <- a + eps * log((k - c) / M)
 

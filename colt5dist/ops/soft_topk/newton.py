@@ -95,8 +95,9 @@ def soft_topk_newton_backward(
     largest = below.amax(dim=-1, keepdim=True)
     weights = ((below - largest.masked_fill(largest.isneginf(), 0.0)) / eps).exp()
     total = weights.sum(dim=-1, dtype=torch.float64)
-    mean = (weights * grad).sum(dim=-1, dtype=torch.float64) / total.masked_fill(total == 0, 1.0)
-    grad_rows = (below / eps).exp() / eps * (grad - mean.to(rows.dtype).unsqueeze(-1))
+    # float64: where one entry has nearly all the mass, its own gradient less this mean cancels
+    mean = (weights.double() * grad.double()).sum(dim=-1) / total.masked_fill(total == 0, 1.0)
+    grad_rows = (below / eps).exp() / eps * difference(grad, mean)
     spoiled = a.isnan()
     grad_rows = grad_rows.masked_fill(
         spoiled.unsqueeze(-1) if mask is None else spoiled.unsqueeze(-1) & mask, float("nan")

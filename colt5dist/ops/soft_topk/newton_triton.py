@@ -70,7 +70,7 @@ def _solve_kernel(
     target = tl.where(target > num_valid, num_valid, target)
     total = tl.full((), 0.0, tl.float64)
     for start in tl.range(0, n, BLOCK):
-        tile, _, _ = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
+        tile, _valid, _columns = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
         total += tl.sum(tl.exp(difference(tile, row_max) * inverse_eps)).to(tl.float64)
     total = tl.where(total < 1, 1.0, total)
     high = -row_min
@@ -85,7 +85,7 @@ def _solve_kernel(
         largest = tl.full((), float("-inf"), DTYPE)
         total = tl.full((), 0.0, tl.float64)
         for start in tl.range(0, n, BLOCK):
-            tile, _, _ = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
+            tile, _valid, _columns = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
             offset = difference(tile, -a)
             num_clipped += tl.sum((offset >= 0).to(tl.int32)).to(tl.int64)
             below = tl.where(offset >= 0, float("-inf"), offset)
@@ -116,7 +116,7 @@ def _mean_gradient_kernel(
     # y itself may vanish where its ratios do not: the weights are taken relative to the largest
     largest = tl.full((), float("-inf"), DTYPE)
     for start in tl.range(0, n, BLOCK):
-        tile, _, _ = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
+        tile, _valid, _columns = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
         offset = difference(tile, -a)
         largest = tl.maximum(largest, tl.max(tl.where(offset < 0, offset, float("-inf"))))
     pivot = tl.where(largest == float("-inf"), 0.0, largest)
@@ -128,7 +128,8 @@ def _mean_gradient_kernel(
         free = valid & (offset < 0)
         weights = tl.exp(tl.where(free, offset - pivot, float("-inf")) * inverse_eps)
         total += tl.sum(weights).to(tl.float64)
-        weighted += tl.sum(weights * gradient_tile(grad, row, columns, free, DTYPE)).to(tl.float64)
+        # float64: where one entry has nearly all the mass, its own gradient less this mean cancels
+        weighted += tl.sum(weights.to(tl.float64) * gradient_tile(grad, row, columns, free, DTYPE).to(tl.float64))
     mean = tl.where(total > 0, weighted / tl.where(total > 0, total, 1.0), 0.0)
     tl.store(means + row, tl.where(a == a, mean, a))
 
@@ -151,12 +152,12 @@ def _score_gradients_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     start = (tl.program_id(0) % tiles) * BLOCK
     inverse_eps = (1.0 / float64_of(eps)).to(DTYPE)
-    mean = tl.load(means + row).to(DTYPE)
+    mean = tl.load(means + row)
     tile, valid, columns = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
     upstream = gradient_tile(grad, row, columns, valid, DTYPE)
     offset = difference(tile, -tl.load(roots + row))
     clipped = offset >= 0
-    gradient = tl.exp(tl.where(clipped, 0.0, offset) * inverse_eps) * inverse_eps * (upstream - mean)
+    gradient = tl.exp(tl.where(clipped, 0.0, offset) * inverse_eps) * inverse_eps * difference(upstream, mean)
     gradient = tl.where(clipped, 0.0, tl.where(valid, gradient, 0.0))
     tl.store(grad_scores + row * n + columns, gradient.to(grad_scores.dtype.element_ty), mask=columns < n)
 

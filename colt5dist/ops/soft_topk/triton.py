@@ -74,7 +74,7 @@ def _states_kernel(
     log_decay = float64_of(log_decay)
     last_eps = float64_of(last_eps)
     log_k = tl.log(tl.load(k + row))
-    _, row_max, num_valid = row_extent(scores, mask, row, n, BLOCK, HAS_MASK, DTYPE)
+    _row_min, row_max, num_valid = row_extent(scores, mask, row, n, BLOCK, HAS_MASK, DTYPE)
     column = (first * kept + n_iters - 1) // n_iters - 1
     if segment == 0:
         a = first_eps * (log_k - tl.log(tl.where(num_valid < 1, 1.0, num_valid)))
@@ -93,7 +93,7 @@ def _states_kernel(
         total = tl.full((), 0.0, tl.float64)
         num_clipped = tl.full((), 0, tl.int64)
         for start in tl.range(0, n, BLOCK):
-            tile, _, _ = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
+            tile, _valid, _columns = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
             offset = difference(tile, pivot)
             clipped = offset > 0
             total += tl.sum(tl.exp(tl.where(clipped, 0.0, offset) * inverse_eps)).to(tl.float64)
@@ -168,7 +168,7 @@ def _scalar_gradients_kernel(
     grad_a = tl.full((), 0.0, tl.float64)
     for start in tl.range(0, n, BLOCK):
         tile, valid, columns = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
-        direct, _ = _direct_gradient(tile, gradient_tile(grad, row, columns, valid, DTYPE), a, eps, DTYPE)
+        direct, _offset = _direct_gradient(tile, gradient_tile(grad, row, columns, valid, DTYPE), a, eps, DTYPE)
         grad_a += tl.sum(tl.where(valid, direct, 0.0)).to(tl.float64)
     budget_gradient = tl.full((), 0.0, tl.float64)
     for passed in tl.range(0, n_iters - 1):

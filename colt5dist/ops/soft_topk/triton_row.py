@@ -80,7 +80,7 @@ def row_extent(scores, mask, row, n, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr
     num_valid = tl.full((), 0, tl.int64)
     num_nan = tl.full((), 0, tl.int64)
     for start in tl.range(0, n, BLOCK):
-        tile, valid, _ = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
+        tile, valid, _columns = row_tile(scores, mask, row, start, n, BLOCK, HAS_MASK, DTYPE)
         number = tile == tile
         smallest = tl.minimum(smallest, tl.min(tl.where(valid & number, tile, float("inf"))).to(tl.float64))
         largest = tl.maximum(largest, tl.max(tl.where(number, tile, float("-inf"))).to(tl.float64))

@@ -1,0 +1,89 @@
+"""Shards of the standard library: made once, by any number of processes, from whatever this Python has."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from colt5dist.data import standard_library
+from colt5dist.data.shards import open_shards
+from colt5dist.data.standard_library import (
+    LARGEST,
+    SMALLEST,
+    cache_folder,
+    ensure_standard_library_shards,
+    make_documents,
+    read_sources,
+)
+from colt5dist.errors import ConfigError
+
+
+def test_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes at once get the same folder, and it is not made again."""
+    monkeypatch.setenv("COLT5DIST_CACHE", str(tmp_path))
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        folders = [pool.apply_async(ensure_standard_library_shards) for _ in range(3)]
+        (folder,) = {result.get() for result in folders}
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+    before = (folder / "manifest.json").stat()
+    assert ensure_standard_library_shards() == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == before.st_mtime_ns
+
+    shards = open_shards(folder)
+    lengths = np.diff(shards.index.document_ends, prepend=0)
+    # characters are counted when documents are cut, and a few take more than a byte
+    assert shards.num_tokens > 5_000_000 and lengths.max() <= 1.2 * LARGEST
+    assert np.mean(lengths >= SMALLEST) > 0.99 and np.median(lengths) > 4 * SMALLEST
+    assert shards.validation.num_documents >= 4
+    assert 0.01 < shards.validation.num_tokens / shards.num_tokens < 0.1
+    assert len(shards.manifest.source["sha256"]) == len(read_sources())
+    # other sources are other shards
+    sources = {"a.py": b"x = 1\n" * 3000, "b.py": b"y = 1\n" * 3000}
+    monkeypatch.setattr(standard_library, "read_sources", lambda: sources)
+    assert ensure_standard_library_shards() != folder
+
+
+def test_documents_hold_all_sources() -> None:
+    """Joined and cut, nothing is lost or doubled; lines stay whole."""
+    sources = {
+        "big.py": b"line of code\n" * 20_000,
+        "package/a.py": b"a = 1\n" * 4000,
+        "package/b.py": b"b = 1\n" * 4000,
+        "package/c.py": b"c = 1\n" * 4000,
+        "small.py": b"s = 1\n" * 10,
+        "tiny/__init__.py": b"t = 1\n",
+    }
+    documents = list(make_documents(sources))
+    text = b"".join(sources.values()).decode()
+    ours = [document for document in documents if document.splitlines()[0] in set(text.splitlines())]
+    assert sorted("".join(ours).splitlines()) == sorted(text.splitlines())
+    assert [len(document) for document in ours[:4]] == pytest.approx([52_000] * 4 + [56_000][:0], abs=13)
+    assert [document[:1] for document in ours] == ["l"] * 4 + ["l", "a", "c", "s"][-3 - (len(ours) == 8) :]
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """COLT5DIST_CACHE, then XDG_CACHE_HOME, then the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("COLT5DIST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / "home/.cache/colt5dist"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg/colt5dist"
+    monkeypatch.setenv("COLT5DIST_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+
+
+def test_what_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One line that names the variable to set."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COLT5DIST_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="COLT5DIST_CACHE: .* cannot be written"):
+        ensure_standard_library_shards()
+
+
+def test_a_python_without_sources_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A Python that keeps its library in an archive has nothing to make shards of."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.shards: .* holds no sources"):
+        ensure_standard_library_shards()

@@ -1,0 +1,54 @@
+"""launch/prepare.py as a user calls it: what it prints, its status, and its one line about what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from colt5dist.data.shards import open_shards
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "prepare.py"
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the script."""
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_text_to_shards(tmp_path: Path) -> None:
+    """It says what was made and left out; a second call says that it is there."""
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"document {number} " * 50)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    done = call("--input", tmp_path / "*.txt", "--output", tmp_path / "out/shards", "--validation-fraction", "0.1")
+    assert done.returncode == 0 and done.stderr == ""
+    shards = open_shards(tmp_path / "out/shards")
+    assert shards.num_documents + shards.validation.num_documents == 20
+    assert f"training: {shards.num_documents} documents, {shards.num_tokens:,} tokens, 1 shards" in done.stdout
+    assert f"held out: {shards.validation.num_documents} documents" in done.stdout
+    assert f"left out, not UTF-8: 1 ({tmp_path / 'bad.txt'})" in done.stdout
+    assert "512 to 1,023" in done.stdout and done.stdout.endswith(f"written: {tmp_path / 'out/shards'}\n")
+    again = call("--input", tmp_path / "*.txt", "--output", tmp_path / "out/shards", "--validation-fraction", "0.1")
+    assert again.returncode == 0 and again.stdout.endswith(f"was already there: {tmp_path / 'out/shards'}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "{0}/*.none", "--output", "{0}/shards"], "--input: "),
+        (["--input", "{0}/a.txt", "--output", "{0}"], "--output: "),
+        (["--input", "{0}/a.txt", "--output", "{0}/s", "--tokenizer", "{0}/a.txt"], "{0}/a.txt: is not a Hugging Face"),
+        (["--input", "{0}/a.txt", "--output", "{0}/s", "--validation-fraction", "2"], "--validation-fraction: "),
+        (["--input", "{0}/a.txt", "--output", "{0}/s", "--validation-fraction", "x"], "argument --validation-fraction"),
+        (["--output", "{0}/s"], "the following arguments are required: --input"),
+        (["--input", "{0}/b.jsonl", "--output", "{0}/s", "--strict"], "{0}/b.jsonl:2: is not JSON"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """Named on stderr, without a traceback."""
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    done = call(*(argument.format(tmp_path) for argument in arguments))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(message.format(tmp_path)) and done.stderr.count("\n") == 1
