@@ -15,7 +15,6 @@ from colt5dist.errors import ConfigError
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 FOREIGN_SUFFIXES = (".parquet", ".zst", ".tar", ".zip", ".xz", ".bz2", ".pdf")
 EXAMPLES = 5
-UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class Item:
     """Line of a jsonl file, from 1; of a text file 0."""
     offset: int
     """Bytes of the (decompressed) file up to here: where to go on."""
+    ends_file: bool
+    """Whether nothing of the file is left to read: a text file is one item, and damage ends any file."""
     file_position: int
     """Bytes of the file on the disk up to about here, for the progress."""
 
@@ -107,10 +108,7 @@ def find_inputs(patterns: Iterable[str]) -> list[InputFile]:
 
 
 def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0) -> Iterator[Item]:
-    """Read a file from `offset` on, after `line` lines; what cannot be read is a problem, never an exception.
-
-    After an UNREADABLE item, which is the file's last, there is nothing to go on from.
-    """
+    """Read a file from `offset` on, after `line` lines; what cannot be read is a problem, never an exception."""
     position = 0
     try:
         with open(file.path, "rb") as raw:
@@ -123,9 +121,9 @@ def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0
                 stream.seek(offset)
             for text, problem, size in _parts(file, stream, text_key):
                 offset, line, position = offset + size, line + file.is_jsonl, raw.tell()
-                yield Item(text, problem, line, offset, position)
+                yield Item(text, problem, line, offset, not file.is_jsonl, position)
     except (OSError, EOFError, zlib.error):
-        yield Item(None, UNREADABLE, line + file.is_jsonl, offset, position)
+        yield Item(None, "unreadable", line + file.is_jsonl, offset, True, position)
 
 
 def _parts(file: InputFile, stream: BinaryIO, text_key: str) -> Iterator[tuple[str | None, str, int]]:

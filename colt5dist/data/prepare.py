@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from colt5dist.data.corpus import VALIDATION_FOLDER, WAITING_PATTERN, CorpusWriter
-from colt5dist.data.documents import UNREADABLE, InputFile, Problems, find_inputs, read_items
+from colt5dist.data.documents import InputFile, Problems, find_inputs, read_items
 from colt5dist.data.files import fsync_path, fsync_tree, locked, write_whole
 from colt5dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
@@ -146,7 +146,7 @@ def _write_shards(
 ) -> None:
     """Write all documents and both manifests to `partial`, going on from the state that is saved there."""
     state = _read_state(partial, job)
-    place = state["place"] if state else {"file": 0, "offset": 0, "line": 0}
+    place = state["place"] if state else _start(0)
     problems = Problems(**state["problems"]) if state else Problems()
     writer = CorpusWriter(
         partial,
@@ -163,8 +163,7 @@ def _write_shards(
     saved = time.monotonic()
     bytes_before = sum(file.bytes for file in files[: place["file"]])
     for number, file in enumerate(files[place["file"] :], start=place["file"]):
-        first = place if number == place["file"] else {"offset": 0, "line": 0}
-        for item in read_items(file, text_key=config.text_key, offset=first["offset"], line=first["line"]):
+        for item in read_items(file, text_key=config.text_key, offset=place["offset"], line=place["line"]):
             kind = item.problem
             if item.text is not None and not writer.add(item.text):
                 kind = "empty"
@@ -173,20 +172,27 @@ def _write_shards(
                 if config.strict:
                     where = f"{file.path}:{item.line}" if item.line else f"{file.path}"
                     raise ConfigError(f"{where}: is {kind}; mend the file, or leave out --strict to go on without it")
-            place = {"file": number, "offset": item.offset, "line": item.line}
-            if kind != UNREADABLE and time.monotonic() - saved >= config.commit_seconds:
+            place = (
+                {"file": number, "offset": item.offset, "line": item.line} if not item.ends_file else _start(number + 1)
+            )
+            if time.monotonic() - saved >= config.commit_seconds:
                 save()
                 saved = time.monotonic()
             if report:
                 report(bytes_before + item.file_position, job["bytes"], writer)
         bytes_before += file.bytes
-        place = {"file": number + 1, "offset": 0, "line": 0}
+        place = _start(number + 1)
     if not writer.num_documents:
         shutil.rmtree(partial)  # there is nothing in it to go on from
         left_out = "".join(f"; {line}" for line in problems.lines())
         raise ConfigError(f"--input: {len(files)} files hold no document{left_out}; name files with text in them")
     save()
     writer.close({"job": job, "left_out": problems.counts, "document_lengths": writer.length_counts})
+
+
+def _start(file: int) -> dict[str, int]:
+    """The place where an input file begins."""
+    return {"file": file, "offset": 0, "line": 0}
 
 
 def _read_state(partial: Path, job: dict[str, Any]) -> dict[str, Any] | None:

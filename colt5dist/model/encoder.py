@@ -82,9 +82,17 @@ class ConditionalEncoderLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, sample_index: Tensor | None, collect_routing: bool
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rotary_angles: Tensor,
+        sample_index: Tensor | None,
+        collect_routing: bool,
     ) -> tuple[Tensor, LayerRouting | None]:
-        """x (b, n, d_model), mask (b, n) bool, sample_index (b,) int64 -> x and, if asked for, the routing."""
+        """x (b, n, d_model), mask (b, n) bool, rotary_angles (n, head_dim), sample_index (b,) int64.
+
+        Returns x and, if asked for, the routing.
+        """
         num_feed_forward, num_query, num_key_value = self.config.num_routed(x.shape[1])
         attended, query, key_value = self.attention(
             x,
@@ -92,6 +100,7 @@ class ConditionalEncoderLayer(nn.Module):
             num_heavy_tokens_kv=num_key_value,
             mask=mask,
             sample_index=sample_index,
+            rotary_angles=rotary_angles,
             return_route=True,
         )
         x = x + attended
@@ -158,7 +167,7 @@ class Encoder(nn.Module):
             DenseEncoderLayer(config) if self.dense else ConditionalEncoderLayer(config, layer_number=number, seed=seed)
             for number in numbers
         )
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta) if self.dense else None
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(
@@ -166,12 +175,20 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
         """mask (b, n) bool, True = valid; sample_index (b,) int64, for random routing."""
         routing: list[LayerRouting] = []
-        arguments: tuple[Any, ...] = (mask, sample_index, collect_routing)
-        if self.rotary is not None:
-            arguments = (mask, self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x)))
+        angles = self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
         for layer in self.layers:
-            out = run_layer(layer, x, *arguments, activation_checkpointing=self.activation_checkpointing)
-            x, layer_routing = (out, None) if self.dense else out
+            if self.dense:
+                x = run_layer(layer, x, mask, angles, activation_checkpointing=self.activation_checkpointing)
+                continue
+            x, layer_routing = run_layer(
+                layer,
+                x,
+                mask,
+                angles,
+                sample_index,
+                collect_routing,
+                activation_checkpointing=self.activation_checkpointing,
+            )
             if layer_routing is not None:
                 routing.append(layer_routing)
         return self.norm(x), tuple(routing)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colt5dist.nn.initial import normal_
+
 # logits of one chunk of tokens: 256 MiB in float32
 MAX_CHUNK_LOGITS = 2**26
 
@@ -65,7 +67,7 @@ class VocabularyLoss(nn.Module):
 
     def __init__(self, d_model: int, vocab_size: int, *, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(vocab_size, d_model) * std)
+        self.weight = nn.Parameter(normal_(torch.empty(vocab_size, d_model), std))
 
     def forward(self, hidden: Tensor, target_ids: Tensor, target_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden (b, t, d_model), target_ids (b, t) int64, target_mask (b, t) bool, True = counts.

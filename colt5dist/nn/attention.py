@@ -96,14 +96,11 @@ class Attention(nn.Module):
         q = split_heads(self.to_q(x), self.heads)
         if normalized_scores_q is not None:
             q = q * normalized_scores_q.to(q.dtype)[:, None, :, None]
-        kv = self.to_kv(context)
+        k, v = self.to_kv(context).unbind(dim=-2)
         if normalized_scores_kv is not None:
             scores = normalized_scores_kv.unsqueeze(1) if normalized_scores_kv.dim() == 2 else normalized_scores_kv
-            scores = self._by_head(scores, num_routes).to(kv.dtype)[..., None, None]
-            kv = (
-                kv * scores if self.multiply_keys_by_score else torch.cat((kv[..., :1, :], kv[..., 1:, :] * scores), -2)
-            )
-        k, v = kv.unbind(dim=-2)
+            scores = self._by_head(scores, num_routes).to(v.dtype).unsqueeze(-1)
+            k, v = k * scores if self.multiply_keys_by_score else k, v * scores
         if rotary_emb is not None:
             q = apply_rotary(q, rotary_emb[0].unsqueeze(-3))
             angles = rotary_emb[1]

@@ -114,31 +114,28 @@ class ConditionalRoutedAttention(nn.Module):
         num_heavy_tokens_kv: int | None = None,
         mask: Tensor | None = None,
         sample_index: Tensor | None = None,
+        rotary_angles: Tensor | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route]:
         """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the queries' and the
         keys' routing.
 
-        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's. sample_index (b,) int64: the samples'
-        numbers, for random routing.
+        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's. rotary_angles (n, head dimension):
+        computed once for a stack of layers whose two branches have one head dimension; None: computed here, where the
+        layer has rotary positions. sample_index (b,) int64: the samples' numbers, for random routing.
         """
         budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
         budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
         x = self.norm(x)
         query, key_value = self.router.route(x, budgets=(budget_q, budget_kv), mask=mask, sample_index=sample_index)
-        heavy = self._heavy(x, query, key_value)
-        out = self._scatter(x, self._light(x, mask), heavy, query)
+        light = None
+        if self.light_attn is not None:
+            light = self.light_attn(x, mask=mask, rotary_angles=_angles(self.light_rotary_emb, x, rotary_angles))
+        heavy = self._heavy(x, query, key_value, _angles(self.rotary_emb, x, rotary_angles))
+        out = self._scatter(x, light, heavy, query)
         return (out, query, key_value) if return_route else out
 
-    def _light(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        if self.light_attn is None:
-            return None
-        angles = None
-        if self.light_rotary_emb is not None:
-            angles = self.light_rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x))
-        return self.light_attn(x, mask=mask, rotary_angles=angles)
-
-    def _heavy(self, x: Tensor, query: Route, key_value: Route) -> Tensor:
+    def _heavy(self, x: Tensor, query: Route, key_value: Route, angles: Tensor | None) -> Tensor:
         """The heavy branch's outputs of the routed queries (b, m, dim), times their scores."""
         indices_q = None if query.indices is None else query.indices.squeeze(1)
         indices_kv = key_value.indices
@@ -148,8 +145,7 @@ class ConditionalRoutedAttention(nn.Module):
         else:
             context = gather_tokens(x, indices_kv)
         rotary = None
-        if self.rotary_emb is not None:
-            angles = self.rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        if angles is not None:
             rotary = (
                 angles if indices_q is None else gather_positions(angles, indices_q),
                 angles if indices_kv is None else gather_positions(angles, indices_kv),
@@ -177,3 +173,10 @@ class ConditionalRoutedAttention(nn.Module):
             return add_routed(torch.zeros_like(x) if light is None else light, heavy, indices)
         routed = replace_routed(self.null_q_token.to(heavy.dtype).expand(x.shape), heavy, indices)
         return routed if light is None else light + routed
+
+
+def _angles(rotary: RotaryEmbedding | None, x: Tensor, given: Tensor | None) -> Tensor | None:
+    """Angles of the positions of x (b, n, dim) for a branch with rotary positions."""
+    if rotary is None or given is not None:
+        return None if rotary is None else given
+    return rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from colt5dist.nn.initial import normal_
+
 
 class Embedding(nn.Embedding):
     """`torch.nn.Embedding` whose weight is drawn from a normal distribution of standard deviation `std` inside
@@ -13,4 +15,4 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Draw the initial weight."""
-        nn.init.normal_(self.weight, std=self.std)
+        normal_(self.weight, self.std)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colt5dist.nn.gated_gelu import gated_gelu
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm
 
@@ -41,6 +42,5 @@ class FeedForward(nn.Module):
         """x (..., dim) -> (..., dim)."""
         hidden = self.to_hidden(self.norm(x))
         if self.gated:
-            gate, value = hidden.chunk(2, dim=-1)
-            return self.to_out(F.gelu(gate, approximate="tanh") * value)
+            return self.to_out(gated_gelu(hidden))
         return self.to_out(F.gelu(hidden))

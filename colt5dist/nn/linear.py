@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from colt5dist.nn.initial import normal_
+
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` with the standard deviation of its initial weight as an argument.
@@ -20,6 +22,6 @@ class Linear(nn.Linear):
         if self.std is None:
             super().reset_parameters()
             return
-        nn.init.normal_(self.weight, std=self.std)
+        normal_(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from colt5dist.nn.attend import merge_heads, split_heads
+from colt5dist.nn.attend import merge_heads
 from colt5dist.nn.linear import Linear
-from colt5dist.nn.rotary import apply_rotary
+from colt5dist.nn.rotary import rotated_queries_and_keys
 from colt5dist.ops.local_attention import local_attention
 
 
@@ -35,7 +35,5 @@ class LocalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
         """x (b, n, dim); mask (b, n) bool, True = valid; rotary_angles (n, dim_head) -> (b, n, dim)."""
-        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(self.norm(x)).chunk(3, dim=-1))
-        if rotary_angles is not None:
-            q, k = apply_rotary(q, rotary_angles), apply_rotary(k, rotary_angles)
+        q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)
         return self.to_out(merge_heads(local_attention(q, k, v, radius=self.radius, mask=mask)))

@@ -1,5 +1,7 @@
 """Rotary positions (Su et al., arXiv 2104.09864)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +31,48 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((angles, angles), dim=-1)
 
 
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the opposite rotation: nothing of x is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotate(x, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotate(grads[0], cosine, -sine), None, None
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned_first = torch.addcmul(first * cosine, second, sine, value=-1)
+    turned_second = torch.addcmul(second * cosine, first, sine)
+    return torch.cat((turned_first, turned_second), dim=-1)
+
+
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn x (..., n, dim) by angles (..., n, dim) that broadcast over its leading dimensions; halves are paired.
+    """Turn x (..., dim) by angles (..., dim) that broadcast against it; halves of the last dimension are paired.
 
     The sine and cosine are taken in the angles' type and rounded to that of x, so that x is never widened.
     """
     half = angles[..., : angles.shape[-1] // 2]
-    cosine, sine = half.cos().to(x.dtype), half.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return _Rotation.apply(x, half.cos().to(x.dtype), half.sin().to(x.dtype))
+
+
+def rotated_queries_and_keys(qkv: Tensor, angles: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One projection (b, n, 3 * heads * dim) -> queries, keys, values, each (b, heads, n, dim), the first two rotated.
+
+    angles (n, dim), None for no rotation. The results lie in memory as (b, n, heads, dim).
+    """
+    qkv = qkv.unflatten(-1, (3, num_heads, -1))
+    if angles is None:
+        q, k, v = qkv.unbind(2)
+    else:
+        q, k = apply_rotary(qkv[:, :, :2], angles[:, None, None]).unbind(2)
+        v = qkv[:, :, 2]
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def angle_dtype(x: Tensor) -> torch.dtype:

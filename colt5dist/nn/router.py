@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from colt5dist.nn.routed_tokens import gather_tokens
+from colt5dist.nn.routing_memory import routing_decision
 from colt5dist.nn.routing_tokens import RoutingTokens, cosine_similarity, routing_scores
 from colt5dist.ops.counter_random import counter_uniform
 from colt5dist.ops.select_topk import select_topk
@@ -240,18 +241,19 @@ class CoordinateDescentRouter(nn.Module):
     def _soft_topk(self, scores: Tensor, k: float | Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and mask.dim() < scores.dim():
             mask = mask.unsqueeze(1)
-        return soft_topk(
-            scores,
-            k,
-            mask=None if mask is None else mask.expand_as(scores),
-            eps=self.eps,
-            eps_init=self.eps_init,
-            eps_decay=self.eps_decay,
-            n_iters=self.n_iters,
-            solver=self.solver,
-            implementation=self.implementation,
-            checkpoint_segments=self.checkpoint_segments,
-        )
+        with routing_decision():
+            return soft_topk(
+                scores,
+                k,
+                mask=None if mask is None else mask.expand_as(scores),
+                eps=self.eps,
+                eps_init=self.eps_init,
+                eps_decay=self.eps_decay,
+                n_iters=self.n_iters,
+                solver=self.solver,
+                implementation=self.implementation,
+                checkpoint_segments=self.checkpoint_segments,
+            )
 
     def _blocks(self, scores: Tensor, budget: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """Scores (b, r, n) -> (b, r, blocks, w), mask (b, n) -> (b, 1, blocks, w), and the tokens to pick from each
@@ -271,7 +273,8 @@ class CoordinateDescentRouter(nn.Module):
         blocks, block_mask, num_tokens = self._blocks(scores, budget, mask)
         if block_mask is not None:
             block_mask = block_mask.expand_as(blocks)
-        indices = select_topk(blocks, num_tokens, block_mask)
+        with routing_decision():
+            indices = select_topk(blocks, num_tokens, block_mask)
         first = torch.arange(blocks.shape[-2], device=scores.device) * blocks.shape[-1]
         return (indices + first.unsqueeze(-1)).flatten(2)
 

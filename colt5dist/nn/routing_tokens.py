@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colt5dist.nn.initial import normal_
+
 
 class _WideProduct(torch.autograd.Function):
     """x (t, d) @ weight (r, d)^T for 16-bit arguments on CUDA, summed and returned in float32.
@@ -59,7 +61,7 @@ class RoutingTokens(nn.Module):
     def __init__(self, num_routes: int, dim: int, *, std: float, cosine_sim: bool) -> None:
         super().__init__()
         self.cosine_sim = cosine_sim
-        self.weight = nn.Parameter(torch.randn(num_routes, dim) * std)
+        self.weight = nn.Parameter(normal_(torch.empty(num_routes, dim), std))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, n, dim) -> (b, r, n), float32 (float64 for float64 x)."""

@@ -3,10 +3,10 @@ layer's."""
 
 from torch import Tensor, nn
 
-from colt5dist.nn.attend import attend, merge_heads, split_heads
+from colt5dist.nn.attend import attend, merge_heads
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.rotary import apply_rotary
+from colt5dist.nn.rotary import rotated_queries_and_keys
 
 
 class SelfAttention(nn.Module):
@@ -42,7 +42,5 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
         """x (b, n, dim); mask (b, n) bool, True = valid (not with causal); rotary_angles (n, dim_head) -> (b, n,
         dim)."""
-        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(self.norm(x)).chunk(3, dim=-1))
-        if rotary_angles is not None:
-            q, k = apply_rotary(q, rotary_angles), apply_rotary(k, rotary_angles)
+        q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)
         return self.to_out(merge_heads(attend(q, k, v, mask=mask, causal=self.causal)))

@@ -5,8 +5,8 @@ from torch import nn
 
 from colt5dist.train.config import OptimizerConfig
 
-UNDECAYED = ("norm", "embedding", "rout")
-"""Parameters whose name contains one of these are never decayed, nor are vectors."""
+UNDECAYED = ("norm", "embedding", "rout", "loss.weight")
+"""Parameters whose name contains one of these are never decayed, nor are vectors. `loss.weight` is the output embedding."""
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

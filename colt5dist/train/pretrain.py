@@ -62,17 +62,16 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     hosts = gather_host_names()
     run_directory.open_run_directory(config, ranks, hosts)
     stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
-    try:
+    with run_directory.failures_kept(run_dir, ranks, hosts):
         engine = Engine(config, ranks.world_size, device)
-        state = plan.state
         if plan.resume_from:
             load_checkpoint(plan.resume_from, engine)
         elif plan.init_from:
             load_checkpoint(plan.init_from, engine, weights_only=True)
         meter = Meter(device, hosts, step_flops(config))
-        monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=state.step, num_steps=config.train.steps)
+        monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
         with monitor:
-            for line in (*plan.notes, *length_notes(config.data), *describe(config, ranks, engine, shapes, shards)):
+            for line in (*plan.notes, *length_notes(config.data), *describe(config, ranks, engine, shapes)):
                 monitor.say(line)
             run = Run(
                 config=config,
@@ -80,24 +79,18 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 ranks=ranks,
                 shards=shards,
                 engine=engine,
-                state=state,
+                state=plan.state,
                 monitor=monitor,
                 meter=meter,
                 stop=stop,
             )
             reason = train(run)
+        stop.obeyed("STOP")
         if ranks.is_first:
-            stop.obeyed("STOP")
-            status = "finished" if state.step >= config.train.steps else "stopped"
-            run_directory.write_status(run_dir, status, state.step, reason.value if reason else None)
-            print(summary(run_dir, state.first_held_out_loss, entropy, meter.mean_rate), flush=True)
-    except Exception:
-        path = run_directory.write_failure(run_dir, ranks.rank)
-        print(f"rank {ranks.rank} on {hosts[ranks.rank]} failed; its traceback is in {path}", flush=True)
-        if ranks.is_first:
-            run_directory.write_status(run_dir, "failed", plan.state.step)
-        raise
-    finish_process_group()
+            status = "finished" if plan.is_finished(config) else "stopped"
+            run_directory.write_status(run_dir, status, plan.state.step, reason.value if reason else None)
+            print(summary(run_dir, plan.state.first_held_out_loss, entropy, meter.mean_rate), flush=True)
+        finish_process_group()
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
 
 
@@ -133,9 +126,7 @@ def make_deterministic(config: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def describe(
-    config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, tuple[int, ...]], shards: ShardSet
-) -> list[str]:
+def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """What this start works with, for the first lines of its log."""
     number = sum(num_elements(shape) for shape in shapes.values())
     accumulation = config.gradient_accumulation_steps(ranks.world_size)

@@ -10,7 +10,10 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +27,7 @@ from colt5dist.train.checkpoint import TrainerState, checkpoint_bytes, find_chec
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import config_leaves, config_to_yaml, saved_leaves
 from colt5dist.train.engine import num_elements
+from colt5dist.train.monitor import read_metrics
 from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
 
 MAY_CHANGE = (
@@ -174,13 +178,23 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
     write_whole(run_dir / "status.json", json.dumps(content).encode())
 
 
-def write_failure(run_dir: Path, rank: int) -> Path:
-    """Keep the traceback of the exception that is being handled."""
-    folder = run_dir / "failures"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank_{rank}.txt"
-    write_whole(path, traceback.format_exc().encode())
-    return path
+@contextmanager
+def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[None]:
+    """Around the training: keeps an exception's traceback in `failures/` and says where on stderr, then lets it pass."""
+    try:
+        yield
+    except Exception as error:
+        folder = run_dir / "failures"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"rank_{ranks.rank}.txt"
+        write_whole(path, traceback.format_exc().encode())
+        cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        message = f"rank {ranks.rank} on {hosts[ranks.rank]} failed: {cause}; traceback in {path}"
+        print(message, file=sys.stderr, flush=True)
+        if ranks.is_first:
+            step = max((record["step"] for record in read_metrics(run_dir)), default=0)
+            write_status(run_dir, "failed", step, cause)
+        raise
 
 
 def _newest(path: Path) -> Path:

@@ -20,6 +20,12 @@ def random_text(rng: random.Random, num_bytes: int) -> str:
 
 
 @pytest.fixture(scope="session")
+def make_text() -> Callable[[random.Random, int], str]:
+    """The function random_text."""
+    return random_text
+
+
+@pytest.fixture(scope="session")
 def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
     """A function that writes documents to a new folder and opens it."""
 

@@ -234,8 +234,9 @@ def test_one_small_document_gives_all_objectives(make_shards: Callable[..., Shar
 WORKERS = """
 import os, signal, sys, time
 from colt5dist.data import DataConfig, open_shards, training_batches
-batches = training_batches(open_shards(sys.argv[1]), DataConfig(input_length=96, target_length=40, num_workers=2), seed=1,
-    global_batch_size=2, micro_batch_size=1, rank=0, world_size=1, first_sample=0)
+config = DataConfig(input_length=96, target_length=40, num_workers=2)
+batches = training_batches(open_shards(sys.argv[1]), config, seed=1, global_batch_size=2,
+    micro_batch_size=1, rank=0, world_size=1, first_sample=0)
 next(batches)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.killpg(0, signal.SIGTERM)

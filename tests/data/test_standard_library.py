@@ -58,8 +58,9 @@ def test_documents_hold_all_sources() -> None:
     text = b"".join(sources.values()).decode()
     ours = [document for document in documents if document.splitlines()[0] in set(text.splitlines())]
     assert sorted("".join(ours).splitlines()) == sorted(text.splitlines())
-    assert [len(document) for document in ours[:4]] == pytest.approx([52_000] * 4 + [56_000][:0], abs=13)
-    assert [document[:1] for document in ours] == ["l"] * 4 + ["l", "a", "c", "s"][-3 - (len(ours) == 8) :]
+    # 260,000 characters in four parts; two files of the package, then its third; what is short together
+    assert [document[:1] for document in ours] == ["l"] * 4 + ["a", "c", "s"]
+    assert max(map(len, documents)) <= LARGEST
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_what_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """One line that names the variable to set."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COLT5DIST_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="COLT5DIST_CACHE: .* cannot be written"):
+    with pytest.raises(ConfigError, match=r"COLT5DIST_CACHE: .* cannot be written"):
         ensure_standard_library_shards()
 
 

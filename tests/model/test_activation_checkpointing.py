@@ -111,3 +111,11 @@ def test_nothing_is_recomputed_without_gradients(build, batch):
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="activation_checkpointing"), torch.device("meta"):
         CoLT5(CoLT5Config(), activation_checkpointing="half")
+
+
+def test_backward_twice(build, batch):
+    model = build("full_keep_routing")
+    loss = model(**batch).token_loss.sum()
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -129,7 +129,7 @@ def test_masked_picks_contribute_exactly_nothing(routing):
     out, query, key_value = layer(x, mask=mask, sample_index=torch.arange(B), return_route=True)
     for route in (query, key_value):
         assert (~mask[:2].gather(-1, route.indices[:2, 0])).any(dim=-1).all(), "nothing is tested"
-    light = layer._light(layer.norm(x), mask)
+    light = layer.light_attn(layer.norm(x), mask=mask, rotary_angles=layer.light_rotary_emb(N, dtype=torch.float64))
     assert torch.equal(out[:2][~mask[:2]], light[:2][~mask[:2]])
     other = torch.where(mask.unsqueeze(-1), x, 5 * x + 1)
     assert torch.equal(layer(other, mask=mask, sample_index=torch.arange(B))[mask], out[mask])

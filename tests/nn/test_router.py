@@ -216,7 +216,8 @@ def test_scores_of_16_bit_tokens_on_the_gpu():
     upstream = torch.randn_like(scores)
     scores.backward(upstream)
     expected.backward(upstream.double())
-    torch.testing.assert_close(x.grad.double(), wide_x.grad, rtol=2e-2, atol=2e-2)
+    # two products of up to about 10, rounded to 8 bits before and after they are summed
+    torch.testing.assert_close(x.grad.double(), wide_x.grad, rtol=0, atol=0.08)
     torch.testing.assert_close(module.routing_tokens.weight.grad.double(), wide_weight.grad, rtol=2e-2, atol=0.5)
 
 

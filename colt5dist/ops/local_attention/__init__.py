@@ -4,11 +4,16 @@ import torch
 from torch import Tensor
 
 from colt5dist.ops.local_attention.reference import local_attention_reference
+from colt5dist.ops.local_attention.windows import local_attention_windows
 
 __all__ = ["local_attention"]
 
+_IMPLEMENTATIONS = {"reference": local_attention_reference, "windows": local_attention_windows}
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None = None) -> Tensor:
+
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None = None, implementation: str = "auto"
+) -> Tensor:
     """softmax(q_i . k_j / sqrt(dim)) v_j over the valid j with |i - j| <= radius.
 
     q, k, v (batch, heads, n, dim) of one shape and type, any n >= 1; mask (batch, n) bool, True = valid key, None =
@@ -25,4 +30,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tenso
         raise ValueError(f"radius: {radius}; use 1 or more")
     if mask is not None and (mask.shape != (q.shape[0], q.shape[2]) or mask.dtype != torch.bool):
         raise ValueError(f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool ({q.shape[0]}, {q.shape[2]})")
-    return local_attention_reference(q, k, v, radius=radius, mask=mask)
+    if implementation == "auto":
+        implementation = "windows" if q.is_cuda else "reference"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation: {implementation!r}; use auto, {' or '.join(_IMPLEMENTATIONS)}")
+    return _IMPLEMENTATIONS[implementation](q, k, v, radius=radius, mask=mask)

@@ -1,0 +1,87 @@
+"""A layer's routing decisions, kept from its first run and given back when activation checkpointing runs it again.
+
+The routers enter `routing_decision()` around the operators that decide. PyTorch's own selective checkpointing does the
+same with a Python call for every operator of the layer, which on a GPU takes several times as long as the layer
+itself; here only the deciding operators pass through Python.
+"""
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_thread = threading.local()
+
+
+def _detached(results: Any) -> Any:
+    """The same values, free of the graph that the caller is about to attach."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, results)
+
+
+class _Decisions(TorchDispatchMode):
+    """Sees the operators inside `routing_decision()`; those of this package, below autograd, are the decision."""
+
+    def __init__(self, kept: list[tuple[Any, Any]]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.position = 0
+
+    def decide(self, operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace == "colt5dist":
+            return self.decide(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+class _Record(_Decisions):
+    def decide(self, operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        results = operator(*args, **kwargs)
+        self.kept.append((operator, _detached(results)))
+        return results
+
+
+class _Replay(_Decisions):
+    def decide(self, operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        recorded, results = self.kept[self.position]
+        assert recorded is operator, f"{operator} runs where {recorded} ran first"
+        self.position += 1
+        return _detached(results)
+
+
+class _During:
+    """The decisions of this thread pass through `decisions` inside this context, which may be entered again."""
+
+    def __init__(self, decisions: _Decisions) -> None:
+        self.decisions = decisions
+        self.outer: _Decisions | None = None
+
+    def __enter__(self) -> None:
+        self.outer = getattr(_thread, "decisions", None)
+        self.decisions.position = 0
+        _thread.decisions = self.decisions
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _thread.decisions = self.outer
+
+
+def keep_routing_decisions() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts for the first run of a layer and for every later one, as `torch.utils.checkpoint` takes by
+    `context_fn`."""
+    kept: list[tuple[Any, Any]] = []
+    return _During(_Record(kept)), _During(_Replay(kept))
+
+
+def routing_decision() -> AbstractContextManager:
+    """For a router: the context in which its decision is recorded or given back; otherwise one that does nothing."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    decisions = getattr(_thread, "decisions", None)
+    return nullcontext() if decisions is None else decisions
