@@ -23,6 +23,8 @@ __all__ = [
     "soft_topk",
 ]
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "CoLT5": "colt5dist.model.colt5",
     "CoLT5Config": "colt5dist.model.config",

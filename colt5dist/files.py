@@ -1,1 +1,52 @@
-from colt5dist.data.files import fsync_path, write_whole
+"""Whole files only: temporary name, fsync, rename; and a lock between processes."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def fsync_path(path: Path) -> None:
+    """Bring a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Bring all files and folders below `folder` to the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            fsync_path(Path(parent, name))
+        fsync_path(Path(parent))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for a part of the content."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    fsync_path(path.parent)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, which is made where it is missing and stays.
+
+    Raises:
+        BlockingIOError: another process holds it and `wait` is False, or has just removed the file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise BlockingIOError(f"{path} was removed")
+        yield
+    finally:
+        os.close(descriptor)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from colt5dist.data.files import fsync_tree, write_whole
 from colt5dist.data.manifest import Manifest, TokenizerEntry
 from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 from colt5dist.data.writer import ShardSetWriter
 from colt5dist.errors import ConfigError
+from colt5dist.files import fsync_tree, write_whole
 
 VALIDATION_FOLDER = "validation"
 TOKENIZER_NAME = "tokenizer.json"

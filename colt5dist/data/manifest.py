@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from colt5dist.data.files import write_whole
 from colt5dist.errors import ConfigError
+from colt5dist.files import write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "colt5dist shards"

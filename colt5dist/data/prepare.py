@@ -17,10 +17,10 @@ from typing import Any
 
 from colt5dist.data.corpus import VALIDATION_FOLDER, WAITING_PATTERN, CorpusWriter
 from colt5dist.data.documents import InputFile, Problems, find_inputs, read_items
-from colt5dist.data.files import fsync_path, fsync_tree, locked, write_whole
 from colt5dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
+from colt5dist.files import fsync_path, fsync_tree, locked, write_whole
 
 STATE_NAME = "state.json"
 LOCK_NAME = "lock"

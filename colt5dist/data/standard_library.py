@@ -13,10 +13,10 @@ from pathlib import Path
 from platform import python_version
 
 from colt5dist.data.corpus import CorpusWriter
-from colt5dist.data.files import fsync_path, fsync_tree, locked
 from colt5dist.data.manifest import FORMAT, VERSION
 from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.errors import ConfigError
+from colt5dist.files import fsync_path, fsync_tree, locked
 
 STANDARD_LIBRARY = "python-stdlib"
 """The value of data.shards that stands for these shards."""

@@ -1,12 +1,12 @@
 """The training loop, in one order: read, forward and backward, agree, step, account, evaluate, save, stop."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.profiler import record_function
 
 from colt5dist.data import OBJECTIVE_NAMES, Batch, ShardSet, held_out_batches, training_batches
+from colt5dist.data.loader import TrainingBatches
 from colt5dist.train.checkpoint import TrainerState, save_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, to_device
@@ -80,6 +80,7 @@ def train(run: Run) -> StopReason | None:
             run.monitor.flush()
             save_checkpoint(run.run_dir / "checkpoints", run.engine, state, config.checkpoint.keep_last)
             run.stop.obeyed("SAVE")
+    stream.close()
     return reason
 
 
@@ -169,7 +170,7 @@ def console_line(step: int, num_steps: int, record: Record, slowest: str) -> str
     return " | ".join([*parts, slowest] if slowest else parts)
 
 
-def read_training(run: Run) -> Iterator[list[Batch]]:
+def read_training(run: Run) -> TrainingBatches:
     """This rank's micro-batches, step after step, from where the state stands."""
     return training_batches(
         run.shards,

@@ -6,7 +6,7 @@ from torch import nn
 from colt5dist.train.config import OptimizerConfig
 
 UNDECAYED = ("norm", "embedding", "rout", "loss.weight")
-"""Parameters whose name contains one of these are never decayed, nor are vectors. `loss.weight` is the output embedding."""
+"""Parameters whose name contains one of these are not decayed, nor are vectors; loss.weight: the output embedding."""
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

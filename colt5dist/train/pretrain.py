@@ -13,6 +13,7 @@ from colt5dist.data import (
     open_shards,
     unigram_entropy,
 )
+from colt5dist.data.standard_library import STANDARD_LIBRARY
 from colt5dist.errors import ConfigError
 from colt5dist.train import run_directory
 from colt5dist.train.accounting import step_flops
@@ -31,8 +32,6 @@ from colt5dist.train.runtime import (
 )
 from colt5dist.train.stop import StopReason, StopRequests
 from colt5dist.train.summary import summary
-
-STANDARD_LIBRARY = "python-stdlib"
 
 
 def pretrain(config: RunConfig, ranks: Ranks) -> int:

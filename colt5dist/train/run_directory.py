@@ -15,12 +15,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import colt5dist
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
 from colt5dist.train.checkpoint import TrainerState, checkpoint_bytes, find_checkpoints, model_problems, read_state
@@ -160,11 +161,13 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
 
 def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
     """Versions, devices and size of the world, for the record."""
-    packages = ("colt5dist", "torch", "triton", "deepspeed", "webdataset", "local-attention", "omegaconf", "numpy")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor()]
+    packages = ("torch", "triton", "deepspeed", "webdataset", "local-attention", "omegaconf", "numpy")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [
+        f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    ]
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {"colt5dist": colt5dist.__version__, **{name: _version(name) for name in packages}},
         "commit": _commit(),
         "devices": devices,
         "world_size": ranks.world_size,
@@ -180,7 +183,7 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
 
 @contextmanager
 def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[None]:
-    """Around the training: keeps an exception's traceback in `failures/` and says where on stderr, then lets it pass."""
+    """Around the training: keeps an exception's traceback in `failures/`, says where on stderr, and lets it pass."""
     try:
         yield
     except Exception as error:
@@ -224,6 +227,14 @@ def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
                 f"run_dir, or allow it with resume_allow=[{key}]"
             )
     return found
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package; None for one that is found on the path only."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -15,12 +15,12 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from colt5dist.data.documents import Problems, find_inputs
-from colt5dist.data.files import locked
 from colt5dist.data.manifest import Manifest
 from colt5dist.data.prepare import PrepareConfig, prepare
 from colt5dist.data.shards import open_shards
 from colt5dist.data.stream import TokenReader
 from colt5dist.errors import ConfigError
+from colt5dist.files import locked
 
 
 @pytest.fixture(scope="module")
