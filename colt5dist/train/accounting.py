@@ -1,5 +1,6 @@
 """What a run costs, by formula: parameters, FLOPs, memory; and the peak rate of the devices it runs on."""
 
+import re
 import resource
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ PEAK_BF16_FLOPS = {
     "L4": 121e12,
     "A10": 125e12,
 }
-"""Dense bf16 matrix rate by a part of the device's name, from the vendor's data sheets; the first match counts."""
+"""Dense bf16 matrix rate by words of the device's name, from the vendor's data sheets; the first match counts."""
 
 
 def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: int) -> int:
@@ -64,7 +65,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -83,7 +84,7 @@ class StateMemory:
 
 
 def state_memory(config: RunConfig, num_parameters: int, world_size: int, on_gpu: bool) -> list[StateMemory]:
-    """Memory of the model states on a device at each ZeRO stage, without offload.
+    """Memory of the model states on a device at each ZeRO stage, without offload and communication buckets.
 
     bf16: parameters 2 bytes, gradients 2 while they are made and 4 summed in float32, master and AdamW's moments 12.
     fp32: parameters 4, gradients 4, moments 8, and from stage 1 on a master copy of the device's own share, 4.
@@ -94,14 +95,14 @@ def state_memory(config: RunConfig, num_parameters: int, world_size: int, on_gpu
         totals = {
             0: p * (whole + gradients + accumulated + states / w),  # runs as stage 1
             1: p * (whole + gradients + accumulated + states / w),
-            2: p * (whole + gradients + (accumulated + states) / w),
+            2: p * (whole + (gradients + accumulated + states) / w),
             3: p * (whole + gradients + accumulated + states) / w,
         }
     else:
         totals = {
             0: p * (4 + 4 + 8),
             1: p * (4 + 4 + 12 / w),
-            2: p * (4 + 4 + (4 + 12) / w),
-            3: p * (4 + 4 + 4 + 12) / w,
+            2: p * (4 + (4 + 12) / w),
+            3: p * (4 + 4 + 12) / w,
         }
     return [StateMemory(stage, round(total)) for stage, total in totals.items()]

@@ -11,6 +11,7 @@ Loading reads the slices that overlap what a rank owns now, whatever world size 
 
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -19,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from colt5dist.errors import ConfigError
 from colt5dist.files import fsync_path, write_whole
 from colt5dist.train import fragments
+from colt5dist.train.config import OptimizerConfig
 from colt5dist.train.engine import Engine
+from colt5dist.train.runtime import barrier
 
 FORMAT_VERSION = 1
 COMPLETE = "COMPLETE"
@@ -59,14 +61,15 @@ def is_whole(folder: Path) -> bool:
     """Whether COMPLETE is there and every file has the size that it names."""
     try:
         sizes = json.loads((folder / COMPLETE).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        named = {"index.json", "trainer.json"} <= set(sizes)
+        return named and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def find_checkpoints(root: Path) -> tuple[list[Path], list[Path]]:
-    """Whole checkpoints, oldest first, and folders that are unfinished or damaged."""
-    folders = sorted(p for p in root.glob("step_*") if p.is_dir()) if root.is_dir() else []
+    """Whole checkpoints, oldest first, and folders that are unfinished or damaged. Other names are not looked at."""
+    folders = sorted(p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name)) if root.is_dir() else []
     whole = [p for p in folders if is_whole(p)]
     return whole, [p for p in folders if p not in whole]
 
@@ -95,16 +98,17 @@ def save_checkpoint(root: Path, engine: Engine, state: TrainerState, keep_last: 
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
+    barrier()
     rank_file = temporary / f"rank_{engine.deepspeed.global_rank:05d}.safetensors"
     tensors = {
         f"{f.name}|{f.key}|{f.offset}": f.tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         for f in fragments.owned_fragments(engine)
     }
     save_file(tensors, rank_file, metadata={"shapes": json.dumps(_shapes(engine))})
+    rank_file.chmod(0o666 & ~_umask())  # safetensors lets only the owner read
     fsync_path(rank_file)
     del tensors
-    dist.barrier()
+    barrier()
     if first:
         _write_index(temporary)
         content = {"format_version": FORMAT_VERSION, "state": asdict(state)}
@@ -118,12 +122,14 @@ def save_checkpoint(root: Path, engine: Engine, state: TrainerState, keep_last: 
         write_whole(final / COMPLETE, json.dumps({"step": state.step, "files": sizes}, indent=1).encode())
         for old in find_checkpoints(root)[0][:-keep_last]:
             delete_checkpoint(old)
-    dist.barrier()
+    barrier()
     return final
 
 
 def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False) -> TrainerState:
-    """Fill the engine from a checkpoint, in place, each rank reading only what it needs.
+    """Fill the masters and moments from a checkpoint, in place, each rank reading only what it needs.
+
+    `fragments.refresh_parameters` has to follow, on all ranks, once all have read their part.
 
     Args:
         folder: a whole checkpoint.
@@ -143,13 +149,11 @@ def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False)
             if weights_only and fragment.key != fragments.WEIGHT:
                 continue
             _read_fragment(folder, index, files, fragment)
-    fragments.refresh_parameters(engine)
-    dist.barrier()
     return state
 
 
 def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Differences between the parameters of a checkpoint and those of a model, one line each."""
+    """Differences between the parameters of a checkpoint and those of a model."""
     saved = {name: tuple(e["shape"]) for (name, key), e in read_index(folder).items() if key == fragments.WEIGHT}
     found = [f"{folder}: parameter {name} is missing" for name in shapes if name not in saved]
     found += [f"{folder}: parameter {name} is not in this model" for name in saved if name not in shapes]
@@ -160,13 +164,30 @@ def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str
     ]
     if not found:
         return []
-    more = [f"{folder}: ... and {len(found) - 3} more differences"] if len(found) > 3 else []
-    return [f"{line}; use the model.* of the run that wrote it" for line in found[:3] + more]
+    more = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
+    return [f"{found[0]}{more}; use the model.* of the run that wrote it"]
+
+
+def optimizer_problems(folder: Path, config: OptimizerConfig) -> list[str]:
+    """Whether the checkpoint's optimizer states are those of another optimizer, as one line."""
+    keys = {key for _, key in read_index(folder)} - {fragments.WEIGHT}
+    if not keys or ("exp_avg" in keys) == (config.name == "adamw"):
+        return []
+    return [
+        f"optimizer.name: {config.name} cannot go on from the states of another optimizer in {folder}; set it back, or "
+        "start another run with init_from"
+    ]
 
 
 def checkpoint_bytes(num_parameters: int) -> int:
     """Size of a checkpoint with AdamW's two moments, up to its JSON: three float32 numbers a parameter."""
     return 12 * num_parameters
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove the temporary folders of saves that were interrupted."""
+    for folder in root.glob(".step_*.tmp"):
+        shutil.rmtree(folder)
 
 
 def delete_checkpoint(folder: Path) -> None:
@@ -228,6 +249,13 @@ def _overlaps(parts: Iterable[dict[str, Any]], first: int, last: int) -> Iterato
             yield part, low, high
 
 
+def _umask() -> int:
+    """Permissions that new files do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 class _OpenFiles:
     """The rank files of a checkpoint, opened when first needed."""
 
@@ -245,5 +273,8 @@ class _OpenFiles:
         if name not in self.files:
             if Path(name).name != name:
                 raise ConfigError(f"{self.folder}: index.json names a file outside the folder: {name}; do not use it")
-            self.files[name] = safe_open(self.folder / name, framework="pt").__enter__()
+            try:
+                self.files[name] = safe_open(self.folder / name, framework="pt").__enter__()
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{self.folder / name}: cannot be read ({error}); use another checkpoint") from None
         return self.files[name]

@@ -4,11 +4,13 @@ Each section checks its own fields in `problems`; what concerns several sections
 A message begins with the key, says what is wrong, and ends with the mend.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from colt5dist.data.config import DataConfig
 from colt5dist.model.config import CoLT5Config
+from colt5dist.train.deepspeed_sections import deepspeed_problems
 
 
 @dataclass(kw_only=True)
@@ -55,8 +57,8 @@ class TrainConfig:
                 found.append(f"train.{name}: {getattr(self, name)} is negative; use 0 or more")
         for name in ("max_minutes", "timeout_minutes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append(f"train.{name}: {value} is not positive; use a number of minutes above 0")
+            if value is not None and not 0 < value <= 525_600:
+                found.append(f"train.{name}: {value} is not within a year; use a number of minutes above 0")
         if (
             self.global_batch_size >= 1
             and self.micro_batch_size >= 1
@@ -74,7 +76,8 @@ class OptimizerConfig:
     """The optimizer. Norms, routing vectors and embeddings are never decayed."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    """adamw: any ZeRO stage. adafactor: at zero.stage 0 in fp32 only (ZeRO's flat shards change what it does)."""
+    """adamw: any ZeRO stage. adafactor: at zero.stage 0 in fp32 only (ZeRO's flat shards change what it does); torch's,
+    which takes the smaller of lr and 1 / sqrt(step), and no betas and eps."""
     lr: float = 1e-3
     """Peak learning rate, reached at the end of the warm-up."""
     beta1: float = 0.9
@@ -207,6 +210,10 @@ class ProfileConfig:
         return []
 
 
+SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "profile")
+"""Fields of `RunConfig` that are sections of their own."""
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """Everything that decides a run."""
@@ -235,18 +242,14 @@ class RunConfig:
     def problems(self) -> list[str]:
         """What is wrong with the configuration, one line each; needs no device, no shards and no other process."""
         found = []
-        sections = (
-            self.model,
-            self.data,
-            self.train,
-            self.optimizer,
-            self.schedule,
-            self.zero,
-            self.checkpoint,
-            self.profile,
-        )
-        for section in sections:
+        for title in SECTIONS:
+            section = getattr(self, title)
             found.extend(section.problems())
+            for name, value in vars(section).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    found.append(f"{title}.{name}: {value} is not a finite number; give one")
+        if self.run_dir == "":
+            found.append("run_dir: is empty; name a folder, or null for runs/<name of the config file>")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} is outside [0, 2**32); use for instance 0")
         if not any(line.startswith(("model.", "data.input_length")) for line in found):
@@ -258,6 +261,7 @@ class RunConfig:
                     f"data.input_length: {self.data.input_length} is not a multiple of {multiple}, which "
                     f"model.num_heavy_tokens {self.model.num_heavy_tokens} needs; use {choices}"
                 )
+        found.extend(deepspeed_problems(self.deepspeed))
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(
                 f"optimizer.name: adafactor cannot work on the flat shards of zero.stage {self.zero.stage}; "
@@ -288,4 +292,5 @@ class RunConfig:
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    small = [n for n in range(1, min(math.isqrt(number), 10_000) + 1) if number % n == 0]
+    return ", ".join(str(n) for n in sorted({*small, *(number // n for n in small)}))

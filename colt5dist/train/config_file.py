@@ -32,8 +32,8 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """
     problems: list[str] = []
     tree = OmegaConf.structured(RunConfig)
-    known = set(_leaves(OmegaConf.to_container(tree), ""))
-    settings = [(key, value, str(path)) for key, value in _read_yaml(Path(path))]
+    known = [name for name, _ in _values(OmegaConf.to_container(tree), "")]
+    settings = _read_yaml(Path(path))
     for text in overrides:
         key, separator, _ = text.partition("=")
         if not separator or not key:
@@ -52,10 +52,16 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
-        raise ConfigError("\n".join([*problems, _first_line(error)])) from None
+        problems.append(f"{error.full_key}: {_first_line(error)}; give a value that can be resolved")
+        raise ConfigError("\n".join(problems)) from None
     assert isinstance(config, RunConfig)
     if not problems:
         problems = config.problems()
+        problems += [
+            f"resume_allow: no such key {key}; {_did_you_mean(key, known)}"
+            for key in config.resume_allow
+            if key not in known
+        ]
     if problems:
         raise ConfigError("\n".join(problems))
     if config.run_dir is None:
@@ -75,19 +81,27 @@ def config_leaves(config: RunConfig) -> dict[str, Any]:
 
 
 def saved_leaves(path: Path) -> dict[str, Any]:
-    """The settings of a `config.yaml` that a run has written, by dotted key."""
-    return dict(_values(yaml.safe_load(path.read_text()), ""))
+    """The settings of a `config.yaml` that a run has written, by dotted key.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    return dict(_values(_load_mapping(path), ""))
 
 
-def _read_yaml(path: Path) -> list[tuple[str, Any]]:
+def _read_yaml(path: Path) -> list[tuple[str, Any, str]]:
+    """Settings of a file and of the pieces that it includes: key, value, and the file it stands in."""
     content = _load_mapping(path)
     pieces = content.pop("include", {})
     if not isinstance(pieces, dict):
         raise ConfigError(f"{path}: include must map sections to files; write include: {{model: model/base.yaml}}")
-    settings: list[tuple[str, Any]] = []
-    for section, piece in pieces.items():
-        settings.extend((f"{section}.{key}", value) for key, value in _values(_load_mapping(path.parent / piece), ""))
-    settings.extend(_values(content, ""))
+    settings: list[tuple[str, Any, str]] = []
+    for section, name in pieces.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: include.{section}: {name!r} is not the name of a file; write a path")
+        piece = path.parent / name
+        settings.extend((f"{section}.{key}", value, str(piece)) for key, value in _values(_load_mapping(piece), ""))
+    settings.extend((key, value, str(path)) for key, value in _values(content, ""))
     return settings
 
 
@@ -95,7 +109,7 @@ def _load_mapping(path: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file; name one with --config") from None
+        raise ConfigError(f"{path}: no such configuration file; name one that exists") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file ({error}); name a YAML file") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
@@ -105,9 +119,11 @@ def _load_mapping(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _apply(tree: DictConfig, known: set[str], key: str, value: Any) -> str | None:
+def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | None:
     """Set one leaf; returns what is wrong, if anything."""
     section = key.split(".")[0]
+    if value == "???":
+        return f"{key}: has no value; give one"
     if key not in known and section not in FREE_SECTIONS:
         inside = [name for name in known if name.startswith(f"{key}.")]
         if inside:
@@ -120,7 +136,7 @@ def _apply(tree: DictConfig, known: set[str], key: str, value: Any) -> str | Non
     return None
 
 
-def _did_you_mean(key: str, known: set[str]) -> str:
+def _did_you_mean(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:
         last = {name.rsplit(".", 1)[-1]: name for name in known}
@@ -140,7 +156,3 @@ def _values(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _values(value, f"{name}.")
         else:
             yield name, value
-
-
-def _leaves(content: Any, prefix: str) -> Iterator[str]:
-    return (name for name, _ in _values(content, prefix))

@@ -6,24 +6,6 @@ from omegaconf import OmegaConf
 
 from colt5dist.train.config import RunConfig
 
-KNOWN_SECTIONS = frozenset(
-    "activation_checkpointing aio autotuning bf16 checkpoint comms_logger communication_data_type compile csv_monitor "
-    "data_efficiency data_types disable_allgather dump_state flops_profiler fp16 memory_breakdown "
-    "prescale_gradients gradient_predivide_factor scheduler sparse_attention steps_per_print tensorboard "
-    "torch_autocast use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization wandb comet timers".split()
-)
-"""Top-level keys that `deepspeed:` may hold. DeepSpeed itself ignores unknown ones without a word."""
-
-OWN_SECTIONS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.micro_batch_size",
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "optimizer": "optimizer.name",
-}
-"""Top-level keys of DeepSpeed that have their one place in our configuration."""
-
 
 def uses_bf16(config: RunConfig, on_gpu: bool) -> bool:
     """Whether forward and backward run in bf16."""
@@ -38,17 +20,6 @@ def engine_stage(config: RunConfig, on_gpu: bool) -> int:
     """
     stage = int(config.zero.stage)
     return 1 if stage == 0 and uses_bf16(config, on_gpu) else stage
-
-
-def deepspeed_problems(config: RunConfig) -> list[str]:
-    """What is wrong with the free section `deepspeed`, one line each."""
-    found = []
-    for key in config.deepspeed:
-        if key in OWN_SECTIONS:
-            found.append(f"deepspeed.{key}: has its own key here; set {OWN_SECTIONS[key]} instead")
-        elif key not in KNOWN_SECTIONS:
-            found.append(f"deepspeed.{key}: DeepSpeed 0.19.8 has no such section; see its configuration reference")
-    return found
 
 
 def deepspeed_config(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:

@@ -32,7 +32,6 @@ class Engine:
         self.stage = engine_stage(config, on_gpu)
         self.dtype = torch.bfloat16 if uses_bf16(config, on_gpu) else torch.float32
         self.clipping = config.optimizer.gradient_clipping
-        self.num_skipped_steps = 0
         settings = deepspeed_config(config, world_size, on_gpu)
         torch.manual_seed(config.seed)
         if self.stage == 3:
@@ -96,12 +95,23 @@ class Engine:
             norm = float(self.deepspeed.get_global_grad_norm())
             finite = self.deepspeed.was_step_applied()
         if not finite:
-            self.num_skipped_steps += 1
+            self._drop_summed_gradients()
         return finite, norm
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
         self.deepspeed.train(mode)
+
+    def _drop_summed_gradients(self) -> None:
+        """Forget the gradients of a skipped step.
+
+        DeepSpeed 0.19.8 does so itself, but for offloaded optimizers at stages 1 and 2: there the sums, and with them
+        what is not finite, would go on into every later step.
+        """
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            sums = getattr(self.deepspeed.optimizer, name, {})
+            for group in sums:
+                sums[group] = None
 
     def _clip_whole_gradients(self) -> tuple[bool, float]:
         """Stage 0, where every rank holds the whole gradients: drop those that are not finite, which skips the step."""

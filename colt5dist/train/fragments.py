@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps the float32 weights and the optimizer's moments, as flat fragments of named parameters.
 
 Every ZeRO stage holds the same numbers in other places. This file is the only one that knows them; it touches
-semi-private parts of DeepSpeed 0.19.8 (tests/train/test_fragments.py probes them, run it again at each new version):
+semi-private parts of DeepSpeed 0.19.8 (tests/train/test_zero_stages.py probes them, run it again at each new version):
 
 - stage 0: the parameters themselves and the state of torch's optimizer, whole on every rank;
 - stages 1 and 2: flat partitions (`single_partition_of_fp32_groups`; `fp32_groups_flat_partition` in bf16 at stage 1),

@@ -81,12 +81,13 @@ def train(run: Run) -> StopReason | None:
             save_checkpoint(run.run_dir / "checkpoints", run.engine, state, config.checkpoint.keep_last)
             run.stop.obeyed("SAVE")
     stream.close()
+    profile.close()
     return reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What the one host read of a step brings; equal on all ranks, but for the routing."""
+    """What a step's forward and backward bring; equal on all ranks, but for the routing."""
 
     means: LossMeans
     """Losses of the global batch."""
@@ -101,7 +102,7 @@ class StepOutcome:
 
 
 def run_micro_batches(run: Run, step: int, micro_batches: list[Batch]) -> StepOutcome:
-    """Forward and backward over this rank's micro-batches, then the one host read of the step."""
+    """Forward and backward over this rank's micro-batches, then the host read on which all ranks agree."""
     engine = run.engine
     sums = LossSums(run.objectives, engine.device)
     num_targets = count_target_tokens(micro_batches, engine.device)

@@ -13,14 +13,13 @@ from colt5dist.train.runtime import sum_over_ranks
 class LossSums:
     """Adds up token losses by objective over micro-batches, and then over ranks.
 
-    All numbers live in one float64 tensor on the device, so that a step needs one collective and one host read.
-    Layout: losses by objective, tokens by objective, z-losses, input tokens, bytes of target text, micro-batches with a
-    loss that is not finite.
+    All numbers live in one float64 tensor on the device, so that they need one collective and one host read. Layout:
+    losses by objective, tokens by objective, z-losses, input tokens, bytes of target text.
     """
 
     def __init__(self, objectives: tuple[str, ...], device: torch.device) -> None:
         self.objectives = objectives
-        self._sums = torch.zeros(2 * len(objectives) + 4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2 * len(objectives) + 3, dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, output: CoLT5Output) -> None:
         """Count one micro-batch."""
@@ -34,7 +33,6 @@ class LossSums:
         self._sums[2 * num] += output.z_loss.detach().double().sum()
         self._sums[2 * num + 1] += batch["input_mask"].sum()
         self._sums[2 * num + 2] += batch["target_bytes"].sum()
-        self._sums[2 * num + 3] += (~torch.isfinite(token_loss.sum())).double()
 
     def read(self, extra: Sequence[float] = ()) -> "LossMeans":
         """Add up over ranks, with `extra` numbers of the caller, and read on the host; all ranks get the same."""
@@ -54,8 +52,7 @@ class LossSums:
             input_tokens=int(values[2 * num + 1]),
             target_tokens=int(sum(tokens)),
             target_bytes=int(values[2 * num + 2]),
-            non_finite=int(values[2 * num + 3]),
-            extra=tuple(values[2 * num + 4 :]),
+            extra=tuple(values[2 * num + 3 :]),
         )
 
 
@@ -70,7 +67,6 @@ class LossMeans:
     input_tokens: int
     target_tokens: int
     target_bytes: int
-    non_finite: int
     extra: tuple[float, ...]
 
 

@@ -12,6 +12,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from colt5dist.errors import ConfigError
+from colt5dist.files import write_whole
+
 Record = dict[str, float | int | None]
 
 
@@ -54,9 +57,11 @@ class Monitor:
             self._metrics.close()
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        if self.is_first:
-            (self._progress.console.print if self._progress else print)(text, **({} if self._progress else _FLUSH))
+        """Print a line, as it stands."""
+        if self._progress:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self.is_first:
+            print(text, flush=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -110,26 +115,32 @@ class Monitor:
             self._writer.flush()
 
 
-_FLUSH: dict[str, Any] = {"flush": True}
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a last line that was cut off is left out."""
+    """The records of a run, in order; a last line that was cut off is left out.
+
+    Raises:
+        ConfigError: another line is no record.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
             break
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(
+                f"{path}: line {number} is not a record of a step; mend it, or take the line out"
+            ) from None
+        records.append(record)
     return records
 
 
 def _truncate(path: Path, last_step: int) -> None:
     """Drop the records beyond `last_step` and a line that was cut off."""
     kept = [r for r in read_metrics(path.parent) if r["step"] <= last_step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in kept).encode())

@@ -20,6 +20,7 @@ from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import load_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
+from colt5dist.train.fragments import refresh_parameters
 from colt5dist.train.loop import Run, train
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor
@@ -29,6 +30,7 @@ from colt5dist.train.runtime import (
     finish_process_group,
     gather_host_names,
     initialise_process_group,
+    raise_together,
 )
 from colt5dist.train.stop import StopReason, StopRequests
 from colt5dist.train.summary import summary
@@ -59,14 +61,13 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     make_deterministic(config)
     device = initialise_process_group(ranks, config.train.timeout_minutes)
     hosts = gather_host_names()
+    run_directory.agree_on_start(plan)
     run_directory.open_run_directory(config, ranks, hosts)
     stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
     with run_directory.failures_kept(run_dir, ranks, hosts):
         engine = Engine(config, ranks.world_size, device)
-        if plan.resume_from:
-            load_checkpoint(plan.resume_from, engine)
-        elif plan.init_from:
-            load_checkpoint(plan.init_from, engine, weights_only=True)
+        load_start(plan, engine)
+        run_directory.record_start(run_dir, config, ranks, hosts)
         meter = Meter(device, hosts, step_flops(config))
         monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
         with monitor:
@@ -85,12 +86,32 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
             )
             reason = train(run)
         stop.obeyed("STOP")
+        if plan.is_finished(config):
+            reason = None  # asked for at the last step
         if ranks.is_first:
-            status = "finished" if plan.is_finished(config) else "stopped"
+            status = "stopped" if reason else "finished"
             run_directory.write_status(run_dir, status, plan.state.step, reason.value if reason else None)
             print(summary(run_dir, plan.state.first_held_out_loss, entropy, meter.mean_rate), flush=True)
         finish_process_group()
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
+
+
+def load_start(plan: run_directory.StartPlan, engine: Engine) -> None:
+    """Fill the engine from the checkpoint that the start goes on from, if there is one.
+
+    Raises:
+        ConfigError: on all ranks, if some rank could not read its part.
+    """
+    checkpoint = plan.resume_from or plan.init_from
+    problem = None
+    if checkpoint:
+        try:
+            load_checkpoint(checkpoint, engine, weights_only=plan.resume_from is None)
+        except ConfigError as error:
+            problem = str(error)
+    raise_together(problem)
+    if checkpoint:
+        refresh_parameters(engine)
 
 
 def check_devices(config: RunConfig, ranks: Ranks) -> None:

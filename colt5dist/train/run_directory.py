@@ -24,7 +24,16 @@ import torch
 import colt5dist
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
-from colt5dist.train.checkpoint import TrainerState, checkpoint_bytes, find_checkpoints, model_problems, read_state
+from colt5dist.train.checkpoint import (
+    COMPLETE,
+    TrainerState,
+    checkpoint_bytes,
+    find_checkpoints,
+    model_problems,
+    optimizer_problems,
+    read_state,
+    remove_unfinished,
+)
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import config_leaves, config_to_yaml, saved_leaves
 from colt5dist.train.engine import num_elements
@@ -35,6 +44,8 @@ MAY_CHANGE = (
     "run_dir",
     "resume",
     "resume_allow",
+    "init_from",
+    "data.shards",  # its fingerprint is compared
     "data.num_workers",
     "train.steps",
     "train.micro_batch_size",
@@ -82,6 +93,11 @@ def plan_start(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int,
     run_dir = Path(str(config.run_dir))
     whole, damaged = find_checkpoints(run_dir / "checkpoints")
     notes = [f"passed over {folder}: not whole" for folder in damaged]
+    broken = [folder for folder in damaged if (folder / COMPLETE).exists()]
+    if broken and not whole:
+        raise ConfigError(
+            f"{broken[-1]}: damaged, and no other checkpoint is there; put it back, or move it away to start anew"
+        )
     if config.resume == "never" and ((run_dir / "config.yaml").exists() or whole):
         raise ConfigError(f"run_dir: {run_dir} already holds a run; name another folder, or set resume=auto")
     if config.resume == "must" and not whole:
@@ -90,7 +106,7 @@ def plan_start(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int,
     problems = space_problems(run_dir, needed, config.checkpoint.keep_last + 1 - len(whole))
     if whole:
         problems += _difference_problems(config, run_dir)
-        problems += model_problems(whole[-1], shapes)
+        problems += model_problems(whole[-1], shapes) + optimizer_problems(whole[-1], config.optimizer)
         state = read_state(whole[-1])
         if state.data_fingerprint != fingerprint:
             problems.append(
@@ -107,6 +123,19 @@ def plan_start(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int,
     if problems:
         raise ConfigError("\n".join(problems))
     return StartPlan(None, init_from, TrainerState(data_fingerprint=fingerprint), tuple(notes))
+
+
+def agree_on_start(plan: StartPlan) -> None:
+    """See that all ranks found the same checkpoint; a file system may show the hosts different ones.
+
+    Raises:
+        ConfigError: they did not.
+    """
+    mine = (str(plan.resume_from), str(plan.init_from), plan.state.step)
+    first = broadcast_from_first(mine)
+    raise_together(
+        None if mine == first else f"run_dir: checkpoint {mine[0]} on one host, {first} on rank 0's; start again"
+    )
 
 
 def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) -> list[str]:
@@ -126,7 +155,7 @@ def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) ->
 
 
 def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Path:
-    """Make the folder, see that all hosts see the same one, and write config.yaml and environment.json.
+    """Make the folder, and see that all hosts see the same one.
 
     Raises:
         ConfigError: it cannot be written, or some host sees another folder.
@@ -152,11 +181,16 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
     finally:
         if ranks.is_first:
             mark.unlink()
+    return run_dir
+
+
+def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str]) -> None:
+    """Write config.yaml and environment.json, once nothing can be refused any more; clear what an old start left."""
     if ranks.is_first:
         write_whole(run_dir / "config.yaml", config_to_yaml(config).encode())
         write_whole(run_dir / "environment.json", json.dumps(environment(ranks, hosts), indent=1).encode())
         (run_dir / "status.json").unlink(missing_ok=True)
-    return run_dir
+        remove_unfinished(run_dir / "checkpoints")
 
 
 def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
@@ -186,6 +220,12 @@ def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[Non
     """Around the training: keeps an exception's traceback in `failures/`, says where on stderr, and lets it pass."""
     try:
         yield
+    except ConfigError as error:
+        if ranks.is_first:
+            write_status(run_dir, "failed", _last_step(run_dir), str(error))
+        else:  # rank 0 does not know of it, so nobody else would say it
+            print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
+        raise
     except Exception as error:
         folder = run_dir / "failures"
         folder.mkdir(exist_ok=True)
@@ -195,9 +235,12 @@ def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[Non
         message = f"rank {ranks.rank} on {hosts[ranks.rank]} failed: {cause}; traceback in {path}"
         print(message, file=sys.stderr, flush=True)
         if ranks.is_first:
-            step = max((record["step"] for record in read_metrics(run_dir)), default=0)
-            write_status(run_dir, "failed", step, cause)
+            write_status(run_dir, "failed", _last_step(run_dir), cause)
         raise
+
+
+def _last_step(run_dir: Path) -> int:
+    return max((record["step"] for record in read_metrics(run_dir)), default=0)
 
 
 def _newest(path: Path) -> Path:
@@ -216,7 +259,8 @@ def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return [f"{path}: missing beside checkpoints; put it back, or name another run_dir"]
-    old, new = saved_leaves(path), config_leaves(config)
+    new = config_leaves(config)
+    old = {**config_leaves(RunConfig()), **saved_leaves(path)}  # a key that is newer than the run has its default there
     allowed = (*MAY_CHANGE, *config.resume_allow)
     found = []
     for key in sorted(old.keys() | new.keys()):

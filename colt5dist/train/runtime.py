@@ -57,6 +57,7 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
     import deepspeed
 
     deepspeed.utils.logging.logger.setLevel("WARNING")
+    _silence_memory_report()
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
@@ -80,6 +81,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
@@ -114,6 +120,7 @@ def raise_together(problem: str | None) -> None:
     dist.all_gather_object(problems, problem)
     found = list(dict.fromkeys(p for p in problems if p))
     if found:
+        finish_process_group()
         raise ConfigError("\n".join(found))
 
 
@@ -149,6 +156,13 @@ def _describe_single_process() -> None:
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
+
+
+def _silence_memory_report() -> None:
+    """Keep DeepSpeed's bf16 optimizer from printing the memory it uses, past every log level."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
 
 
 def _skip_shared_memory_op() -> None:

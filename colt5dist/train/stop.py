@@ -13,7 +13,8 @@ from types import FrameType
 
 import psutil
 
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")
+PROGRAMS = {"deepspeed", "torchrun"}
+MODULES = ("deepspeed.launcher", "torch.distributed")
 STOP_AT_ONCE_SECONDS = 3.0
 
 
@@ -44,6 +45,8 @@ class StopRequests:
         self._launchers = _launcher_processes()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else the run was started with nohup
+            signal.signal(signal.SIGHUP, self._handle)
 
     def reason(self) -> StopReason | None:
         """Why this rank wants to stop, if it does."""
@@ -53,7 +56,7 @@ class StopRequests:
             return StopReason.FILE
         if self.deadline is not None and time.monotonic() > self.deadline:
             return StopReason.TIME
-        if any(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in self._launchers):
+        if any(not _is_alive(p) for p in self._launchers):
             return StopReason.LAUNCHER
         return None
 
@@ -79,6 +82,20 @@ def _launcher_processes() -> list[psutil.Process]:
     """The launcher's processes above this one; their death leaves this rank an orphan, which is a request to stop."""
     try:
         ancestors = psutil.Process().parents()[:2]
-        return [p for p in ancestors if any(word in part for part in p.cmdline()[:4] for word in LAUNCHERS)]
+        return [p for p in ancestors if _is_launcher(p.cmdline())]
     except psutil.Error:
         return []
+
+
+def _is_launcher(command: list[str]) -> bool:
+    """Whether a command is `deepspeed`, `torchrun`, or one of their modules run by Python."""
+    programs = {Path(part).name for part in command[:3]}
+    modules = {command[i + 1] for i, part in enumerate(command[:-1]) if part == "-m"}
+    return bool(programs & PROGRAMS) or any(module.startswith(MODULES) for module in modules)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -158,6 +158,63 @@ def test_another_setting_is_refused_and_can_be_allowed(half: Path, run_pretrain:
     run_pretrain(half, *SAME, "optimizer.lr=0.1", "resume_allow=[optimizer.lr]", launcher="python")
 
 
+Main = Callable[[list[str]], int]
+
+
+def refusal(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a start is refused, before any device is touched."""
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_another_optimizer_cannot_be_allowed_and_leaves_the_run_as_it_was(
+    half: Path, pretrain_main: Main, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (half / "config.yaml").read_text()
+    other = ["optimizer.name=adafactor", "zero.stage=0", "resume_allow=[optimizer.name]"]
+    line = refusal(pretrain_main, [*micro_settings, *SAME, f"run_dir={half}", *other], capsys)
+    assert "optimizer.name: adafactor cannot go on from the states of another optimizer" in line
+    assert (half / "config.yaml").read_text() == before
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_for_a_fresh_start(
+    half: Path, pretrain_main: Main, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = half / "checkpoints" / "step_00000004"
+    os.truncate(checkpoint / "rank_00000.safetensors", 100)
+    line = refusal(pretrain_main, [*micro_settings, *SAME, f"run_dir={half}"], capsys)
+    assert str(checkpoint) in line and "damaged" in line
+    assert read_metrics(half)
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    half: Path, pretrain_main: Main, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["model.ff_dim=96", "resume_allow=[model.ff_dim]"]
+    line = refusal(pretrain_main, [*micro_settings, *SAME, f"run_dir={half}", *other], capsys)
+    assert "has shape" in line and "use the model.* of the run that wrote it" in line
+
+
+def test_copies_of_checkpoints_are_left_alone(half: Path, run_pretrain: Pretrain) -> None:
+    copy = half / "checkpoints" / "step_00000004.bak"
+    shutil.copytree(half / "checkpoints" / "step_00000004", copy)
+    leftover = half / "checkpoints" / ".step_00000007.tmp"
+    leftover.mkdir()
+    run_pretrain(half, *SAME, "checkpoint.keep_last=1", "profile.steps=[7,20]", launcher="python")
+    assert (copy / "COMPLETE").exists() and not leftover.exists()
+    assert sorted(p.name for p in (half / "checkpoints").iterdir()) == ["step_00000004.bak", "step_00000008"]
+    assert (half / "profile" / "trace.json").stat().st_size  # what the run did of the window
+
+
+def test_adafactor_goes_on_to_the_bit(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    settings = ("optimizer.name=adafactor", "zero.stage=0")
+    run_pretrain(tmp_path / "four", *settings, launcher="python")
+    run_pretrain(tmp_path / "two", *settings, "train.steps=2", launcher="python")
+    run_pretrain(tmp_path / "two", *settings, launcher="python")
+    assert losses(tmp_path / "two") == losses(tmp_path / "four")
+
+
 def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_pretrain(run_dir, f"init_from={reference[0]}", "train.steps=1", launcher="python")

@@ -13,7 +13,7 @@ import pytest
 
 from colt5dist.train.stop import StopReason, StopRequests
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str,
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         settings = (*micro_settings, "train.micro_batch_size=2", f"train.activation_checkpointing={mode}")
         done = subprocess.run(
-            [*command, str(SCRIPT), str(folder / "out.json"), str(folder), *settings],
+            [*command, str(SCRIPT), str(folder / "out.json"), str(folder), "0123", *settings],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

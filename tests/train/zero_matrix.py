@@ -1,6 +1,6 @@
-"""Trains, saves and loads at every ZeRO stage and prints the losses as JSON; started by test_zero_stages.py.
+"""Trains, saves and loads at ZeRO stages (0123, say) and writes the losses as JSON; started by test_zero_stages.py.
 
-    torchrun --nproc-per-node 2 tests/train/zero_matrix.py OUTPUT FOLDER SETTING...
+    torchrun --nproc-per-node 2 tests/train/zero_matrix.py OUTPUT FOLDER STAGES SETTING...
 
 Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
 """
@@ -18,11 +18,11 @@ from colt5dist.train.checkpoint import TrainerState, load_checkpoint, save_check
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import Engine, to_device
+from colt5dist.train.fragments import refresh_parameters
 from colt5dist.train.losses import LossSums, count_target_tokens
 from colt5dist.train.runtime import finish_process_group, initialise_process_group, ranks_from_environment
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
-STAGES = (0, 1, 2, 3)
 LEARNING_RATE = 0.01
 
 
@@ -68,12 +68,12 @@ def train_step(engine: Engine, config: RunConfig, step: int, *, spoil: bool = Fa
     return loss, norm, applied
 
 
-def main(output: Path, folder: Path, settings: list[str]) -> None:
+def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> None:
     """Run the matrix."""
     ranks = ranks_from_environment()
     device = initialise_process_group(ranks, 5)
     results: dict[str, object] = {}
-    for stage in STAGES:
+    for stage in stages:
         config = load_config(TINY, [*settings, f"zero.stage={stage}"])
         root = folder / f"stage{stage}"
         if not root.exists():
@@ -85,11 +85,12 @@ def main(output: Path, folder: Path, settings: list[str]) -> None:
             save_checkpoint(root, engine, state, keep_last=1)
             steps += [train_step(engine, config, step) for step in (4, 5)]
             results[f"train {stage}"] = [(loss, norm) for loss, norm, _ in steps]
-    for written in STAGES:
-        for stage in STAGES:
+    for written in stages:
+        for stage in stages:
             config = load_config(TINY, [*settings, f"zero.stage={stage}"])
             engine = Engine(config, ranks.world_size, device)
             state = load_checkpoint(step_folder(folder / f"stage{written}", 3), engine)
+            refresh_parameters(engine)
             assert state.optimizer_step == 2
             results[f"load {written} {stage}"] = [train_step(engine, config, step)[:2] for step in (4, 5)]
     dist.barrier()
@@ -99,4 +100,4 @@ def main(output: Path, folder: Path, settings: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [int(stage) for stage in sys.argv[3]], sys.argv[4:])
