@@ -18,7 +18,9 @@ def test_named_files_exist() -> None:
 
 def test_named_keys_exist() -> None:
     table = README.split("## Configuration")[1].split("\n## ")[0]
-    keys = [key for row in re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE) for key in re.findall(r"`(.+?)`", row)]
+    keys = [
+        key for row in re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE) for key in re.findall(r"`(.+?)`", row)
+    ]
     assert len(keys) > 20
     assert [key for key in keys if key not in config_leaves(RunConfig())] == []
 

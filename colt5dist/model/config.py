@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from colt5dist.nn.router import ROUTINGS
+from colt5dist.ops.soft_topk import soft_topk_problems
 
 ENCODERS = ("conditional", "dense")
-ROUTER_SOLVERS = ("coordinate_descent", "newton")
-ROUTER_IMPLEMENTATIONS = ("auto", "reference", "scalar", "triton")
 # smallest share of the input that num_heavy_tokens and its product with heavy_key_value_ratio can name
 MAX_DENOMINATOR = 4096
 
@@ -75,19 +74,17 @@ class CoLT5Config:
         found = []
         positive = (
             "d_model num_encoder_layers num_decoder_layers head_dim num_heads num_light_heads num_heavy_heads "
-            "light_ff_dim heavy_ff_dim ff_dim light_radius router_n_iters"
+            "light_ff_dim heavy_ff_dim ff_dim light_radius"
         )
         for name in positive.split():
             if getattr(self, name) < 1:
                 found.append(f"model.{name}: {getattr(self, name)}; use 1 or more")
-        for name in ("router_eps", "rope_theta", "norm_eps", "initializer_range", "heavy_key_value_ratio"):
+        for name in ("rope_theta", "norm_eps", "initializer_range", "heavy_key_value_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"model.{name}: {getattr(self, name)}; use a number above 0")
         choices = {
             "encoder": ENCODERS,
             "routing": ROUTINGS,
-            "router_solver": ROUTER_SOLVERS,
-            "router_implementation": ROUTER_IMPLEMENTATIONS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -101,10 +98,15 @@ class CoLT5Config:
             )
         if not 1 <= self.fetch_k_ratio < math.inf:
             found.append(f"model.fetch_k_ratio: {self.fetch_k_ratio}; use 1 or more")
-        if not 0 < self.router_eps_decay <= 1:
-            found.append(f"model.router_eps_decay: {self.router_eps_decay}; use a number in (0, 1]")
-        if self.router_eps_init is not None and not 0 < self.router_eps_init < math.inf:
-            found.append(f"model.router_eps_init: {self.router_eps_init}; use null or a number above 0")
+        router_problems = soft_topk_problems(
+            eps=self.router_eps,
+            eps_init=self.router_eps_init,
+            eps_decay=self.router_eps_decay,
+            n_iters=self.router_n_iters,
+            solver=self.router_solver,
+            implementation=self.router_implementation,
+        )
+        found += [f"model.router_{problem}" for problem in router_problems]
         return found + self._budget_problems()
 
     def _budget_problems(self) -> list[str]:
@@ -125,7 +127,7 @@ class CoLT5Config:
         """Shares of the input that are routed as queries, and as keys/values."""
         share = Fraction(self.num_heavy_tokens).limit_denominator(MAX_DENOMINATOR)
         ratio = Fraction(self.heavy_key_value_ratio).limit_denominator(MAX_DENOMINATOR)
-        return share, (share * ratio).limit_denominator(MAX_DENOMINATOR)
+        return share, share * ratio
 
     @property
     def input_multiple(self) -> int:

@@ -13,7 +13,7 @@ from colt5dist.nn.routing_memory import routing_decision
 from colt5dist.nn.routing_tokens import RoutingTokens, cosine_similarity, routing_scores
 from colt5dist.ops.counter_random import counter_uniform
 from colt5dist.ops.select_topk import select_topk
-from colt5dist.ops.soft_topk import soft_topk
+from colt5dist.ops.soft_topk import soft_topk, soft_topk_problems
 
 ROUTINGS = ("learned", "static", "random")
 NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
@@ -93,6 +93,18 @@ class CoordinateDescentRouter(nn.Module):
         super().__init__()
         if fetch_k_ratio < 1:
             raise ValueError(f"fetch_k_ratio: {fetch_k_ratio}; use 1 or more")
+        if problems := soft_topk_problems(
+            eps=eps,
+            eps_init=eps_init,
+            eps_decay=eps_decay,
+            n_iters=n_iters,
+            solver=solver,
+            implementation=implementation,
+            checkpoint_segments=triton_checkpoint_segments,
+        ):
+            raise ValueError("\n".join(problems))
+        if route_block_size is not None and routing == "static":
+            raise ValueError("route_block_size: static routing cuts the sequence itself; leave one of the two out")
         if routing not in ROUTINGS:
             raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTINGS)}")
         self.route_groups = (num_routing_tokens,) if route_groups is None else tuple(route_groups)

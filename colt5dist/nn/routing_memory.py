@@ -2,10 +2,12 @@
 
 The routers enter `routing_decision()` around the operators that decide. PyTorch's own selective checkpointing does the
 same with a Python call for every operator of the layer, which on a GPU takes several times as long as the layer
-itself; here only the deciding operators pass through Python.
+itself; here only the deciding operators pass through Python. The `reference` implementation of the soft top-k is no
+operator of this package, so its scores cannot be kept.
 """
 
 import threading
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -30,8 +32,9 @@ class _Decisions(TorchDispatchMode):
         self.kept = kept
         self.position = 0
 
+    @abstractmethod
     def decide(self, operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """The results of an operator of this package."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.namespace == "colt5dist":

@@ -262,6 +262,12 @@ class RunConfig:
                     f"model.num_heavy_tokens {self.model.num_heavy_tokens} needs; use {choices}"
                 )
         found.extend(deepspeed_problems(self.deepspeed))
+        keeps_routing = self.train.activation_checkpointing == "full_keep_routing"
+        if keeps_routing and self.model.router_implementation == "reference":
+            found.append(
+                "train.activation_checkpointing: full_keep_routing cannot keep the scores of "
+                "model.router_implementation=reference; use full, or another implementation"
+            )
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(
                 f"optimizer.name: adafactor cannot work on the flat shards of zero.stage {self.zero.stage}; "

@@ -150,6 +150,8 @@ def device_problems(config: RunConfig, world_size: int, cuda_devices: int, local
         found.append(
             "optimizer.name: adafactor needs fp32 parameters; set train.precision=fp32 or optimizer.name=adamw"
         )
+    if config.model.router_implementation == "triton" and not cuda_devices:
+        found.append("model.router_implementation: triton needs a GPU; use auto")
     if cuda_devices and local_world_size > cuda_devices:
         found.append(
             f"this host has {cuda_devices} GPUs for {local_world_size} processes; start {cuda_devices} with "

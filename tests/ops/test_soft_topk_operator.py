@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from colt5dist.ops.soft_topk import FORWARD_OPERATORS, soft_topk
+from colt5dist.ops.soft_topk import soft_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = {
@@ -16,6 +16,10 @@ SETTINGS = {
     "newton": {"implementation": "scalar", "solver": "newton"},
     "newton-triton": {"implementation": "triton", "solver": "newton"},
 }
+FORWARD_OPERATORS = [
+    getattr(torch.ops.colt5dist, f"soft_topk_{name}_forward").default
+    for name in ("scalar", "newton", "triton", "newton_triton")
+]
 every_operator = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 

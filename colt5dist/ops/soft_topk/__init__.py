@@ -71,6 +71,7 @@ float64. Scores have to stay below about 1e9 * eps, beyond which a in float64 ca
 """
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -87,16 +88,10 @@ if HAS_TRITON:
     from colt5dist.ops.soft_topk.newton_triton import soft_topk_newton_triton_forward
     from colt5dist.ops.soft_topk.triton import INTERPRETED, soft_topk_triton_forward
 
-__all__ = ["FORWARD_OPERATORS", "IMPLEMENTATIONS", "SOLVERS", "soft_topk", "soft_topk_problems"]
+__all__ = ["IMPLEMENTATIONS", "SOLVERS", "soft_topk", "soft_topk_problems"]
 
 IMPLEMENTATIONS = ("auto", "reference", "scalar", "triton")
 SOLVERS = ("coordinate_descent", "newton")
-
-FORWARD_OPERATORS = tuple(
-    getattr(torch.ops.colt5dist, f"soft_topk_{name}forward").default
-    for name in ("scalar_", "newton_", *(("triton_", "newton_triton_") if HAS_TRITON else ()))
-)
-"""The registered operators that `soft_topk` may call: selective activation checkpointing has to keep their results."""
 
 _SMALLEST_K = 1e-20
 """A tensor k is raised to this: asking whether it is positive would wait for the device."""
@@ -114,9 +109,9 @@ def soft_topk_problems(
 ) -> list[str]:
     """What is wrong with these settings of `soft_topk`, one message each, beginning with the argument's name."""
     problems = []
-    if not eps > 0:
+    if not 0 < eps < math.inf:
         problems.append(f"eps: {eps} is no temperature; use a number above 0")
-    if eps_init is not None and not eps_init > 0:
+    if eps_init is not None and not 0 < eps_init < math.inf:
         problems.append(f"eps_init: {eps_init} is no temperature; use a number above 0, or None for eps")
     if not 0 < eps_decay <= 1:
         problems.append(f"eps_decay: {eps_decay} is outside (0, 1]; use 1 for a constant temperature")
@@ -192,7 +187,7 @@ def soft_topk(
     if isinstance(k, Tensor):
         if not _broadcasts(k.shape, scores.shape[:-1]):
             problems.append(f"k: shape {tuple(k.shape)} for rows {tuple(scores.shape[:-1])}; use the rows' shape")
-    elif not k > 0:
+    elif isinstance(k, bool) or not 0 < k < math.inf:
         problems.append(f"k: {k} is no budget; use a number above 0")
     if problems:
         raise ConfigError("\n".join(problems))
