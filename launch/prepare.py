@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error is said."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{message}; see --help\n")
+        self.exit(2, f"error: {message}; see --help\n")
 
 
 def parse_arguments(arguments: list[str]) -> PrepareConfig:
@@ -69,7 +69,8 @@ def main(arguments: list[str]) -> int:
 
             prepared = prepare(config, report if console.is_terminal else None)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with {config.output}", file=sys.stderr)

@@ -11,10 +11,11 @@ from colt5dist.data.held_out import held_out_batches, unigram_entropy
 from colt5dist.data.loader import training_batches
 from colt5dist.data.objectives import OBJECTIVE_NAMES, length_notes, required_sentinels
 from colt5dist.data.shards import ShardSet, open_shards
-from colt5dist.data.standard_library import ensure_standard_library_shards
+from colt5dist.data.standard_library import STANDARD_LIBRARY, ensure_standard_library_shards
 
 __all__ = [
     "OBJECTIVE_NAMES",
+    "STANDARD_LIBRARY",
     "Batch",
     "DataConfig",
     "ShardSet",

@@ -3,9 +3,9 @@
 A block is a stretch of about `block_tokens` tokens of the set's axis. It ends where a document ends, unless none ends
 near; then a long document goes on in the next block. For an objective that takes L raw tokens, a document (or its
 part in the block) gives consecutive chunks of L tokens from its start; the tails and the documents shorter than L are
-joined in order, with an end token after each, and the result is cut into chunks of L as well. What is left of it,
-less than L tokens a block, is not shown in that epoch; where it lies changes from epoch to epoch. A block that gives
-no whole chunk gives a short one.
+joined in order, with an end token after each (also where a long document goes on in the next block), and the result is
+cut into chunks of L as well. What is left of it, less than L tokens a block, is not shown in that epoch; where it lies
+changes from epoch to epoch. A block that gives no whole chunk gives a short one.
 """
 
 from dataclasses import dataclass

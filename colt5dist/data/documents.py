@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -10,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from colt5dist.data.manifest import FORMAT, MANIFEST_NAME
 from colt5dist.errors import ConfigError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-FOREIGN_SUFFIXES = (".parquet", ".zst", ".tar", ".zip", ".xz", ".bz2", ".pdf")
+FOREIGN_SUFFIXES = (".parquet", ".zst", ".tar", ".tgz", ".zip", ".xz", ".bz2", ".pdf")
+HASHED_BYTES = 1 << 16
 EXAMPLES = 5
 
 
@@ -27,6 +30,16 @@ class InputFile:
     """Path below the folder that all inputs share: the same on every machine."""
     bytes: int
     """Size of the file."""
+
+    @property
+    def content_key(self) -> str:
+        """Hash of name, size, and the first and last 64 KiB: the same on every machine."""
+        digest = hashlib.sha256(os.fsencode(self.name) + b"\0%d\0" % self.bytes)
+        with open(self.path, "rb") as file:
+            digest.update(file.read(HASHED_BYTES))
+            file.seek(max(self.bytes - HASHED_BYTES, 0))
+            digest.update(file.read(HASHED_BYTES))
+        return digest.hexdigest()
 
     @property
     def is_gzip(self) -> bool:
@@ -79,32 +92,52 @@ class Problems:
         for kind, count in self.counts.items():
             places = self.examples.get(kind, [])
             more = ", ..." if count > len(places) else ""
-            lines.append(f"left out, {kind}: {count}" + (f" ({', '.join(places)}{more})" if places else ""))
+            line = f"left out, {kind}: {count}" + (f" ({', '.join(places)}{more})" if places else "")
+            lines.append(line.encode(errors="backslashreplace").decode())  # a file's name need not be UTF-8
         return lines
 
 
-def find_inputs(patterns: Iterable[str]) -> list[InputFile]:
+def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[InputFile]:
     """The files of all glob patterns, each once, in an order that is the same on every machine.
+
+    Folders of shards, and those of `made`, are no input: they may lie among the texts that they are made from.
 
     Raises:
         ConfigError: a pattern matches no file, or a file is of a kind that is not read.
     """
-    paths: set[Path] = set()
+    found: dict[tuple[int, int], Path] = {}
+    made_folders: dict[Path, bool] = {folder.absolute(): True for folder in made}
     for pattern in patterns:
         matches = [Path(match).absolute() for match in glob.glob(pattern, recursive=True)]
-        files = [path for path in matches if path.is_file()]
-        if not files:
-            mend = (
-                f"give its files, as {os.path.join(pattern, '**', '*.txt')}" if matches else "name text or jsonl files"
-            )
+        matches.sort(key=lambda path: (len(path.parts), path))  # of the names of one file the shortest way counts
+        try:
+            files = [path for path in matches if path.is_file()]
+            texts = [path for path in files if not any(_is_made(parent, made_folders) for parent in path.parents)]
+            for path in texts:
+                status = path.stat()
+                found.setdefault((status.st_dev, status.st_ino), path)
+        except OSError as error:
+            raise ConfigError(f"--input: {error.filename} cannot be read ({error.strerror}); mend its rights") from None
+        if not texts:
+            mend = "name text or jsonl files"
+            if matches and all(path.is_dir() for path in matches):
+                mend = f"give its files, as {os.path.join(pattern, '**', '*.txt')}"
             raise ConfigError(f"--input: {pattern!r} matches no file; {mend}")
-        paths.update(files)
-    for path in sorted(paths):
-        if path.suffix in FOREIGN_SUFFIXES:
+    paths = sorted(found.values())
+    for path in paths:
+        if Path(path.name.removesuffix(".gz")).suffix in FOREIGN_SUFFIXES:
             raise ConfigError(f"--input: {path} is a {path.suffix} file; give text or jsonl files, plain or .gz")
     common = os.path.commonpath([path.parent for path in paths])
     inputs = [InputFile(path, path.relative_to(common).as_posix(), path.stat().st_size) for path in paths]
     return sorted(inputs, key=lambda file: file.name)
+
+
+def _is_made(folder: Path, known: dict[Path, bool]) -> bool:
+    """Whether a folder holds shards; `known` keeps the answers."""
+    if folder not in known:
+        manifest = folder / MANIFEST_NAME
+        known[folder] = manifest.is_file() and f'"{FORMAT}"'.encode() in manifest.read_bytes()
+    return known[folder]
 
 
 def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0) -> Iterator[Item]:
@@ -141,6 +174,8 @@ def _decode(content: bytes) -> tuple[str | None, str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None, "not UTF-8"
+    if "\0" in text:
+        return None, "binary"
     return (text, "") if text.strip() else (None, "empty")
 
 

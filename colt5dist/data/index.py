@@ -76,10 +76,6 @@ class Index:
         first = int(self.members["records_end"][member - 1]) if member else 0
         return self.checksums[first : int(self.members["records_end"][member])]
 
-    def document_at(self, position: int) -> int:
-        """Number of the document that holds the token at `position`."""
-        return int(np.searchsorted(self.document_ends, position, side="right"))
-
 
 def _map(path: Path, entry: IndexEntry, dtype: np.dtype) -> NDArray[Any]:
     """Map an index file after its size and checksum are found right."""

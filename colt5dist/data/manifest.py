@@ -95,6 +95,15 @@ class Manifest:
         write_whole(folder / MANIFEST_NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether manifest.json of `folder` is one of ours, whole or not; only its beginning is read."""
+    try:
+        with open(folder / MANIFEST_NAME, "rb") as file:
+            return f'"format": {json.dumps(FORMAT)}'.encode() in file.read(100)
+    except OSError:
+        return False
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`; ConfigError if it is missing, foreign or damaged."""
     path = folder / MANIFEST_NAME

@@ -2,11 +2,13 @@
 
 The shards grow in `OUTPUT.partial`. Now and then everything is brought to the disk and the place in the inputs is
 written to its state file; a new start cuts off what was written later and goes on from there. When all is written,
-the folder gets its final name in one rename. The result depends on the inputs and the settings alone, byte by byte.
+the folder gets its final name in one rename. The result depends on the inputs and the settings alone, byte by byte;
+whether they are those of an earlier start is told by the files' names, sizes, and first and last 64 KiB.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -24,6 +26,7 @@ from colt5dist.files import fsync_path, fsync_tree, locked, write_whole
 
 STATE_NAME = "state.json"
 LOCK_NAME = "lock"
+REPORT_SECONDS = 0.1
 
 
 @dataclass(kw_only=True)
@@ -81,7 +84,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
 
     Args:
         config: what to read and write.
-        report: is called after every document with the bytes of the inputs that are done, all bytes, and the writer.
+        report: called up to ten times a second with the bytes of the inputs that are done, all bytes, and the writer.
 
     Raises:
         ConfigError: the inputs or settings are wrong, or the output folder holds something else.
@@ -89,23 +92,23 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
     tokenizer = JsonTokenizer(config.tokenizer) if config.tokenizer else ByteTokenizer()
-    files = find_inputs(config.input)
     output = config.output.absolute()
+    if not output.name or output.is_mount():
+        raise ConfigError(f"--output: {output} cannot be made by renaming; give a new folder below it")
     partial = output.with_name(output.name + ".partial")
+    files = find_inputs(config.input, made=(partial,))
     job = {
         "tokenizer": tokenizer.fingerprint,
         "files": len(files),
         "bytes": sum(file.bytes for file in files),
-        "names_and_sizes": hashlib.sha256(
-            "".join(f"{file.name}\0{file.bytes}\n" for file in files).encode()
-        ).hexdigest(),
+        "inputs": _inputs_key(files),
         "validation_fraction": config.validation_fraction,
         "text_key": config.text_key,
         "shard_bytes": config.shard_bytes,
     }
     try:
         if not _is_empty(output):
-            return _already_there(output, job)
+            return _already_there(output, job, config.strict)
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial / LOCK_NAME, wait=False):
             if not (partial / MANIFEST_NAME).exists():
@@ -121,11 +124,18 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         raise ConfigError(f"--output: {where} cannot be written ({error.strerror}); mend it and start again") from None
 
 
+def _inputs_key(files: list[InputFile]) -> str:
+    try:
+        return hashlib.sha256("".join(file.content_key for file in files).encode()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--input: {error.filename} cannot be read ({error.strerror}); mend its rights") from None
+
+
 def _is_empty(output: Path) -> bool:
     return not output.exists() or (output.is_dir() and not any(output.iterdir()))
 
 
-def _already_there(output: Path, job: dict[str, Any]) -> Prepared:
+def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
     """The finished work of an earlier start; ConfigError if the folder holds anything else."""
     if not (output / MANIFEST_NAME).exists():
         raise ConfigError(f"--output: {output} exists and holds no shards; give a new folder")
@@ -133,6 +143,8 @@ def _already_there(output: Path, job: dict[str, Any]) -> Prepared:
     if manifest.source.get("job") != job:
         raise ConfigError(f"--output: {output} holds shards of other inputs or settings; give a new folder")
     problems = Problems(counts=manifest.source["left_out"])
+    if strict and problems.counts:
+        raise ConfigError(f"--output: {output} was made without --strict; {'; '.join(problems.lines())}; delete it")
     return Prepared(manifest, read_manifest(output / VALIDATION_FOLDER), problems, was_there=True)
 
 
@@ -160,7 +172,7 @@ def _write_shards(
         state = {"job": job, "place": place, "problems": asdict(problems), "writer": writer.save()}
         write_whole(partial / STATE_NAME, json.dumps(state).encode())
 
-    saved = time.monotonic()
+    saved, reported = time.monotonic(), -math.inf
     bytes_before = sum(file.bytes for file in files[: place["file"]])
     for number, file in enumerate(files[place["file"] :], start=place["file"]):
         for item in read_items(file, text_key=config.text_key, offset=place["offset"], line=place["line"]):
@@ -171,14 +183,17 @@ def _write_shards(
                 problems.add(kind, file, item.line)
                 if config.strict:
                     where = f"{file.path}:{item.line}" if item.line else f"{file.path}"
-                    raise ConfigError(f"{where}: is {kind}; mend the file, or leave out --strict to go on without it")
+                    raise ConfigError(
+                        f"{where}: is {kind}; mend the file and delete {partial}, or leave out --strict to go on"
+                    )
             place = (
                 {"file": number, "offset": item.offset, "line": item.line} if not item.ends_file else _start(number + 1)
             )
             if time.monotonic() - saved >= config.commit_seconds:
                 save()
                 saved = time.monotonic()
-            if report:
+            if report and time.monotonic() - reported >= REPORT_SECONDS:
+                reported = time.monotonic()
                 report(bytes_before + item.file_position, job["bytes"], writer)
         bytes_before += file.bytes
         place = _start(number + 1)

@@ -75,7 +75,13 @@ def read_sources() -> dict[str, bytes]:
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     if not paths:
         raise ConfigError(f"data.shards: {root} holds no sources of Python's standard library; give a folder of shards")
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths)}
+    try:
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths)}
+    except OSError as error:
+        raise ConfigError(
+            f"data.shards: {error.filename} of Python's standard library cannot be read ({error.strerror}); give a "
+            "folder of shards"
+        ) from None
 
 
 def make_documents(sources: dict[str, bytes]) -> Iterator[str]:

@@ -92,6 +92,7 @@ class JsonTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Backend  # late: the byte tokenizer must not need the library
 
         try:
+            self._path = path
             self.content = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(
@@ -129,7 +130,11 @@ class JsonTokenizer(Tokenizer):
         return self.vocab_size - 1
 
     def encode(self, text: str) -> NDArray[np.integer]:
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+        try:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises no narrower kind
+            raise ConfigError(f"{self._path}: cannot encode every text ({error}); mend the tokenizer") from None
+        return np.array(ids, dtype=self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(token) for token in ids if int(token) in self._pieces and int(token) not in self._specials]

@@ -8,7 +8,7 @@ from colt5dist.nn.router import ROUTINGS
 from colt5dist.ops.soft_topk import soft_topk_problems
 
 ENCODERS = ("conditional", "dense")
-# smallest share of the input that num_heavy_tokens and its product with heavy_key_value_ratio can name
+# of the fractions for which num_heavy_tokens and heavy_key_value_ratio stand
 MAX_DENOMINATOR = 4096
 
 
@@ -114,13 +114,16 @@ class CoLT5Config:
             return [f"model.num_heavy_tokens: {self.num_heavy_tokens} is a share of the input; use a number in (0, 1]"]
         if not 0 < self.heavy_key_value_ratio < math.inf:
             return []
-        if self.num_heavy_tokens * self.heavy_key_value_ratio > 1:
-            mend = f"use {1 / self.num_heavy_tokens:g} or less with num_heavy_tokens {self.num_heavy_tokens:g}"
+        query, key_value = self._shares()
+        if query == 0:
+            return [f"model.num_heavy_tokens: {self.num_heavy_tokens} is below 1/{MAX_DENOMINATOR}; use more"]
+        if key_value == 0:
+            return [f"model.heavy_key_value_ratio: {self.heavy_key_value_ratio} is below 1/{MAX_DENOMINATOR}; use more"]
+        if key_value > 1:
+            mend = f"use {float(1 / query):g} or less with num_heavy_tokens {self.num_heavy_tokens:g}"
             return [
                 f"model.heavy_key_value_ratio: {self.heavy_key_value_ratio} routes more keys than there are; {mend}"
             ]
-        if any(share <= 0 for share in self._shares()):
-            return [f"model.num_heavy_tokens: {self.num_heavy_tokens} is below 1/{MAX_DENOMINATOR}; use more"]
         return []
 
     def _shares(self) -> tuple[Fraction, Fraction]:

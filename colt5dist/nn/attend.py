@@ -1,4 +1,4 @@
-"""Softmax attention through PyTorch's fused kernels: the (queries x keys) matrix is never held in memory."""
+"""Softmax attention through PyTorch's fused kernels, which never hold the (queries x keys) matrix in memory."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +10,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     q (b, h, i, dim), k and v (b, h, j, dim); mask (b, j), (b, 1, j) or (b, h, j) bool, True = valid key; causal
     (without a mask): query i sees the keys up to i. Returns (b, h, i, dim). A masked key has weight exactly 0. Where a
     row of the mask has no valid key the output is exactly 0, and so are its gradients.
+
+    On CUDA, flash attention takes no mask: it can serve only without one. With one, PyTorch chooses between its
+    memory-efficient kernel and cuDNN's. Where no fused kernel takes the types and shapes, as for float64, PyTorch
+    falls back to plain products, which do hold the matrix.
     """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

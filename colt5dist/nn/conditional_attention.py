@@ -64,6 +64,10 @@ class ConditionalRoutedAttention(nn.Module):
         super().__init__()
         if heavy_heads % num_routed_kv:
             raise ValueError(f"num_routed_kv: {num_routed_kv} sets cannot share {heavy_heads} heavy heads evenly")
+        if has_light_attn and light_radius is None and light_window_size < 2:
+            raise ValueError(f"light_window_size: {light_window_size} is twice the radius; use 2 or more")
+        if has_light_attn and light_radius is not None and light_radius < 1:
+            raise ValueError(f"light_radius: {light_radius}; use 1 or more")
         self.num_heavy_tokens_q = num_heavy_tokens_q
         self.num_heavy_tokens_kv = num_heavy_tokens_kv
         self.multiply_queries_by_score = multiply_queries_by_score

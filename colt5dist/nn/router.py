@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from colt5dist.nn.routed_tokens import gather_tokens
-from colt5dist.nn.routing_memory import routing_decision
+from colt5dist.nn.routing_memory import keep_value, routing_decision
 from colt5dist.nn.routing_tokens import RoutingTokens, cosine_similarity, routing_scores
 from colt5dist.ops.counter_random import counter_uniform
 from colt5dist.ops.select_topk import select_topk
@@ -91,7 +91,8 @@ class CoordinateDescentRouter(nn.Module):
         random_stream: int = 0,
     ) -> None:
         super().__init__()
-        if fetch_k_ratio < 1:
+        implementation = "triton" if use_triton else implementation
+        if not 1 <= fetch_k_ratio < math.inf:
             raise ValueError(f"fetch_k_ratio: {fetch_k_ratio}; use 1 or more")
         if problems := soft_topk_problems(
             eps=eps,
@@ -123,9 +124,10 @@ class CoordinateDescentRouter(nn.Module):
         self.checkpoint_segments = triton_checkpoint_segments
         self.routing = routing
         self.solver = solver
-        self.implementation = "triton" if use_triton else implementation
+        self.implementation = implementation
         self.random_seed = random_seed
         self.random_stream = random_stream
+        self.takes_routing_tokens = routing == "learned" and learned_routing_tokens
         self.routing_tokens: RoutingTokens | None = None
         if routing == "learned" and not learned_routing_tokens:
             self.routing_tokens = RoutingTokens(num_routing_tokens, dim, std=std, cosine_sim=cosine_sim_routing)
@@ -142,8 +144,8 @@ class CoordinateDescentRouter(nn.Module):
     ) -> RouterReturn:
         """Route `num_tokens` of x (b, n, dim); mask (b, n) bool, True = valid; routing_tokens (b, dim) or (b, r, dim).
 
-        n <= num_tokens: nothing is routed: indices None, scores 1, x and mask as they are (repeated over several
-        routes). random_route: a negative control, picks at random (from PyTorch's default generator) among the
+        num_tokens is 1 or more. n <= num_tokens: nothing is routed: indices None, scores 1, x and mask as they are
+        (repeated over several routes). random_route: a negative control, picks at random (from PyTorch's default generator) among the
         unmasked tokens, scores 1.
         """
         if len(self.route_groups) > 1:
@@ -176,8 +178,10 @@ class CoordinateDescentRouter(nn.Module):
         """One `Route` a group of routes; budgets: tokens to route of x (b, n, dim), one number a group.
 
         x is read once and, where all groups route, one soft top-k serves them all. sample_index (b,) int64: the
-        samples' numbers, needed for routing="random".
+        samples' numbers, needed for routing="random". Raises ValueError where a budget is below 1, the mask does not
+        fit x, or routing_tokens are given to a router that has its own, or none.
         """
+        self._check(x, budgets, mask, routing_tokens)
         length = x.shape[1]
         scores, touch = self._scores(x, routing_tokens, any(budget < length for budget in budgets))
         pick_by, soft = scores, None
@@ -200,6 +204,20 @@ class CoordinateDescentRouter(nn.Module):
             routes.append(self._weigh(x, indices, None if soft is None else soft[:, group], mask, touch))
         return routes
 
+    def _check(self, x: Tensor, budgets: Sequence[int], mask: Tensor | None, routing_tokens: Tensor | None) -> None:
+        """Raise for arguments of `route` that do not fit."""
+        if len(budgets) != len(self.route_groups):
+            raise ValueError(f"budgets: {len(budgets)} for {len(self.route_groups)} groups of routes; use one a group")
+        for budget in budgets:
+            if budget < 1:
+                raise ValueError(f"num_tokens: {budget} tokens to route; use 1 or more")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool {tuple(x.shape[:2])}, as x has it")
+        if self.takes_routing_tokens and routing_tokens is None:
+            raise ValueError("routing_tokens: needed, because the router was built with learned_routing_tokens")
+        if not self.takes_routing_tokens and routing_tokens is not None:
+            raise ValueError("routing_tokens: this router has no use for them; build it with learned_routing_tokens")
+
     def _scores(self, x: Tensor, routing_tokens: Tensor | None, routed: bool) -> tuple[Tensor, Tensor | None]:
         """Raw scores (b, r, n), and a zero that depends on the learned vectors.
 
@@ -209,8 +227,7 @@ class CoordinateDescentRouter(nn.Module):
         if self.routing != "learned":
             return x.new_empty(0), None
         if self.routing_tokens is None:
-            if routing_tokens is None:
-                raise ValueError("routing_tokens: needed, because the router was built with learned_routing_tokens")
+            assert routing_tokens is not None
             if routing_tokens.dim() == 2:
                 routing_tokens = routing_tokens.unsqueeze(1)
             scores = routing_scores(x, routing_tokens)
@@ -254,7 +271,7 @@ class CoordinateDescentRouter(nn.Module):
         if mask is not None and mask.dim() < scores.dim():
             mask = mask.unsqueeze(1)
         with routing_decision():
-            return soft_topk(
+            soft = soft_topk(
                 scores,
                 k,
                 mask=None if mask is None else mask.expand_as(scores),
@@ -266,6 +283,7 @@ class CoordinateDescentRouter(nn.Module):
                 implementation=self.implementation,
                 checkpoint_segments=self.checkpoint_segments,
             )
+        return keep_value(soft) if self.implementation == "reference" else soft
 
     def _blocks(self, scores: Tensor, budget: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """Scores (b, r, n) -> (b, r, blocks, w), mask (b, n) -> (b, 1, blocks, w), and the tokens to pick from each

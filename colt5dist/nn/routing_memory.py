@@ -3,7 +3,7 @@
 The routers enter `routing_decision()` around the operators that decide. PyTorch's own selective checkpointing does the
 same with a Python call for every operator of the layer, which on a GPU takes several times as long as the layer
 itself; here only the deciding operators pass through Python. The `reference` implementation of the soft top-k is no
-operator of this package, so its scores cannot be kept.
+operator of this package: `keep_value` keeps its scores, while their gradient goes through the second run's iterations.
 """
 
 import threading
@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -36,6 +37,10 @@ class _Decisions(TorchDispatchMode):
     def decide(self, operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The results of an operator of this package."""
 
+    @abstractmethod
+    def keep_value(self, result: Tensor) -> Tensor:
+        """`result` with the value of the first run."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.namespace == "colt5dist":
             return self.decide(func, args, kwargs or {})
@@ -48,13 +53,24 @@ class _Record(_Decisions):
         self.kept.append((operator, _detached(results)))
         return results
 
+    def keep_value(self, result: Tensor) -> Tensor:
+        self.kept.append((keep_value, result.detach()))
+        return result
+
 
 class _Replay(_Decisions):
     def decide(self, operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return _detached(self._next(operator))
+
+    def keep_value(self, result: Tensor) -> Tensor:
+        # exactly the kept value: what is added is 0
+        return self._next(keep_value) + (result - result.detach())
+
+    def _next(self, decider: Any) -> Any:
         recorded, results = self.kept[self.position]
-        assert recorded is operator, f"{operator} runs where {recorded} ran first"
+        assert recorded is decider, f"{decider} runs where {recorded} ran first"
         self.position += 1
-        return _detached(results)
+        return results
 
 
 class _During:
@@ -84,7 +100,15 @@ def keep_routing_decisions() -> tuple[AbstractContextManager, AbstractContextMan
 
 def routing_decision() -> AbstractContextManager:
     """For a router: the context in which its decision is recorded or given back; otherwise one that does nothing."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    decisions = getattr(_thread, "decisions", None)
-    return nullcontext() if decisions is None else decisions
+    return _current_decisions() or nullcontext()
+
+
+def keep_value(result: Tensor) -> Tensor:
+    """For a router, whose decision was no operator of this package: `result`, in a later run with the first one's
+    value."""
+    decisions = _current_decisions()
+    return result if decisions is None else decisions.keep_value(result)
+
+
+def _current_decisions() -> _Decisions | None:
+    return None if torch.compiler.is_compiling() else getattr(_thread, "decisions", None)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from colt5dist.data import (
+    STANDARD_LIBRARY,
     ShardSet,
     data_problems,
     ensure_standard_library_shards,
@@ -13,7 +14,6 @@ from colt5dist.data import (
     open_shards,
     unigram_entropy,
 )
-from colt5dist.data.standard_library import STANDARD_LIBRARY
 from colt5dist.errors import ConfigError
 from colt5dist.train import run_directory
 from colt5dist.train.accounting import step_flops

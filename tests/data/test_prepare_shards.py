@@ -282,3 +282,67 @@ def test_inputs_are_listed_once_in_one_order(inputs: Path) -> None:
 def test_problem_lines_without_places() -> None:
     """A finished folder knows how many were left out, but not where."""
     assert Problems(counts={"empty": 3}).lines() == ["left out, empty: 3"]
+
+
+def test_other_text_of_the_same_name_and_size_is_other_work(inputs: Path, tmp_path: Path) -> None:
+    """What a finished folder was made from is told by content, not by names and sizes."""
+    text = tmp_path / "x.txt"
+    text.write_text("a" * 20_000)
+    prepare(config(inputs, tmp_path / "shards", input=[str(text)]))
+    text.write_text("b" * 20_000)
+    with pytest.raises(ConfigError, match="holds shards of other inputs or settings"):
+        prepare(config(inputs, tmp_path / "shards", input=[str(text)]))
+
+
+def test_shards_among_the_inputs_are_no_text(inputs: Path, tmp_path: Path) -> None:
+    """The same command twice, with the output inside the pattern, and the shards of another tokenizer beside it."""
+    (tmp_path / "a.txt").write_text("some text " * 5000)
+    everything = [str(tmp_path / "**" / "*")]
+    one = prepare(config(inputs, tmp_path / "one", input=everything))
+    assert prepare(config(inputs, tmp_path / "one", input=everything)).was_there
+    two = prepare(config(inputs, tmp_path / "two", input=everything))
+    assert two.manifest.documents == one.manifest.documents and two.manifest.tokens == one.manifest.tokens
+
+
+def test_links_and_archives(inputs: Path, tmp_path: Path) -> None:
+    """A link that leads back does not double a file; an archive is refused; zeros mean a binary file."""
+    (tmp_path / "a.txt").write_text("some text " * 5000)
+    (tmp_path / "zeros.txt").write_text("some\0text")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    files = find_inputs([str(tmp_path / "**" / "*.txt")])
+    assert [file.name for file in files] == ["a.txt", "zeros.txt"]
+    done = prepare(config(inputs, tmp_path / "shards", input=[str(tmp_path / "*.txt")]))
+    assert done.problems.counts == {"binary": 1}
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"a\.tar\.gz is a"):
+        find_inputs([str(tmp_path / "*.gz")])
+
+
+def test_a_name_that_is_not_utf_8(inputs: Path, tmp_path: Path) -> None:
+    """It is read, and printed where something is wrong with it."""
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    for name, content in ((b"caf\xe9.txt", b"some text " * 5000), (b"bad\xe9.txt", b"\xff")):
+        Path(os.fsdecode(os.path.join(folder, name))).write_bytes(content)
+    done = prepare(config(inputs, tmp_path / "shards", input=[str(tmp_path / "in" / "*.txt")]))
+    assert done.problems.counts == {"not UTF-8": 1}
+    assert r"bad\udce9.txt" in done.problems.lines()[0]
+
+
+def test_a_tokenizer_that_cannot_encode_is_named(inputs: Path, tmp_path: Path) -> None:
+    """A WordLevel model without an unknown token raises at the first word it does not know."""
+    path = tmp_path / "words.json"
+    tokenizers.Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]")).save(str(path))
+    with pytest.raises(ConfigError, match=r"words\.json: cannot encode every text"):
+        prepare(config(inputs, tmp_path / "shards", tokenizer=path))
+
+
+def test_strict_is_not_answered_by_a_folder_that_left_documents_out(inputs: Path, tmp_path: Path) -> None:
+    prepare(config(inputs, tmp_path / "shards"))
+    with pytest.raises(ConfigError, match="was made without --strict; left out"):
+        prepare(config(inputs, tmp_path / "shards", strict=True))
+
+
+def test_output_that_cannot_be_renamed_to(inputs: Path) -> None:
+    with pytest.raises(ConfigError, match="--output: / cannot be made"):
+        prepare(config(inputs, Path("/")))

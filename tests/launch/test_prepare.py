@@ -51,4 +51,4 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[st
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
     done = call(*(argument.format(tmp_path) for argument in arguments))
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(message.format(tmp_path)) and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: " + message.format(tmp_path)) and done.stderr.count("\n") == 1
