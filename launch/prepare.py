@@ -4,6 +4,7 @@ Can be stopped at any moment and started again with the same command.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def parse_arguments(arguments: list[str]) -> PrepareConfig:
 def main(arguments: list[str]) -> int:
     """Prepare the shards and say what they hold; the exit status."""
     config = parse_arguments(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be UTF-8
     console = Console(stderr=True)
     columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}% {task.description}"), TimeRemainingColumn())
     try:

@@ -3,9 +3,9 @@
 A block is a stretch of about `block_tokens` tokens of the set's axis. It ends where a document ends, unless none ends
 near; then a long document goes on in the next block. For an objective that takes L raw tokens, a document (or its
 part in the block) gives consecutive chunks of L tokens from its start; the tails and the documents shorter than L are
-joined in order, with an end token after each (also where a long document goes on in the next block), and the result is
-cut into chunks of L as well. What is left of it, less than L tokens a block, is not shown in that epoch; where it lies
-changes from epoch to epoch. A block that gives no whole chunk gives a short one.
+joined in order, with an end token after each that does not go on in the next block, and the result is cut into chunks
+of L as well. What is left of it, less than L tokens a block, is not shown in that epoch; where it lies changes from
+epoch to epoch. A block that gives no whole chunk gives a short one.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,13 @@ class Chunk:
 class BlockLayout:
     """The chunks of one block for one raw length."""
 
-    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], raw_tokens: int) -> None:
-        """Lay out the parts of documents that begin at `starts` and have `lengths` tokens."""
+    def __init__(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64], raw_tokens: int, *, last_goes_on: bool
+    ) -> None:
+        """Lay out the parts of documents that begin at `starts` and have `lengths` tokens.
+
+        The document of the last part goes on in the next block if `last_goes_on`; the others end with their parts.
+        """
         self._raw_tokens = raw_tokens
         self._starts = starts
         whole = lengths // raw_tokens
@@ -45,7 +50,10 @@ class BlockLayout:
         tails = lengths - whole * raw_tokens
         kept = tails > 0
         self._tail_starts = (starts + whole * raw_tokens)[kept]
-        self._tail_ends = np.cumsum(tails[kept] + 1)  # in the joined text; one more for the end token
+        self._end_tokens = kept[kept].astype(np.int64)  # after each tail
+        if last_goes_on and kept[-1]:
+            self._end_tokens[-1] = 0
+        self._tail_ends = np.cumsum(tails[kept] + self._end_tokens)  # in the joined text
         self._num_whole = int(whole.sum())
         self._joined_tokens = int(self._tail_ends[-1]) if len(self._tail_ends) else 0
         self.num_chunks = max(self._num_whole + self._joined_tokens // raw_tokens, min(1, len(lengths)))
@@ -71,7 +79,9 @@ class BlockLayout:
         begins = np.concatenate(([int(self._tail_ends[first - 1]) if first else 0], ends[:-1]))
         # from places in the joined text to places on the axis
         shift = self._tail_starts[first : last + 1] - begins
-        return Chunk(np.maximum(begins, begin) + shift, np.minimum(ends - 1, end) + shift, ends <= end)
+        end_tokens = self._end_tokens[first : last + 1]
+        stops = np.minimum(ends - end_tokens, end) + shift
+        return Chunk(np.maximum(begins, begin) + shift, stops, (ends <= end) & (end_tokens > 0))
 
 
 class Blocks:
@@ -97,6 +107,8 @@ class Blocks:
         self._raw_lengths = raw_lengths
         self._min_document_tokens = min_document_tokens
         self.bounds = _cut(document_ends, block_tokens)
+        # whether the last document of each block goes on in the next
+        self._goes_on = document_ends[np.searchsorted(document_ends, self.bounds[1:], side="left")] != self.bounds[1:]
         self.counts = self._count()
 
     @property
@@ -107,7 +119,12 @@ class Blocks:
     def layout(self, block: int, objective: int) -> BlockLayout:
         """The chunks of one block for the raw length of one objective."""
         starts, stops, kept = self._parts(block, block + 1)
-        return BlockLayout(starts[kept], (stops - starts)[kept], self._raw_lengths[objective])
+        return BlockLayout(
+            starts[kept],
+            (stops - starts)[kept],
+            self._raw_lengths[objective],
+            last_goes_on=bool(self._goes_on[block] and kept[-1]),
+        )
 
     def _parts(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """Starts and stops of the documents' parts in blocks first..last-1, and which of them are not left out."""
@@ -137,11 +154,13 @@ class Blocks:
             # 32 bits hold a part and divide faster
             lengths = np.where(kept, stops - starts, 0).astype(np.uint32)
             block_starts = np.searchsorted(starts, self.bounds[first:last], side="left")
+            last_parts = np.append(block_starts[1:], len(starts)) - 1
             any_kept = np.logical_or.reduceat(kept, block_starts)
             for objective, raw_tokens in enumerate(self._raw_lengths):
                 whole = lengths // np.uint32(raw_tokens)
                 tails = lengths - whole * np.uint32(raw_tokens)
                 joined = np.add.reduceat(tails + (tails > 0), block_starts, dtype=np.int64)
+                joined -= self._goes_on[first:last] & (tails[last_parts] > 0)
                 total = np.add.reduceat(whole, block_starts, dtype=np.int64) + joined // raw_tokens
                 counts[first:last, objective] = np.maximum(total, any_kept)
         return counts

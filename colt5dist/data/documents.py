@@ -5,13 +5,15 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from colt5dist.data.manifest import FORMAT, MANIFEST_NAME
+from colt5dist.data.manifest import holds_shards
 from colt5dist.errors import ConfigError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -103,41 +105,59 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[Inpu
     Folders of shards, and those of `made`, are no input: they may lie among the texts that they are made from.
 
     Raises:
-        ConfigError: a pattern matches no file, or a file is of a kind that is not read.
+        ConfigError: a pattern matches no file, or a file cannot be reached or is of a kind that is not read.
     """
-    found: dict[tuple[int, int], Path] = {}
-    made_folders: dict[Path, bool] = {folder.absolute(): True for folder in made}
+    made_folders = {Path(os.path.realpath(folder)) for folder in made}
+
+    @cache
+    def is_made(folder: Path) -> bool:
+        folder = Path(os.path.realpath(folder))
+        return folder in made_folders or holds_shards(folder) or (folder != folder.parent and is_made(folder.parent))
+
+    found: dict[tuple[int, int], tuple[Path, int]] = {}
     for pattern in patterns:
-        matches = [Path(match).absolute() for match in glob.glob(pattern, recursive=True)]
-        matches.sort(key=lambda path: (len(path.parts), path))  # of the names of one file the shortest way counts
-        try:
-            files = [path for path in matches if path.is_file()]
-            texts = [path for path in files if not any(_is_made(parent, made_folders) for parent in path.parents)]
-            for path in texts:
-                status = path.stat()
-                found.setdefault((status.st_dev, status.st_ino), path)
-        except OSError as error:
-            raise ConfigError(f"--input: {error.filename} cannot be read ({error.strerror}); mend its rights") from None
+        matches = {Path(match).absolute(): _status(match) for match in glob.glob(pattern, recursive=True)}
+        files = {path: status for path, status in matches.items() if status and stat.S_ISREG(status.st_mode)}
+        texts = {path: status for path, status in files.items() if not is_made(path.parent)}
         if not texts:
-            mend = "name text or jsonl files"
-            if matches and all(path.is_dir() for path in matches):
-                mend = f"give its files, as {os.path.join(pattern, '**', '*.txt')}"
-            raise ConfigError(f"--input: {pattern!r} matches no file; {mend}")
-    paths = sorted(found.values())
-    for path in paths:
-        if Path(path.name.removesuffix(".gz")).suffix in FOREIGN_SUFFIXES:
-            raise ConfigError(f"--input: {path} is a {path.suffix} file; give text or jsonl files, plain or .gz")
-    common = os.path.commonpath([path.parent for path in paths])
-    inputs = [InputFile(path, path.relative_to(common).as_posix(), path.stat().st_size) for path in paths]
+            raise ConfigError(f"--input: {pattern!r} {_why_no_text(pattern, matches, files)}")
+        # of the names of one file the shortest way counts
+        for path in sorted(texts, key=lambda path: (len(path.parts), path)):
+            status = texts[path]
+            found.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
+    for path, _ in sorted(found.values()):
+        kind = Path(path.name.lower().removesuffix(".gz")).suffix
+        if kind in FOREIGN_SUFFIXES:
+            raise ConfigError(f"--input: {path} is a {kind} file; give text or jsonl files, plain or .gz")
+    common = os.path.commonpath([path.parent for path, _ in found.values()])
+    inputs = [InputFile(path, path.relative_to(common).as_posix(), size) for path, size in found.values()]
     return sorted(inputs, key=lambda file: file.name)
 
 
-def _is_made(folder: Path, known: dict[Path, bool]) -> bool:
-    """Whether a folder holds shards; `known` keeps the answers."""
-    if folder not in known:
-        manifest = folder / MANIFEST_NAME
-        known[folder] = manifest.is_file() and f'"{FORMAT}"'.encode() in manifest.read_bytes()
-    return known[folder]
+Statuses = Mapping[Path, os.stat_result | None]
+
+
+def _status(path: str) -> os.stat_result | None:
+    """What a path is; None for a link that leads nowhere, or a file that was just removed."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"--input: {path} cannot be read ({error.strerror}); mend its rights") from None
+
+
+def _why_no_text(pattern: str, matches: Statuses, files: Statuses) -> str:
+    """What is wrong with a pattern that gives no text, and the mend."""
+    if not pattern:
+        return "is an empty pattern; name text or jsonl files"
+    if files:
+        return "matches only shards; name the text that they were made from"
+    kinds = {path: status.st_mode for path, status in matches.items() if status}
+    if pipes := [path for path, mode in kinds.items() if not stat.S_ISDIR(mode)]:
+        return f"matches no file, {pipes[0]} is a pipe or device; write what it gives to a file and name that"
+    mend = f"give its files, as {os.path.join(pattern, '**', '*.txt')}" if kinds else "name text or jsonl files"
+    return f"matches no file; {mend}"
 
 
 def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0) -> Iterator[Item]:

@@ -59,6 +59,10 @@ class PrepareConfig:
             )
         if self.shard_bytes < 1 << 20:
             problems.append(f"--shard-bytes: {self.shard_bytes} is too small; give 1048576 or more")
+        try:
+            self.text_key.encode()
+        except UnicodeEncodeError:  # from bytes on the command line that are none
+            problems.append(f"--text-key: {self.text_key!r} is not UTF-8; give the key as it stands in the files")
         return problems
 
 
@@ -92,8 +96,9 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
     tokenizer = JsonTokenizer(config.tokenizer) if config.tokenizer else ByteTokenizer()
-    output = config.output.absolute()
-    if not output.name or output.is_mount():
+    # without links: a link could not be replaced by the finished folder
+    output = Path(os.path.realpath(config.output))
+    if output.is_mount():
         raise ConfigError(f"--output: {output} cannot be made by renaming; give a new folder below it")
     partial = output.with_name(output.name + ".partial")
     files = find_inputs(config.input, made=(partial,))
@@ -109,11 +114,13 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
     try:
         if not _is_empty(output):
             return _already_there(output, job, config.strict)
+        if not _is_empty(partial) and not any((partial / name).exists() for name in (LOCK_NAME, MANIFEST_NAME)):
+            raise ConfigError(f"--output: {partial} is needed, and holds something else; move it, or give a new folder")
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial / LOCK_NAME, wait=False):
             if not (partial / MANIFEST_NAME).exists():
                 _write_shards(config, job, tokenizer, files, partial, report)
-            problems_found = _publish(partial, output, job)
+            problems_found = _publish(partial, output, job, config.strict)
             return Prepared(
                 read_manifest(output), read_manifest(output / VALIDATION_FOLDER), problems_found, was_there=False
             )
@@ -143,9 +150,17 @@ def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
     if manifest.source.get("job") != job:
         raise ConfigError(f"--output: {output} holds shards of other inputs or settings; give a new folder")
     problems = Problems(counts=manifest.source["left_out"])
-    if strict and problems.counts:
-        raise ConfigError(f"--output: {output} was made without --strict; {'; '.join(problems.lines())}; delete it")
+    _check_strict(strict, problems, output)
     return Prepared(manifest, read_manifest(output / VALIDATION_FOLDER), problems, was_there=True)
+
+
+def _check_strict(strict: bool, problems: Problems, folder: Path) -> None:
+    """ConfigError if an earlier start without --strict left documents out."""
+    if strict and problems.counts:
+        raise ConfigError(
+            f"--output: {folder} was made without --strict; {'; '.join(problems.lines())}; mend the files and delete "
+            "it, or leave out --strict"
+        )
 
 
 def _write_shards(
@@ -160,6 +175,9 @@ def _write_shards(
     state = _read_state(partial, job)
     place = state["place"] if state else _start(0)
     problems = Problems(**state["problems"]) if state else Problems()
+    _check_strict(config.strict, problems, partial)
+    if not state:
+        _clear(partial)  # shards of an earlier start that saved no state; they may be of other inputs
     writer = CorpusWriter(
         partial,
         tokenizer,
@@ -198,11 +216,30 @@ def _write_shards(
         bytes_before += file.bytes
         place = _start(number + 1)
     if not writer.num_documents:
-        shutil.rmtree(partial)  # there is nothing in it to go on from
+        _remove(partial)
         left_out = "".join(f"; {line}" for line in problems.lines())
         raise ConfigError(f"--input: {len(files)} files hold no document{left_out}; name files with text in them")
     save()
-    writer.close({"job": job, "left_out": problems.counts, "document_lengths": writer.length_counts})
+    try:
+        writer.close({"job": job, "left_out": problems.counts, "document_lengths": writer.length_counts})
+    except ConfigError:
+        _remove(partial)
+        raise
+
+
+def _clear(partial: Path) -> None:
+    """Remove what an earlier start wrote; the lock is held and stays."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_NAME:
+            path.unlink()
+
+
+def _remove(partial: Path) -> None:
+    """Remove a folder in which there is nothing to go on from, the lock last: it tells that the folder is ours."""
+    _clear(partial)
+    shutil.rmtree(partial)
 
 
 def _start(file: int) -> dict[str, int]:
@@ -223,12 +260,14 @@ def _read_state(partial: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def _publish(partial: Path, output: Path, job: dict[str, Any]) -> Problems:
+def _publish(partial: Path, output: Path, job: dict[str, Any], strict: bool) -> Problems:
     """Give the finished folder its name; returns what was left out."""
     state = _read_state(partial, job)
     manifest = read_manifest(partial)
     if manifest.source["job"] != job:
         raise ConfigError(f"--output: {partial} was made from other inputs or settings; delete it")
+    problems = Problems(**state["problems"]) if state else Problems(counts=manifest.source["left_out"])
+    _check_strict(strict, problems, partial)
     for name in (STATE_NAME, LOCK_NAME):
         (partial / name).unlink(missing_ok=True)
     for leftover in (*partial.glob(WAITING_PATTERN), *partial.glob("**/*.tmp")):
@@ -236,7 +275,7 @@ def _publish(partial: Path, output: Path, job: dict[str, Any]) -> Problems:
     fsync_tree(partial)
     os.rename(partial, output)
     fsync_path(output.parent)
-    return Problems(**state["problems"]) if state else Problems(counts=manifest.source["left_out"])
+    return problems
 
 
 def summary_lines(prepared: Prepared) -> list[str]:

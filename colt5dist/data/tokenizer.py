@@ -36,7 +36,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> NDArray[np.integer]:
-        """Ids of a text, (tokens,), without special tokens: a special token's name in the text is ordinary text."""
+        """Ids of a text, (tokens,), without special tokens: a special token's name in the text is ordinary text.
+
+        Raises:
+            ConfigError: the tokenizer has no ids for something in the text.
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -91,8 +95,8 @@ class JsonTokenizer(Tokenizer):
         """Read the file; ConfigError if it is missing or is not a tokenizer."""
         from tokenizers import Tokenizer as Backend  # late: the byte tokenizer must not need the library
 
+        self._path = path
         try:
-            self._path = path
             self.content = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(
@@ -133,7 +137,11 @@ class JsonTokenizer(Tokenizer):
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises no narrower kind
-            raise ConfigError(f"{self._path}: cannot encode every text ({error}); mend the tokenizer") from None
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{self._path}: cannot encode every text ({reason}); give its vocabulary an unknown token, or take "
+                "another tokenizer"
+            ) from None
         return np.array(ids, dtype=self.dtype)
 
     def decode(self, ids: Iterable[int]) -> str:

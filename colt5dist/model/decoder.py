@@ -1,16 +1,13 @@
 """The decoder: T5.1.1's, with multi-query cross-attention."""
 
-import math
-
 from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import run_layer
 from colt5dist.model.config import CoLT5Config
-from colt5dist.nn.feed_forward import FeedForward
+from colt5dist.model.dense_layer import dense_feed_forward, dense_self_attention, weight_settings
 from colt5dist.nn.multi_query_attention import MultiQueryAttention
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
-from colt5dist.nn.self_attention import SelfAttention
 
 
 class DecoderLayer(nn.Module):
@@ -18,34 +15,15 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: CoLT5Config) -> None:
         super().__init__()
-        output_std = config.initializer_range / math.sqrt(2 * config.num_decoder_layers)
-        self.self_attention = SelfAttention(
-            config.d_model,
-            config.head_dim,
-            config.num_heads,
-            prenorm=True,
-            causal=True,
-            norm_eps=config.norm_eps,
-            std=config.initializer_range,
-            output_std=output_std,
-        )
+        num_layers = config.num_decoder_layers
+        self.self_attention = dense_self_attention(config, num_layers, causal=True)
         self.cross_attention = MultiQueryAttention(
             config.d_model,
             dim_head=config.head_dim,
             heads=config.num_heads,
-            norm_eps=config.norm_eps,
-            std=config.initializer_range,
-            output_std=output_std,
+            **weight_settings(config, num_layers),
         )
-        self.feed_forward = FeedForward(
-            config.d_model,
-            hidden_dim=config.ff_dim,
-            gated=True,
-            bias=False,
-            norm_eps=config.norm_eps,
-            std=config.initializer_range,
-            output_std=output_std,
-        )
+        self.feed_forward = dense_feed_forward(config, num_layers)
 
     def forward(self, x: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
         """x (b, t, d_model), encoder_states (b, n, d_model), encoder_mask (b, n) bool, rotary_angles (t, head_dim)."""

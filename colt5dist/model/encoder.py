@@ -1,6 +1,5 @@
 """The encoders: CoLT5's conditional one, and T5's dense one as its baseline."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,14 +7,13 @@ from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import run_layer
 from colt5dist.model.config import CoLT5Config
+from colt5dist.model.dense_layer import dense_feed_forward, dense_self_attention, weight_settings
 from colt5dist.model.routing_statistics import LayerRouting, RoutedTokens
 from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
-from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
 from colt5dist.nn.router import Route
-from colt5dist.nn.self_attention import SelfAttention
 
 
 class ConditionalEncoderLayer(nn.Module):
@@ -42,11 +40,7 @@ class ConditionalEncoderLayer(nn.Module):
             "std": config.d_model**-0.5,
             "random_seed": seed,
         }
-        weights: dict[str, Any] = {
-            "norm_eps": config.norm_eps,
-            "std": config.initializer_range,
-            "output_std": config.initializer_range / math.sqrt(2 * config.num_encoder_layers),
-        }
+        weights = weight_settings(config, config.num_encoder_layers)
         # a layer's three routers draw from three streams
         self.attention = ConditionalRoutedAttention(
             config.d_model,
@@ -129,25 +123,8 @@ class DenseEncoderLayer(nn.Module):
 
     def __init__(self, config: CoLT5Config) -> None:
         super().__init__()
-        output_std = config.initializer_range / math.sqrt(2 * config.num_encoder_layers)
-        self.attention = SelfAttention(
-            config.d_model,
-            config.head_dim,
-            config.num_heads,
-            prenorm=True,
-            norm_eps=config.norm_eps,
-            std=config.initializer_range,
-            output_std=output_std,
-        )
-        self.feed_forward = FeedForward(
-            config.d_model,
-            hidden_dim=config.ff_dim,
-            gated=True,
-            bias=False,
-            norm_eps=config.norm_eps,
-            std=config.initializer_range,
-            output_std=output_std,
-        )
+        self.attention = dense_self_attention(config, config.num_encoder_layers, causal=False)
+        self.feed_forward = dense_feed_forward(config, config.num_encoder_layers)
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
         """x (b, n, d_model), mask (b, n) bool, rotary_angles (n, head_dim) -> (b, n, d_model)."""

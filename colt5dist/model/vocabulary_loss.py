@@ -17,8 +17,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     The logits of a chunk of tokens exist only while that chunk is at work, in the forward and again in the backward
     pass:
         d logits = softmax * (g_loss + g_logsumexp) - onehot(target) * g_loss
-
-    The logits are float32 for 16-bit arguments too; their gradient is rounded to 16 bits before it is multiplied.
     """
 
     @staticmethod
@@ -26,7 +24,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = max(1, MAX_CHUNK_LOGITS // weight.shape[0])
         losses, normalisers = [], []
         for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = _logits(chunk, weight)
+            logits = _wide(chunk @ weight.t())
             normaliser = logits.logsumexp(dim=-1)
             losses.append(normaliser - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
             normalisers.append(normaliser)
@@ -45,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if num_chunks > 1 else None
         for number in range(num_chunks):
             part = slice(number * rows, (number + 1) * rows)
-            grad_logits = (_logits(hidden[part], weight) - normaliser[part].unsqueeze(-1)).exp_()
+            grad_logits = (_wide(hidden[part] @ weight.t()) - normaliser[part].unsqueeze(-1)).exp_()
             grad_logits *= (grad_loss[part] + grad_normaliser[part]).unsqueeze(-1)
             grad_logits.scatter_add_(-1, targets[part].unsqueeze(-1), -grad_loss[part].unsqueeze(-1))
             grad_logits = grad_logits.to(hidden.dtype)
@@ -56,17 +54,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight^T, float64 for float64 arguments, otherwise summed and returned in float32.
-
-    A 16-bit result would be rounded before the logsumexp, by up to 2^-9 of the logit in bfloat16.
-    """
-    if hidden.dtype.itemsize > 2:
-        return hidden @ weight.t()
-    if hidden.is_cuda:
-        # PyTorch has no gradient of this form: the callers compute theirs themselves
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.t().float()
+def _wide(logits: Tensor) -> Tensor:
+    """Float32, unless the logits are float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class VocabularyLoss(nn.Module):

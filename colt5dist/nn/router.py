@@ -145,8 +145,8 @@ class CoordinateDescentRouter(nn.Module):
         """Route `num_tokens` of x (b, n, dim); mask (b, n) bool, True = valid; routing_tokens (b, dim) or (b, r, dim).
 
         num_tokens is 1 or more. n <= num_tokens: nothing is routed: indices None, scores 1, x and mask as they are
-        (repeated over several routes). random_route: a negative control, picks at random (from PyTorch's default generator) among the
-        unmasked tokens, scores 1.
+        (repeated over several routes). random_route: a negative control, picks at random (from PyTorch's default
+        generator) among the unmasked tokens, scores 1.
         """
         if len(self.route_groups) > 1:
             raise ValueError("a router with several groups is called through `route`, which takes a budget a group")

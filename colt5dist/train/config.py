@@ -22,7 +22,7 @@ class TrainConfig:
     global_batch_size: int = 256
     """Samples an optimizer step, over all devices."""
     micro_batch_size: int = 8
-    """Samples a device handles at once; gradient accumulation follows from it, the world size and the global batch."""
+    """Samples a device handles at once, fewer where it gets fewer a step; gradient accumulation follows from it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of parameters in forward and backward; auto: bf16 on GPUs, fp32 on CPUs. Masters are fp32."""
     activation_checkpointing: Literal["none", "full", "full_keep_routing"] = "none"
@@ -262,12 +262,6 @@ class RunConfig:
                     f"model.num_heavy_tokens {self.model.num_heavy_tokens} needs; use {choices}"
                 )
         found.extend(deepspeed_problems(self.deepspeed))
-        keeps_routing = self.train.activation_checkpointing == "full_keep_routing"
-        if keeps_routing and self.model.router_implementation == "reference":
-            found.append(
-                "train.activation_checkpointing: full_keep_routing cannot keep the scores of "
-                "model.router_implementation=reference; use full, or another implementation"
-            )
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(
                 f"optimizer.name: adafactor cannot work on the flat shards of zero.stage {self.zero.stage}; "
@@ -278,23 +272,27 @@ class RunConfig:
     def batch_problems(self, world_size: int) -> list[str]:
         """What is wrong with the batch sizes on `world_size` devices."""
         train = self.train
-        if train.global_batch_size % (train.micro_batch_size * world_size) == 0:
-            return []
         if train.global_batch_size % world_size:
             mend = f"use a multiple of {world_size}, or another number of devices"
             return [
                 f"train.global_batch_size: {train.global_batch_size} does not divide among {world_size} devices; {mend}"
             ]
         share = train.global_batch_size // world_size
+        if share % self.micro_batch_size(world_size) == 0:
+            return []
         return [
             f"train.micro_batch_size: {train.micro_batch_size} does not divide the {share} samples that each of "
             f"{world_size} devices gets of train.global_batch_size {train.global_batch_size}; use one of "
             f"{_divisors(share)}"
         ]
 
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples a device holds at once: train.micro_batch_size, or all it gets a step where that is less."""
+        return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches a device handles an optimizer step."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+        return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
 
 def _divisors(number: int) -> str:

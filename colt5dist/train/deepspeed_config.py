@@ -41,7 +41,7 @@ def deepspeed_config(config: RunConfig, world_size: int, on_gpu: bool) -> dict[s
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     derived: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size(world_size),
         "gradient_accumulation_steps": config.gradient_accumulation_steps(world_size),
         # at stage 0 the trainer clips, because DeepSpeed would apply a gradient that is not finite
         "gradient_clipping": config.optimizer.gradient_clipping if stage else 0.0,

@@ -28,12 +28,13 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     shapes = parameter_shapes(config)
     num_parameters = sum(num_elements(shape) for shape in shapes.values())
     batch = train.global_batch_size
+    micro_batch_size = config.micro_batch_size(world_size)
     accumulation = config.gradient_accumulation_steps(world_size)
     lines = [
         config_to_yaml(config).rstrip(),
         "",
         f"parameters: {num_parameters:,}",
-        f"batch: {batch} samples = {world_size} devices x {accumulation} micro-batches x {train.micro_batch_size}",
+        f"batch: {batch} samples = {world_size} devices x {accumulation} micro-batches x {micro_batch_size}",
         f"tokens a step: {batch * data.input_length:,} input, at most {batch * data.target_length:,} target",
         f"tokens of the run: {batch * data.input_length * train.steps:,} input in {train.steps:,} steps",
         f"FLOPs a step: {step_flops(config):.3e} (multiply-add = 2, backward = 2 forwards, as routed)",

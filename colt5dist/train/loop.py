@@ -178,7 +178,7 @@ def read_training(run: Run) -> TrainingBatches:
         run.config.data,
         seed=run.config.seed,
         global_batch_size=run.config.train.global_batch_size,
-        micro_batch_size=run.config.train.micro_batch_size,
+        micro_batch_size=run.config.micro_batch_size(run.ranks.world_size),
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
         first_sample=run.state.samples_consumed,
@@ -192,7 +192,7 @@ def read_held_out(run: Run) -> list[Batch]:
         run.shards,
         run.config.data,
         num_samples=run.config.train.eval_samples,
-        micro_batch_size=run.config.train.micro_batch_size,
+        micro_batch_size=run.config.micro_batch_size(run.ranks.world_size),
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
     )

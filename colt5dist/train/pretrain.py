@@ -155,9 +155,11 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
         stage += (
             f" (for zero.stage={config.zero.stage}: DeepSpeed's stage {config.zero.stage} in bf16 trains otherwise)"
         )
+    batch = (
+        f"{config.train.global_batch_size} samples a step: {ranks.world_size} devices x {accumulation} micro-batches"
+    )
     return [
         f"{number:,} parameters, {engine.dtype} on {ranks.world_size} x {engine.device.type}, {stage}",
-        f"{config.train.global_batch_size} samples a step: {ranks.world_size} devices x {accumulation} micro-batches x "
-        f"{config.train.micro_batch_size}, {config.data.input_length} input and {config.data.target_length} target "
-        "tokens each",
+        f"{batch} x {config.micro_batch_size(ranks.world_size)}, {config.data.input_length} input and "
+        f"{config.data.target_length} target tokens each",
     ]

@@ -90,6 +90,10 @@ def test_blocks_end_at_documents_where_they_can() -> None:
     assert np.abs(np.diff(blocks.bounds) - 1000).max() <= 510
     long = Blocks(ends_of([10, 10_000, 10]), 1000, (20,))
     assert long.num_blocks == 10 and np.ptp(np.diff(long.bounds)) <= 1
+    # the tail of its part gets no end token until the document ends
+    last_pieces = [long.layout(block, 0) for block in range(long.num_blocks)]
+    ended = [bool(layout.chunk(layout.num_chunks - 1, layout.num_offsets - 1).ended[-1]) for layout in last_pieces]
+    assert ended == [False] * 9 + [True]
     # what Blocks counts for all blocks at once is what a layout has
     for cut in (blocks, long):
         for block in range(cut.num_blocks):

@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from colt5dist.data.corpus import CorpusWriter
 from colt5dist.data.documents import Problems, find_inputs
 from colt5dist.data.manifest import Manifest
 from colt5dist.data.prepare import PrepareConfig, prepare
@@ -244,6 +247,7 @@ def test_wrong_inputs_are_named(inputs: Path, undisturbed: Path, tmp_path: Path)
         ({"validation_fraction": 0.0}, "--validation-fraction: 0.0 is out of range"),
         ({"validation_fraction": float("nan")}, "--validation-fraction: nan is out of range"),
         ({"shard_bytes": 10}, "--shard-bytes: 10 is too small"),
+        ({"text_key": "caf\udce9"}, "--text-key: 'caf.*' is not UTF-8"),
         ({"output": tmp_path / "mine"}, "--output: .*mine exists and holds no shards"),
         ({"output": tmp_path / "file"}, "--output: .*file exists and holds no shards"),
         ({"output": tmp_path / "file/below"}, "--output: .* cannot be written"),
@@ -346,3 +350,119 @@ def test_strict_is_not_answered_by_a_folder_that_left_documents_out(inputs: Path
 def test_output_that_cannot_be_renamed_to(inputs: Path) -> None:
     with pytest.raises(ConfigError, match="--output: / cannot be made"):
         prepare(config(inputs, Path("/")))
+
+
+def test_strict_goes_on_from_nothing_that_left_documents_out(inputs: Path, tmp_path: Path) -> None:
+    """Neither from a state that was saved without it, nor by giving a finished folder its name."""
+
+    def stop(done: int, total: int, writer: CorpusWriter) -> None:
+        raise KeyboardInterrupt
+
+    bad = [str(inputs / "latin.txt"), str(inputs / "sub/*.txt")]
+    begun = config(inputs, tmp_path / "shards", input=bad, commit_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(begun, stop)
+    with pytest.raises(ConfigError, match=r"shards\.partial was made without --strict; left out, not UTF-8: 1"):
+        prepare(config(inputs, tmp_path / "shards", input=bad, strict=True))
+    assert prepare(config(inputs, tmp_path / "shards", input=bad)).problems.counts == {"not UTF-8": 1}
+    os.rename(tmp_path / "shards", tmp_path / "shards.partial")  # as if killed just before it got its name
+    with pytest.raises(ConfigError, match=r"shards\.partial was made without --strict; left out, not UTF-8: 1"):
+        prepare(config(inputs, tmp_path / "shards", input=bad, strict=True))
+
+
+def test_a_strict_stop_is_mended_as_its_message_says(inputs: Path, tmp_path: Path) -> None:
+    """The file mended and the begun folder deleted, the same command works."""
+    text = tmp_path / "in.jsonl"
+    text.write_text('{"text": "one"}\n{"text": \n')
+    strict = config(inputs, tmp_path / "shards", input=[str(text)], strict=True, commit_seconds=0)
+    with pytest.raises(ConfigError, match=r"in\.jsonl:2: is not JSON; mend the file and delete .*/shards\.partial"):
+        prepare(strict)
+    text.write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(ConfigError, match="was begun with other inputs"):
+        prepare(strict)
+    shutil.rmtree(tmp_path / "shards.partial")
+    assert sum(part.documents for part in (prepare(strict).manifest, prepare(strict).validation)) == 2
+
+
+def test_what_an_unsaved_start_left_is_not_taken_over(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A start that was killed before it saved its state may have been of other inputs, and have written more."""
+    (tmp_path / "shards.partial/validation").mkdir(parents=True)
+    for name in ("lock", "000007.tar", "waiting-0", "validation/000003.tar"):
+        (tmp_path / "shards.partial" / name).write_text("old")
+    prepare(config(inputs, tmp_path / "shards"))
+    assert hashes(tmp_path / "shards") == hashes(undisturbed)
+
+
+def test_the_name_of_the_begun_folder_is_taken(inputs: Path, tmp_path: Path) -> None:
+    """A folder that is not ours is neither emptied nor made part of the result."""
+    (tmp_path / "shards.partial").mkdir()
+    (tmp_path / "shards.partial/notes.txt").write_text("keep this")
+    with pytest.raises(ConfigError, match=r"shards\.partial is needed, and holds something else"):
+        prepare(config(inputs, tmp_path / "shards"))
+    assert (tmp_path / "shards.partial/notes.txt").read_text() == "keep this"
+
+
+def test_a_single_token_leaves_nothing_behind(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ConfigError, match="holds a single token"):
+        prepare(config(inputs, tmp_path / "shards", input=[str(tmp_path / "a.txt")]))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_output_that_is_a_link(inputs: Path, tmp_path: Path) -> None:
+    """The shards come to where it leads."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    prepare(config(inputs, tmp_path / "link", input=[str(inputs / "sub/*.txt")]))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/manifest.json").exists()
+
+
+def test_output_that_is_a_mount_point(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before anything is written, not when the finished folder cannot get its name."""
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "disk")
+    with pytest.raises(ConfigError, match=r"--output: .*/disk cannot be made by renaming"):
+        prepare(config(inputs, tmp_path / "disk"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe, an empty pattern, shards, a compressed archive, a folder that cannot be entered: each with its mend."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/manifest.json").write_text('{\n "format": "colt5dist shards",\n')
+    (tmp_path / "shards/readme.txt").write_text("text")
+    (tmp_path / "a.tar.GZ").write_bytes(b"")
+    (tmp_path / "b.tgz").write_bytes(b"")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed/a.txt").write_text("text")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for pattern, message in [
+        (str(tmp_path / "pipe"), "matches no file, .*/pipe is a pipe or device; write what it gives to a file"),
+        ("", "--input: '' is an empty pattern; name text or jsonl files"),
+        (str(tmp_path / "shards/*"), "matches only shards; name the text that they were made from"),
+        (str(tmp_path / "*.GZ"), r"a\.tar\.GZ is a \.tar file"),
+        (str(tmp_path / "*.tgz"), r"b\.tgz is a \.tgz file"),
+        (str(tmp_path / "nowhere"), "matches no file; name text or jsonl files"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            find_inputs([pattern])
+    look = os.stat
+
+    def refuse(path: str, **settings: bool) -> os.stat_result:
+        if os.fspath(path).endswith("closed/a.txt"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path, **settings)
+
+    monkeypatch.setattr("colt5dist.data.documents.os.stat", refuse)
+    with pytest.raises(ConfigError, match=r"--input: .*closed/a\.txt cannot be read \(Permission denied\); mend"):
+        find_inputs([str(tmp_path / "closed/*")])
+
+
+def test_the_progress_is_told_now_and_then(inputs: Path, tmp_path: Path) -> None:
+    """Not after every one of many documents."""
+    (tmp_path / "many.jsonl").write_text('{"text": "a document"}\n' * 3000)
+    told: list[int] = []
+    many = config(inputs, tmp_path / "shards", input=[str(tmp_path / "many.jsonl")])
+    start = time.monotonic()
+    prepare(many, lambda done, total, writer: told.append(done))
+    assert 1 <= len(told) <= 10 * (time.monotonic() - start) + 1

@@ -88,3 +88,13 @@ def test_a_python_without_sources_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match=r"data\.shards: .* holds no sources"):
         ensure_standard_library_shards()
+
+
+def test_a_source_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One line with the file, whatever the reason."""
+    (tmp_path / "module.py").mkdir()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/gone.py").symlink_to(tmp_path / "nowhere.py")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.shards: .*/gone\.py of Python's standard library cannot be read"):
+        ensure_standard_library_shards()

@@ -1,5 +1,6 @@
 """launch/prepare.py as a user calls it: what it prints, its status, and its one line about what is wrong."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def test_text_to_shards(tmp_path: Path) -> None:
     assert "512 to 1,023" in done.stdout and done.stdout.endswith(f"written: {tmp_path / 'out/shards'}\n")
     again = call("--input", tmp_path / "*.txt", "--output", tmp_path / "out/shards", "--validation-fraction", "0.1")
     assert again.returncode == 0 and again.stdout.endswith(f"was already there: {tmp_path / 'out/shards'}\n")
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """Of the output folder and of a file that is left out: printed with the bytes that are none escaped."""
+    folder = os.fsencode(tmp_path)
+    for name, content in ((b"a\xe9.txt", b"some text"), (b"b\xe9.txt", b"\xff")):
+        Path(os.fsdecode(folder + b"/" + name)).write_bytes(content)
+    done = call("--input", tmp_path / "*.txt", "--output", os.fsdecode(folder + b"/out\xe9"))
+    assert done.returncode == 0 and done.stderr == ""
+    assert "b\\udce9.txt)" in done.stdout and done.stdout.endswith("out\\udce9\n")
 
 
 @pytest.mark.parametrize(

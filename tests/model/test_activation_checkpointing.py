@@ -31,7 +31,16 @@ def losses_and_gradients(model, batch):
     return output.token_loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("fields", [{}, {"routing": "static"}, {"routing": "random"}, {"encoder": "dense"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"router_implementation": "reference"},
+        {"routing": "static"},
+        {"routing": "random"},
+        {"encoder": "dense"},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_three_modes_agree_bit_for_bit(build, batch, fields, dtype):
     reference_loss, reference = losses_and_gradients(build(**fields).to(dtype), batch)
@@ -63,10 +72,21 @@ def test_routing_operators_run_again_only_where_they_are_not_kept(build, batch, 
     assert (backward.soft_topk, backward.select_topk) == (2 * 2 * (runs - 1), 2 * 3 * (runs - 1))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router_implementation": "reference"},
+        {"router_implementation": "scalar"},
+        {"router_implementation": "scalar", "router_solver": "newton"},
+    ],
+    ids=["reference", "scalar", "newton"],
+)
 @pytest.mark.parametrize(("mode", "keeps"), [("full", False), ("full_keep_routing", True)])
-def test_perturbed_scores_in_the_second_run_do_not_change_a_kept_decision(build, batch, mode, keeps, monkeypatch):
-    _, reference = losses_and_gradients(build(), batch)
-    model = build(mode)
+def test_perturbed_scores_in_the_second_run_do_not_change_a_kept_decision(
+    build, batch, fields, mode, keeps, monkeypatch
+):
+    _, reference = losses_and_gradients(build(**fields), batch)
+    model = build(mode, **fields)
     exact_forward = RoutingTokens.forward
     sign = torch.ones(())
 

@@ -55,6 +55,10 @@ def test_dense_baseline_is_smaller_and_controls_own_no_router():
         ({"heavy_key_value_ratio": 1.5}, 16, 64, (8, 8, 12)),
         ({"heavy_key_value_ratio": 8.0}, 8, 64, (8, 8, 64)),
         ({"num_heavy_tokens": 1.0, "heavy_key_value_ratio": 1.0}, 1, 7, (7, 7, 7)),
+        # a share times a ratio has a denominator above that of either
+        ({"num_heavy_tokens": 1 / 4096, "heavy_key_value_ratio": 0.5}, 8192, 8192, (2, 2, 1)),
+        ({"num_heavy_tokens": 1 / 4095, "heavy_key_value_ratio": 1.5}, 8190, 8190, (2, 2, 3)),
+        ({"num_heavy_tokens": 1 / 3, "heavy_key_value_ratio": 3.0}, 3, 6, (2, 2, 6)),
         ({"encoder": "dense"}, 1, 7, (0, 0, 0)),
     ],
 )
@@ -85,12 +89,16 @@ def test_budgets_are_whole_numbers(fields, multiple, length, routed):
         ("num_heavy_tokens", float("nan")),
         ("heavy_key_value_ratio", 9.0),
         ("heavy_key_value_ratio", 0.0),
+        ("heavy_key_value_ratio", 1e-5),
+        ("heavy_key_value_ratio", float("inf")),
         ("light_radius", 0),
         ("fetch_k_ratio", 0.9),
+        ("fetch_k_ratio", float("inf")),
         ("router_eps", 0.0),
         ("router_eps", float("inf")),
         ("router_n_iters", 0),
         ("router_eps_init", -1.0),
+        ("router_eps_init", float("inf")),
         ("router_eps_decay", 1.1),
         ("router_solver", "sinkhorn"),
         ("router_implementation", "cuda"),
@@ -105,6 +113,11 @@ def test_wrong_values_are_named_with_a_mend(field, value):
     assert problem.startswith(f"model.{field}: ") and "use " in problem
     with pytest.raises(ValueError, match=f"model.{field}"), torch.device("meta"):
         CoLT5(config)
+
+
+def test_a_solver_that_an_implementation_lacks_is_refused():
+    (problem,) = CoLT5Config(router_solver="newton", router_implementation="reference").problems()
+    assert problem.startswith("model.router_implementation: ") and "use " in problem
 
 
 def test_all_problems_are_listed():

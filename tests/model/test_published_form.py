@@ -149,10 +149,17 @@ def test_random_routers_draw_from_streams_of_their_own(build, inputs) -> None:
     assert len(picks) == len(set(picks)) == 6
 
 
-def test_maps_into_the_residual_stream_start_smaller(build) -> None:
+@pytest.mark.parametrize("encoder", ["conditional", "dense"])
+def test_maps_into_the_residual_stream_start_smaller(build, encoder) -> None:
     """Standard deviation 0.02 over sqrt(2 * layers) for every output projection, 0.02 for every other matrix."""
-    model = build(d_model=64, num_encoder_layers=2, num_decoder_layers=2)
+    model = build(encoder=encoder, d_model=64, num_encoder_layers=2, num_decoder_layers=4)
+    num_output = 0
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "routing_tokens" not in name:
-            expected = 0.02 / 2 if name.endswith("to_out.weight") else 0.02
+            expected = 0.02
+            if name.endswith("to_out.weight"):
+                num_output += 1
+                expected /= math.sqrt(2 * (2 if name.startswith("encoder") else 4))
             assert parameter.std().item() == pytest.approx(expected, rel=0.12), name
+    # attention and feed-forward, light and heavy or not, and the decoder's two attentions and feed-forward
+    assert num_output == 2 * (4 if encoder == "conditional" else 2) + 4 * 3

@@ -213,3 +213,10 @@ def test_equals_the_peer(options, masked, n):
 def test_refuses_heads_that_routed_sets_cannot_share():
     with pytest.raises(ValueError, match="num_routed_kv"):
         ConditionalRoutedAttention(D, num_heavy_tokens_q=4, num_heavy_tokens_kv=4, num_routed_kv=3, heavy_heads=8)
+
+
+@pytest.mark.parametrize(("name", "value"), [("light_window_size", 1), ("light_radius", 0)])
+def test_refuses_a_light_branch_that_reaches_nobody(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        ConditionalRoutedAttention(D, num_heavy_tokens_q=4, num_heavy_tokens_kv=4, **{name: value})
+    ConditionalRoutedAttention(D, num_heavy_tokens_q=4, num_heavy_tokens_kv=4, has_light_attn=False, **{name: value})

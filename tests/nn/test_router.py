@@ -222,8 +222,47 @@ def test_scores_of_16_bit_tokens_on_the_gpu():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"fetch_k_ratio": 0.5}, {"routing": "hash"}, {"num_routing_tokens": 2, "route_groups": (1, 2)}]
+    ("named", "kwargs"),
+    [
+        ("fetch_k_ratio", {"fetch_k_ratio": 0.5}),
+        ("fetch_k_ratio", {"fetch_k_ratio": float("nan")}),
+        ("routing", {"routing": "hash"}),
+        ("route_groups", {"num_routing_tokens": 2, "route_groups": (1, 2)}),
+        ("route_block_size", {"route_block_size": 7, "routing": "static"}),
+        ("eps", {"eps": 0.0}),
+        ("eps_init", {"eps_init": float("inf")}),
+        ("n_iters", {"n_iters": 0}),
+        ("implementation", {"solver": "newton", "implementation": "reference"}),
+        ("checkpoint_segments", {"triton_checkpoint_segments": 21}),
+    ],
 )
-def test_refuses_settings_that_do_not_fit(kwargs):
-    with pytest.raises(ValueError, match=next(iter(kwargs)) + "|route_groups"):
+def test_refuses_settings_that_do_not_fit(named, kwargs):
+    with pytest.raises(ValueError, match=f"^{named}: "):
         router(**kwargs)
+
+
+def test_use_triton_stands_before_the_implementation():
+    assert router(solver="newton", implementation="reference", use_triton=True).implementation == "triton"
+
+
+@pytest.mark.parametrize("routing", ["learned", "static", "random"])
+@pytest.mark.parametrize(
+    ("named", "arguments"),
+    [
+        ("num_tokens", {"num_tokens": 0}),
+        ("num_tokens", {"num_tokens": -1}),
+        ("mask", {"mask": torch.ones(B, N - 1, dtype=torch.bool)}),
+        ("mask", {"mask": torch.ones(1, N, dtype=torch.bool)}),
+        ("mask", {"mask": torch.ones(B, N)}),
+        ("routing_tokens", {"routing_tokens": torch.ones(B, D, dtype=torch.float64)}),
+    ],
+)
+@pytest.mark.parametrize("n", [N, M])
+def test_refuses_arguments_that_do_not_fit(routing, named, arguments, n):
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        router(routing=routing)(tokens(n), **({"num_tokens": M} | arguments))
+
+
+def test_refuses_budgets_that_are_not_one_a_group():
+    with pytest.raises(ValueError, match="budgets"):
+        router(num_routing_tokens=2, route_groups=(1, 1)).route(tokens(), budgets=(M,))

@@ -89,3 +89,20 @@ def test_more_processes_than_gpus_is_refused(tmp_path: Path) -> None:
     config = load(tmp_path, "")
     (problem,) = device_problems(config, world_size=4, cuda_devices=2, local_world_size=4)
     assert "2 GPUs for 4 processes" in problem
+
+
+@pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 4, 2), (2, 4, 1), (4, 2, 1), (8, 1, 1)])
+def test_the_default_runs_on_one_to_eight_devices(world_size: int, micro: int, accumulation: int) -> None:
+    config = load_config(Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml", [])
+    assert config.batch_problems(world_size) == []
+    assert config.micro_batch_size(world_size) == micro
+    assert config.gradient_accumulation_steps(world_size) == accumulation
+
+
+def test_a_micro_batch_that_does_not_divide_a_devices_share_is_refused(tmp_path: Path) -> None:
+    config = load(tmp_path, "", "train.global_batch_size=12", "train.micro_batch_size=4")
+    assert config.batch_problems(1) == config.batch_problems(3) == []
+    (problem,) = config.batch_problems(2)
+    assert "4 does not divide the 6 samples" in problem and problem.endswith("use one of 1, 2, 3, 6")
+    (problem,) = config.batch_problems(5)
+    assert problem.startswith("train.global_batch_size: 12 does not divide among 5 devices")
