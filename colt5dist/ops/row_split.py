@@ -30,8 +30,14 @@ SMALLEST_PART = 4_096
 """Columns below which a part of a row is not made smaller."""
 LARGEST_PART = 32_768
 """Columns that a program can hold in registers."""
+LARGEST_COUNT = 65_535
+"""Columns of a part whose number can be exchanged."""
 STREAMED_BLOCK = 4_096
 """Columns that a program reads at a time where its part of the row does not fit into registers."""
+SMALLEST_SPREAD_PART = 1_024
+"""As `SMALLEST_PART`, for a kernel that exchanges once."""
+SPREAD_BLOCK = 8_192
+"""Most columns that such a kernel holds at a time."""
 
 
 class RowSplit(NamedTuple):
@@ -50,11 +56,6 @@ class RowSplit(NamedTuple):
         constants = {"LANES": lanes(self.parts), "BLOCK": self.block, "num_warps": self.num_warps}
         return constants if self.parts == 1 else constants | {"launch_cooperative_grid": True}
 
-    def messages(self, like: Tensor, words: int) -> Tensor:
-        """Memory for exchanges of up to `words` words: its content matters, so it is not left uninitialised."""
-        size = 2 * self.groups * words * lanes(self.parts) if self.parts > 1 else 0
-        return torch.zeros(size, dtype=torch.int64, device=like.device) if size else like
-
 
 def lanes(parts: int) -> int:
     """Elements of the block that holds a term of each part: 1 where a row is not split."""
@@ -63,50 +64,133 @@ def lanes(parts: int) -> int:
 
 @lru_cache(maxsize=1024)
 def split_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
-    """The split of `num_rows` rows of n columns on a CUDA device; device None: no program waits for another.
+    """The split of `num_rows` rows of n columns that are read once and searched many times.
 
-    It depends on nothing that differs between two calls of one kind on one kind of device, so that a recomputation
-    adds in the same order.
+    device None: no program waits for another. The split depends on nothing that differs between two calls of one kind
+    on one kind of device, so that a recomputation adds in the same order.
     """
     block = triton.next_power_of_2(n)
+    if block <= LONGEST_WHOLE_ROW:
+        return RowSplit(1, block, 1, num_rows, max(1, min(block // 1024, 16)))
     if device is None or INTERPRETED:
-        block, blocks = (block, 1) if block <= LONGEST_WHOLE_ROW else (STREAMED_BLOCK, triton.cdiv(n, STREAMED_BLOCK))
-        return RowSplit(1, block, blocks, num_rows, _num_warps(block))
-    if n <= LONGEST_WHOLE_ROW:
-        return RowSplit(1, block, 1, num_rows, _num_warps(block))
+        return RowSplit(1, STREAMED_BLOCK, triton.cdiv(n, STREAMED_BLOCK), num_rows, 8)
     room = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = max(room // num_rows, triton.cdiv(n, LARGEST_PART))
     block = max(triton.next_power_of_2(triton.cdiv(n, min(wanted, room))), SMALLEST_PART)
     blocks = 1
     if block > LARGEST_PART:
-        blocks = triton.cdiv(triton.cdiv(n, room), STREAMED_BLOCK)
         block = STREAMED_BLOCK
+        blocks = triton.cdiv(triton.cdiv(n, room), block)
+        if block * blocks > LARGEST_COUNT:
+            return RowSplit(1, block, triton.cdiv(n, block), num_rows, 8)
     parts = triton.cdiv(n, block * blocks)
-    return RowSplit(parts, block, blocks, min(num_rows, room // parts), _num_warps(block))
+    return RowSplit(parts, block, blocks, min(num_rows, room // parts), min(block // 1024, 16))
 
 
-def _num_warps(block: int) -> int:
-    return max(1, min(block // 1024, 16))
+@lru_cache(maxsize=1024)
+def spread_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
+    """The split of `num_rows` rows of n columns that are read twice: over all multiprocessors."""
+    parts = 1
+    if device is not None and not INTERPRETED:
+        room = torch.cuda.get_device_properties(device).multi_processor_count
+        parts = max(1, min(room // num_rows, triton.cdiv(n, SMALLEST_SPREAD_PART)))
+    columns = triton.cdiv(n, parts)
+    block = min(triton.next_power_of_2(columns), SPREAD_BLOCK)
+    blocks = triton.cdiv(columns, block)
+    parts = triton.cdiv(n, block * blocks)
+    groups = num_rows if parts == 1 else min(num_rows, room // parts)
+    return RowSplit(parts, block, blocks, groups, max(1, min(block // 256, 16)))
+
+
+class Messages(NamedTuple):
+    """Memory through which the programs of a launch exchange numbers: `stride` words a group, the first of which counts
+    the group's exchanges. It is zero at first and never cleared: the count goes on from launch to launch."""
+
+    words: Tensor
+    stride: int
+
+
+_HEADER = tl.constexpr(16)
+_RESERVE = 1 << 17
+_of_stream: dict[tuple[int, int, int], Messages] = {}
+_reserves: dict[int, Tensor] = {}
+
+
+def messages(layout: RowSplit, like: Tensor) -> Messages:
+    """Memory for the exchanges of one launch on the current stream; where nothing is exchanged, any tensor.
+
+    Launches of one stream follow each other: those with rows of equally many parts share it. What is captured into a
+    CUDA graph may be replayed beside anything, so each captured launch has memory of its own: cut from a reserve that
+    was zeroed before, or when that is used up (or the capture came first), zeroed by the graph.
+    """
+    if layout.parts == 1:
+        return Messages(like, 0)
+    device = like.device.index
+    stride = 2 * lanes(layout.parts) + 16
+    if torch.cuda.is_current_stream_capturing():
+        size = layout.groups * stride
+        reserve = _reserves.get(device)
+        if reserve is None or reserve.numel() < size:
+            return Messages(torch.zeros(size, dtype=torch.int64, device=like.device), stride)
+        _reserves[device] = reserve[size:]
+        return Messages(reserve[:size], stride)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, layout.parts)
+    shared = _of_stream.get(key)
+    if shared is None:
+        if device not in _reserves:
+            _reserves[device] = torch.zeros(_RESERVE, dtype=torch.int64, device=like.device)
+            torch.cuda.current_stream(device).synchronize()  # once: graphs may use it on other streams
+        room = torch.cuda.get_device_properties(device).multi_processor_count
+        words = torch.zeros(room // layout.parts * stride, dtype=torch.int64, device=like.device)
+        shared = _of_stream[key] = Messages(words, stride)
+    return shared
 
 
 @triton.jit
-def exchange(messages, group, part, parts, sequence, value, count, LANES: tl.constexpr):
-    """Give the row's other programs a float32 and an int32, and get theirs: two blocks of LANES, 0 beyond `parts`.
+def first_sequence(messages, stride, group, LANES: tl.constexpr):
+    """Number of the group's exchanges in earlier launches."""
+    if LANES > 1:
+        return tl.load(messages + group.to(tl.int64) * stride)
+    return tl.full((), 0, tl.int64)
 
-    sequence counts the exchanges of this launch from 1. Two slots in turn are enough: a program writes its term of the
-    exchange after the next only when it has the next one's terms from all others, who by then have read this one's.
+
+@triton.jit
+def finish(messages, stride, group, part, sequence, LANES: tl.constexpr):
+    """Keep the number of exchanges. By now all programs of the group have read the one before the launch."""
+    if LANES > 1 and part == 0:
+        tl.store(messages + group.to(tl.int64) * stride, sequence)
+
+
+@triton.jit
+def post(messages, stride, group, part, sequence, value, count, LANES: tl.constexpr):
+    """Give the row's other programs a float32 and an integer in 0 .. 65,535, in the exchange of number `sequence`."""
+    slots = messages + group.to(tl.int64) * stride + _HEADER + (sequence % 2) * LANES
+    payload = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (count.to(tl.int64) << 16)
+    tl.store(slots + part, payload | (sequence & 0xFFFF))
+
+
+@triton.jit
+def collect(messages, stride, group, parts, sequence, LANES: tl.constexpr):
+    """What the row's programs gave in the exchange of number `sequence`: two blocks of LANES, 0 beyond `parts`.
+
+    Two slots in turn are enough: a program posts its term of the exchange after the next only when it has the next
+    one's terms from all others, who by then have read this one's. So a slot holds the term that is awaited or the one
+    two exchanges earlier, and 16 bits of the number tell them apart.
     """
-    tag = sequence.to(tl.int64) & 0xFFFFFFFF
-    slots = messages + (group * 2 + sequence % 2) * (2 * LANES)
-    tl.store(slots + part, (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | tag)
-    tl.store(slots + LANES + part, (count.to(tl.int64) << 32) | tag)
+    tag = sequence & 0xFFFF
     lane = tl.arange(0, LANES)
     there = lane < parts
-    values = tl.load(slots + lane, mask=there, other=0, volatile=True)
-    counts = tl.load(slots + LANES + lane, mask=there, other=0, volatile=True)
-    missing = tl.sum((there & (((values & 0xFFFFFFFF) != tag) | ((counts & 0xFFFFFFFF) != tag))).to(tl.int32))
-    while missing > 0:
-        values = tl.load(slots + lane, mask=there, other=0, volatile=True)
-        counts = tl.load(slots + LANES + lane, mask=there, other=0, volatile=True)
-        missing = tl.sum((there & (((values & 0xFFFFFFFF) != tag) | ((counts & 0xFFFFFFFF) != tag))).to(tl.int32))
-    return (values >> 32).to(tl.int32).to(tl.float32, bitcast=True), (counts >> 32).to(tl.int32)
+    # lanes beyond the last part look at its word
+    slots = messages + group.to(tl.int64) * stride + _HEADER + (sequence % 2) * LANES + tl.where(there, lane, parts - 1)
+    words = tl.load(slots, volatile=True)
+    while tl.sum(((words & 0xFFFF) != tag).to(tl.int32)) > 0:
+        words = tl.load(slots, volatile=True)
+    words = tl.where(there, words, 0)
+    return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True), (words >> 16).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def exchange(messages, stride, group, part, parts, sequence, value, count, LANES: tl.constexpr):
+    """`post` and `collect`."""
+    post(messages, stride, group, part, sequence, value, count, LANES)
+    return collect(messages, stride, group, parts, sequence, LANES)

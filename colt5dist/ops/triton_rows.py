@@ -28,8 +28,11 @@ def row_arguments(scores: Tensor, mask: Tensor | None) -> tuple[Tensor | int, ..
 
 
 def float64_bits(value: float) -> int:
-    """A float64 as an integer argument; Triton passes Python's floats on as float32."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
+    """A float64 as an integer argument; Triton passes Python's floats on as float32.
+
+    0 becomes -0: integers of one argument are to be of one type, and Triton takes those that fit into 32 bits as such.
+    """
+    return struct.unpack("<q", struct.pack("<d", value or -0.0))[0]
 
 
 def arithmetic_type(scores: Tensor) -> tl.dtype:
@@ -103,19 +106,60 @@ def larger(one, other):
 
 
 @triton.jit
-def log_of_sum(total):
-    """Natural logarithm, as float64, of a sum >= 1 in the type of the elementwise arithmetic, or of NaN.
+def log2(x, FAST: tl.constexpr):
+    """Logarithm to base 2. FAST, for float32 in [1, 2): with an error of 2e-7."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
 
-    A float32 sum is taken apart, so that the error is that of a logarithm in [0, log 2): float64's own logarithm takes
-    a warp longer than an iteration's other work.
+
+@triton.jit
+def log_ratio(log_high, log_low, total, COMPILED: tl.constexpr):
+    """log_high + log_low - log(total), in the type of `total`, which is a positive normal number or NaN.
+
+    A float32 total is taken apart, so that the error is that of a logarithm in [0, log 2), however large the two
+    logarithms are: float64's own takes a warp longer than an iteration's other work.
     """
     if total.dtype == tl.float64:
-        return tl.log(total)
+        return log_high - tl.log(total) + log_low
     bits = total.to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) - 127
+    exponent = ((bits >> 23) - 127).to(tl.float32)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    log = exponent.to(tl.float64) * 0.6931471805599453 + tl.log(mantissa).to(tl.float64)
-    return tl.where(total == total, log, total.to(tl.float64))
+    # log(2) in two parts, the first of which has 17 bits: its product with an exponent is exact
+    leading = log_high - exponent * 0.693138122558594
+    ratio = leading - log2(mantissa, COMPILED) * 0.6931471805599453
+    ratio += log_low - exponent * 0.0000090580006145
+    return tl.where(total == total, ratio, total)
+
+
+@triton.jit
+def two_sum(x, y):
+    """x + y as the rounded sum and what it lacks."""
+    total = x + y
+    second = total - x
+    return total, (x - (total - second)) + (y - second)
+
+
+@triton.jit
+def renormalised(high, low):
+    """high + low with low below half a unit in the last place of high, and so few digits that a float64 holds both."""
+    total = high + low
+    low = low - (total - high)
+    if total.dtype == tl.float64:
+        return total, tl.zeros_like(low)
+    coarse = total * 1.1920928955078125e-07
+    return total, (low + coarse) - coarse
+
+
+@triton.jit
+def times(high, low, factor_high, factor_low):
+    """Product of two numbers, each the sum of two, in the same form."""
+    product = high * factor_high
+    rest = tl.fma(high, factor_high, -product) + (high * factor_low + low * factor_high)
+    total = product + rest
+    return total, rest - (total - product)
 
 
 INTERPRETED = not isinstance(exp2, triton.JITFunction)

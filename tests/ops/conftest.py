@@ -39,11 +39,13 @@ def result_and_gradients() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton blocks so small that rows of tens of scores take several tiles, the last of them not full."""
-    for module in ("triton", "newton_triton"):
-        monkeypatch.setattr(f"colt5dist.ops.soft_topk.{module}.TILE_BLOCK", 8)
-        monkeypatch.setattr(f"colt5dist.ops.soft_topk.{module}.MOST_TERMS", 4)
+    monkeypatch.setattr("colt5dist.ops.soft_topk.newton_triton.TILE_BLOCK", 8)
+    monkeypatch.setattr("colt5dist.ops.soft_topk.newton_triton.MOST_TERMS", 4)
     monkeypatch.setattr(row_split, "LONGEST_WHOLE_ROW", 16)
     monkeypatch.setattr(row_split, "STREAMED_BLOCK", 16)
-    row_split.split_rows.cache_clear()
+    monkeypatch.setattr(row_split, "SPREAD_BLOCK", 8)
+    for rule in (row_split.split_rows, row_split.spread_rows):
+        rule.cache_clear()
     yield
-    row_split.split_rows.cache_clear()
+    for rule in (row_split.split_rows, row_split.spread_rows):
+        rule.cache_clear()

@@ -36,10 +36,11 @@ def random_case(seed):
 def thresholds(scores, k, mask, settings):
     """Those scores (rows, iterations) above which an iteration or, the last one, the result clips."""
     if settings["solver"] == "newton":
-        return -soft_topk_newton_forward(scores, k, mask, settings["eps"])[1].unsqueeze(-1)
+        return -soft_topk_newton_forward(scores, k, mask, 0.0, settings["eps"])[1].unsqueeze(-1)
     eps_init, eps_decay = settings.get("eps_init", settings["eps"]), settings.get("eps_decay", 1.0)
     n_iters = settings["n_iters"]
-    return -soft_topk_scalar_forward(scores, k, mask, settings["eps"], eps_init, eps_decay, n_iters, n_iters)[1]
+    schedule = (settings["eps"], eps_init, eps_decay, n_iters, n_iters)
+    return -soft_topk_scalar_forward(scores, k, mask, 0.0, *schedule)[1][..., 0]
 
 
 def relative_errors(run, scores, k, mask, grad, settings):

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from colt5dist.ops.row_split import RowSplit, exchange, split_rows
+from colt5dist.ops.kernel_call import KernelCall, tensor_key
+from colt5dist.ops.row_split import RowSplit, exchange, finish, first_sequence, messages, split_rows
 from colt5dist.ops.triton_rows import row_arguments, row_tile
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens", "parts"])
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "parts", "stride"])
 def _select_kernel(
     scores,
     row_stride,
@@ -28,6 +29,7 @@ def _select_kernel(
     mask_column_stride,
     positions,
     messages,
+    stride,
     num_rows,
     n,
     num_tokens,
@@ -40,7 +42,7 @@ def _select_kernel(
     part = tl.program_id(0) % parts
     group = tl.program_id(0) // parts
     earlier = tl.arange(0, LANES) < part
-    sequence = 0
+    sequence = first_sequence(messages, stride, group, LANES)
     for task in tl.range(group, num_rows, tl.num_programs(0) // parts):
         row = tl.full((), 0, tl.int64) + task
         tile, _valid, columns = row_tile(source, row, part * BLOCK, n, BLOCK, HAS_MASK, tl.float32)
@@ -59,7 +61,7 @@ def _select_kernel(
                 # a part has less than 2 ** 16 columns: two counts travel in one word
                 sequence += 1
                 pair = (one | (two << 16)).to(tl.float32, bitcast=True)
-                pairs, threes = exchange(messages, group, part, parts, sequence, pair, three, LANES)
+                pairs, threes = exchange(messages, stride, group, part, parts, sequence, pair, three, LANES)
                 both = pairs.to(tl.int32, bitcast=True)
                 one = tl.sum(both & 0xFFFF)
                 two = tl.sum((both >> 16) & 0xFFFF)
@@ -80,7 +82,7 @@ def _select_kernel(
         if LANES > 1:
             sequence += 1
             pair = num_above.to(tl.float32, bitcast=True)
-            aboves, equals = exchange(messages, group, part, parts, sequence, pair, tl.sum(equal), LANES)
+            aboves, equals = exchange(messages, stride, group, part, parts, sequence, pair, tl.sum(equal), LANES)
             aboves = aboves.to(tl.int32, bitcast=True)
             num_above = tl.sum(aboves)
             above_before = tl.sum(tl.where(earlier, aboves, 0))
@@ -91,6 +93,7 @@ def _select_kernel(
         before = above_before + tl.where(equal_before < num_missing, equal_before, num_missing)
         place = before + tl.cumsum(selected, 0) - 1
         tl.store(positions + row * num_tokens + place, columns, mask=selected > 0)
+    finish(messages, stride, group, part, sequence, LANES)
 
 
 def can_select(scores: Tensor) -> RowSplit | None:
@@ -102,21 +105,25 @@ def can_select(scores: Tensor) -> RowSplit | None:
     return layout if layout.blocks == 1 else None
 
 
+_select = KernelCall(_select_kernel)
+
+
 def select_topk_triton(scores: Tensor, num_tokens: int, mask: Tensor | None, layout: RowSplit) -> Tensor:
     """As `select_topk_reference`."""
     n = scores.shape[-1]
     num_rows = scores.numel() // n
     positions = torch.empty((*scores.shape[:-1], num_tokens), dtype=torch.int64, device=scores.device)
+    key = (scores.device, tensor_key(scores), tensor_key(mask))
     with torch.cuda.device_of(scores):
-        _select_kernel[(layout.parts * layout.groups,)](
+        arguments = (
             *row_arguments(scores, mask),
             positions,
-            layout.messages(positions, 2),
+            *messages(layout, positions),
             num_rows,
             n,
             num_tokens,
             layout.parts,
-            HAS_MASK=mask is not None,
-            **layout.launch,
         )
+        constants = {"HAS_MASK": mask is not None, **layout.launch}
+        _select(key, layout.parts * layout.groups, arguments, constants)
     return positions

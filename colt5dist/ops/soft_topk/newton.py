@@ -6,7 +6,7 @@ The names are those of the derivation in `colt5dist.ops.soft_topk`.
 import torch
 from torch import Tensor
 
-from colt5dist.ops.soft_topk.operator import budgets, define_newton, empty_budget_gradient
+from colt5dist.ops.soft_topk.operator import budget_gradient, budgets, define_newton
 from colt5dist.ops.soft_topk.scalar_state import difference, masked_rows, output
 
 MAX_PASSES = 64
@@ -82,7 +82,7 @@ def _forward(scores: Tensor, k: Tensor | None, mask: Tensor | None, budget: floa
 
 
 def _backward(
-    grad: Tensor, scores: Tensor, k: Tensor | None, mask: Tensor | None, a: Tensor, eps: float
+    grad: Tensor, scores: Tensor, k: Tensor | None, mask: Tensor | None, a: Tensor, budget: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the scores, in their type, and to k, float64 (no elements where k is a number)."""
     rows, _, _ = masked_rows(scores, mask)
@@ -101,8 +101,7 @@ def _backward(
     grad_rows = grad_rows.masked_fill(
         spoiled.unsqueeze(-1) if mask is None else spoiled.unsqueeze(-1) & mask, float("nan")
     )
-    grad_k = empty_budget_gradient(None, scores) if k is None else torch.where(spoiled, a, mean)
-    return grad_rows.to(scores.dtype).contiguous(), grad_k
+    return grad_rows.to(scores.dtype).contiguous(), budget_gradient(k, torch.where(spoiled, a, mean))
 
 
 soft_topk_newton_forward = define_newton("soft_topk_newton", _forward, _backward)

@@ -11,17 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from colt5dist.ops.row_split import exchange
+from colt5dist.ops.kernel_call import KernelCall, tensor_key
+from colt5dist.ops.row_split import RowSplit, exchange, finish, first_sequence, messages, split_rows
 from colt5dist.ops.soft_topk import newton
-from colt5dist.ops.soft_topk.operator import arithmetic_dtype, define_newton, empty_budget_gradient, empty_result
-from colt5dist.ops.soft_topk.triton import (
-    MOST_TERMS,
-    TILE_BLOCK,
-    constants,
-    extent,
-    largest_of,
+from colt5dist.ops.soft_topk.operator import arithmetic_dtype, define_newton, empty_result
+from colt5dist.ops.soft_topk.triton import contiguous, row_constants, shared_device
+from colt5dist.ops.soft_topk.triton_forward import (
     load_budget,
-    split_of,
+    store_budget_gradient,
     sum_both,
     write_result,
 )
@@ -33,15 +30,34 @@ from colt5dist.ops.triton_rows import (
     float64_of,
     gradient_tile,
     larger,
-    log_of_sum,
+    log_ratio,
     per_octave,
     row_arguments,
     row_tile,
     split,
 )
 
+TILE_BLOCK = 2048
+"""Columns of a program of the backward."""
+MOST_TERMS = 1024
+"""Terms, at most, of which the backward's sums over a row consist."""
 _SMALLEST_MASS = tl.constexpr(1e-30)
 """Unclipped mass below which it is taken relative to its largest term: it must not vanish."""
+
+
+@triton.jit
+def _extent(tile, valid):
+    """Largest valid score (-inf if there is none, NaN if one is NaN) and number of valid ones."""
+    spoiled = tl.sum((tile != tile).to(tl.int32))
+    largest = tl.max(tl.where(tile == tile, tile, float("-inf")))
+    return tl.where(spoiled > 0, float("nan"), largest), tl.sum(valid.to(tl.int32))
+
+
+@triton.jit
+def _largest_of(values, there):
+    """The largest of those of a block's elements that are `there`, NaN if one is NaN."""
+    spoiled = tl.sum((there & (values != values)).to(tl.int32))
+    return tl.where(spoiled > 0, float("nan"), tl.max(tl.where(there, values, float("-inf"))))
 
 
 @triton.jit
@@ -73,7 +89,7 @@ def _largest_below(tile, high, low):
     return tl.max(tl.where(offset >= low, float("-inf"), offset))
 
 
-@triton.jit(do_not_specialize=["num_rows", "parts", "blocks", "budget_bits", "eps", "accuracy"])
+@triton.jit(do_not_specialize=["num_rows", "parts", "blocks", "budget_bits", "stride", "eps", "accuracy"])
 def _solve_kernel(
     scores,
     row_stride,
@@ -86,6 +102,7 @@ def _solve_kernel(
     roots,
     result,
     messages,
+    stride,
     num_rows,
     n,
     parts,
@@ -108,34 +125,36 @@ def _solve_kernel(
     scale = per_octave(eps, DTYPE)
     there = tl.arange(0, LANES) < parts
     begin = part * blocks * BLOCK
-    sequence = 0
-    for task in tl.range(tl.program_id(0) // parts, num_rows, tl.num_programs(0) // parts):
+    group = tl.program_id(0) // parts
+    sequence = first_sequence(messages, stride, group, LANES)
+    for task in tl.range(group, num_rows, tl.num_programs(0) // parts):
         row = tl.full((), 0, tl.int64) + task
-        group = tl.program_id(0) // parts
         tile, valid, columns = row_tile(source, row, begin, n, BLOCK, HAS_MASK, DTYPE)
-        largest, num_valid = extent(tile, valid)
+        largest, num_valid = _extent(tile, valid)
         smallest = tl.min(tl.where(valid, tile, float("inf")))
         if not RESIDENT:
             for block in tl.range(1, blocks):
                 streamed, streamed_valid, _columns = row_tile(
                     source, row, begin + block * BLOCK, n, BLOCK, HAS_MASK, DTYPE
                 )
-                streamed_largest, streamed_number = extent(streamed, streamed_valid)
+                streamed_largest, streamed_number = _extent(streamed, streamed_valid)
                 largest = larger(largest, streamed_largest)
                 num_valid += streamed_number
                 smallest = tl.minimum(smallest, tl.min(tl.where(streamed_valid, streamed, float("inf"))))
         if LANES > 1:
             sequence += 1
-            values, numbers = exchange(messages, group, part, parts, sequence, largest, num_valid, LANES)
-            largest = largest_of(values, there)
+            values, numbers = exchange(messages, stride, group, part, parts, sequence, largest, num_valid, LANES)
+            largest = _largest_of(values, there)
             num_valid = tl.sum(numbers)
             sequence += 1
-            values, numbers = exchange(messages, group, part, parts, sequence, smallest, num_valid, LANES)
+            values, numbers = exchange(messages, stride, group, part, parts, sequence, smallest, num_valid, LANES)
             smallest = tl.min(tl.where(there, values, float("inf")))
         row_max = tl.where(num_valid == 0, 0.0, largest).to(tl.float64)
         row_min = tl.where(num_valid == 0, 0.0, smallest).to(tl.float64)
         all_valid = num_valid.to(tl.float64)
-        target = load_budget(k, row, budget_bits, HAS_K)
+        target = float64_of(budget_bits)
+        if HAS_K:
+            target = load_budget(k, row)
         target = tl.where(target > all_valid, all_valid, target)
 
         # one pass with everything but the largest below the threshold: the logsumexp of the row
@@ -151,11 +170,13 @@ def _solve_kernel(
             total = wide.to(DTYPE)
         if LANES > 1:
             sequence += 1
-            values, numbers = exchange(messages, group, part, parts, sequence, total, equal, LANES)
+            values, numbers = exchange(messages, stride, group, part, parts, sequence, total, equal.to(tl.int32), LANES)
             total, equal = sum_both(values, numbers, COMPILED)
         total += equal.to(DTYPE)
         upper = -row_min
-        lower = eps * (tl.log(target) - log_of_sum(tl.where(total < 1, 1.0, total)) - 16 * accuracy) - row_max
+        lower = (
+            eps * (tl.log(target) - tl.log(tl.where(total < 1, 1.0, total).to(tl.float64)) - 16 * accuracy) - row_max
+        )
         lower = tl.minimum(lower, upper)
         # rows that need no search: all of it is taken, or there is NaN in it or for its budget
         a = tl.where(target < all_valid, lower, tl.where(target == all_valid, upper, target))
@@ -176,7 +197,9 @@ def _solve_kernel(
                 total = wide.to(DTYPE)
             if LANES > 1:
                 sequence += 1
-                values, numbers = exchange(messages, group, part, parts, sequence, total, num_clipped, LANES)
+                values, numbers = exchange(
+                    messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES
+                )
                 total, num_clipped = sum_both(values, numbers, COMPILED)
             if total < _SMALLEST_MASS:
                 pivot = _largest_below(tile, high, low)
@@ -188,7 +211,7 @@ def _solve_kernel(
                         pivot = tl.maximum(pivot, _largest_below(streamed, high, low))
                 if LANES > 1:
                     sequence += 1
-                    values, numbers = exchange(messages, group, part, parts, sequence, pivot, num_valid, LANES)
+                    values, numbers = exchange(messages, stride, group, part, parts, sequence, pivot, num_valid, LANES)
                     pivot = tl.max(tl.where(there, values, float("-inf")))
                 pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
                 total, _clipped = _unclipped_sums(tile, high, low, pivot, scale, COMPILED)
@@ -203,13 +226,19 @@ def _solve_kernel(
                     total = wide.to(DTYPE)
                 if LANES > 1:
                     sequence += 1
-                    values, numbers = exchange(messages, group, part, parts, sequence, total, num_clipped, LANES)
+                    values, numbers = exchange(
+                        messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES
+                    )
                     total, _clipped = sum_both(values, numbers, COMPILED)
             # the sums were relative to high + pivot, the mass is to -a
-            log_mass = tl.where(total > 0, log_of_sum(total), float("-inf")) + (pivot - low).to(tl.float64) / eps
             remainder = target - num_clipped.to(tl.float64)
-            positive = tl.where(remainder > 0, remainder, 1.0)
-            step = eps * (log_of_sum(positive.to(DTYPE)) - log_mass)
+            positive = tl.where(remainder > 0, remainder, 1.0).to(DTYPE)
+            log_remainder = -log_ratio(0.0, 0.0, positive, COMPILED)
+            log_ratio_of_masses = log_ratio(log_remainder, 0.0, tl.where(total > 0, total, 1.0), COMPILED).to(
+                tl.float64
+            )
+            step = eps * log_ratio_of_masses - (pivot - low).to(tl.float64)
+            step = tl.where(total > 0, step, float("inf"))
             newton_a = tl.where(remainder > 0, a + step, float("-inf"))
             upper = tl.where(newton_a < a, tl.minimum(upper, a), upper)
             lower = tl.minimum(tl.maximum(lower, newton_a - accuracy * tl.abs(newton_a - a)), upper)
@@ -229,6 +258,7 @@ def _solve_kernel(
                     source, row, begin + block * BLOCK, n, BLOCK, HAS_MASK, DTYPE
                 )
                 write_result(result, streamed, streamed_valid, streamed_columns, row, n, a, scale, COMPILED)
+    finish(messages, stride, group, part, sequence, LANES)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_terms", "blocks", "eps"])
@@ -297,6 +327,7 @@ def _score_gradients_kernel(
     grad_column_stride,
     roots,
     terms,
+    k,
     grad_scores,
     grad_k,
     num_rows,
@@ -331,7 +362,7 @@ def _score_gradients_kernel(
     mean = tl.where(total > 0, weighted / tl.where(total > 0, total, 1.0), 0.0)
     mean = tl.where(a == a, mean, a)
     if HAS_K and tile_number == 0:
-        tl.store(grad_k + row, mean)
+        store_budget_gradient(grad_k, k, row, mean)
     offset = difference(tile, -a)
     clipped = offset >= 0
     power = exp2(tl.where(clipped, 0.0, offset) * per_octave(eps, DTYPE), COMPILED and tl.float32 == DTYPE)
@@ -340,71 +371,83 @@ def _score_gradients_kernel(
     tl.store(grad_scores + row * n + columns, gradient.to(grad_scores.dtype.element_ty), mask=columns < n)
 
 
+_solve = KernelCall(_solve_kernel)
+_means = KernelCall(_mean_gradient_kernel)
+_gradients = KernelCall(_score_gradients_kernel)
+
+
 def _forward(scores: Tensor, k: Tensor | None, mask: Tensor | None, budget: float, eps: float) -> tuple[Tensor, Tensor]:
     """As that of `newton`."""
     n = scores.shape[-1]
     num_rows = scores.numel() // n
-    layout = split_of(scores, num_rows)
+    layout = split_rows(num_rows, n, shared_device(scores))
+    k = contiguous(k)
     roots = torch.empty(scores.shape[:-1], dtype=torch.float64, device=scores.device)
     result = empty_result(scores)
+    key = (
+        scores.device,
+        tensor_key(scores),
+        tensor_key(mask),
+        None if k is None else (k.dtype, k.data_ptr() % 16 == 0),
+    )
     with torch.cuda.device_of(scores):
-        _solve_kernel[(layout.parts * layout.groups,)](
+        arguments = (
             *row_arguments(scores, mask),
-            roots if k is None else k.contiguous(),
+            roots if k is None else k,
             float64_bits(budget),
             roots,
             result,
-            layout.messages(roots, 2),
+            *messages(layout, roots),
             num_rows,
             n,
             layout.parts,
             layout.blocks,
             float64_bits(eps),
             float64_bits(newton.tolerance(arithmetic_dtype(scores))),
-            MAX_PASSES=newton.MAX_PASSES,
-            RESIDENT=layout.blocks == 1,
-            **layout.launch,
-            **constants(scores, k, mask),
         )
+        constants = {"MAX_PASSES": newton.MAX_PASSES} | row_constants(scores, k, mask, layout)
+        _solve(key, layout.parts * layout.groups, arguments, constants)
     return result, roots
 
 
 def _backward(
-    grad: Tensor, scores: Tensor, k: Tensor | None, mask: Tensor | None, a: Tensor, eps: float
+    grad: Tensor,
+    scores: Tensor,
+    k: Tensor | None,
+    mask: Tensor | None,
+    a: Tensor,
+    budget: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """As that of `newton`."""
     n = scores.shape[-1]
     num_rows = scores.numel() // n
+    k, roots = contiguous(k), a.contiguous()
     grad_scores = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-    grad_k = empty_budget_gradient(k, scores)
     tiles = triton.cdiv(n, TILE_BLOCK)
     blocks = triton.cdiv(tiles, MOST_TERMS)
     num_terms = triton.cdiv(tiles, blocks)
-    roots = a.contiguous()
     terms = roots.new_empty(3 * num_rows * num_terms)
-    arguments = (*row_arguments(scores, mask), *as_rows(grad), roots, terms)
-    compiled = constants(scores, k, mask)
-    has_k = compiled.pop("HAS_K")
+    grad_k = terms if k is None else roots.new_empty(k.shape)
+    key = (
+        scores.device,
+        tensor_key(scores),
+        tensor_key(mask),
+        tensor_key(grad),
+        None if k is None else (k.dtype, k.data_ptr() % 16 == 0),
+    )
+    rows = (*row_arguments(scores, mask), *as_rows(grad), roots, terms)
+    constants = row_constants(scores, k, mask, RowSplit(1, TILE_BLOCK, 1, num_rows, 4))
+    del constants["LANES"], constants["RESIDENT"]
+    of_k = constants.pop("HAS_K")
     eps_bits = float64_bits(eps)
     with torch.cuda.device_of(scores):
-        _mean_gradient_kernel[(num_rows * num_terms,)](
-            *arguments, num_rows, n, num_terms, blocks, eps_bits, BLOCK=TILE_BLOCK, **compiled
-        )
-        _score_gradients_kernel[(num_rows * tiles,)](
-            *arguments,
-            grad_scores,
-            grad_k,
-            num_rows,
-            n,
-            num_terms,
-            tiles,
-            eps_bits,
-            TERMS=triton.next_power_of_2(num_terms),
-            BLOCK=TILE_BLOCK,
-            HAS_K=has_k,
-            **compiled,
-        )
-    return grad_scores, grad_k
+        arguments = (*rows, num_rows, n, num_terms, blocks, eps_bits)
+        _means(key, num_rows * num_terms, arguments, constants)
+        arguments = (*rows, roots if k is None else k, grad_scores, grad_k, num_rows, n, num_terms, tiles, eps_bits)
+        constants |= {"HAS_K": of_k, "TERMS": triton.next_power_of_2(num_terms)}
+        _gradients(key, num_rows * tiles, arguments, constants)
+    return grad_scores, terms.new_empty(0) if k is None else grad_k
 
 
 soft_topk_newton_triton_forward = define_newton("soft_topk_newton_triton", _forward, _backward)

@@ -7,7 +7,7 @@ element within one float32 ulp of the threshold would otherwise change sides and
 import torch
 from torch import Tensor
 
-from colt5dist.ops.soft_topk.operator import arithmetic_dtype, budgets, define_coordinate_descent, empty_budget_gradient
+from colt5dist.ops.soft_topk.operator import arithmetic_dtype, budget_gradient, budgets, define_coordinate_descent
 from colt5dist.ops.soft_topk.schedule import epsilon_schedule, segment_ends
 
 
@@ -50,7 +50,7 @@ def _next(rows: Tensor, row_max: Tensor, log_k: Tensor, a: Tensor, eps: float) -
     """a_{t-1} -> a_t and the number of clipped entries, those with s > -a_{t-1}."""
     pivot = torch.minimum(row_max, -a)  # the maximum of min(s, -a), without a pass over the row
     offset = difference(rows, pivot)
-    num_clipped = (offset > 0).sum(dim=-1)
+    num_clipped = (offset > 0).sum(dim=-1, dtype=torch.float64)
     total = (offset.clamp(max=0.0) / eps).exp().sum(dim=-1, dtype=torch.float64)
     # the largest term is exactly 1, so only a row without a valid entry is below that
     return eps * (log_k - total.clamp(min=1.0).log()) - pivot, num_clipped
@@ -66,23 +66,22 @@ def _forward(
     eps_decay: float,
     n_iters: int,
     segments: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """scores (..., n), k (...) or, if None, the number `budget` for all rows -> result (..., n), kept a (..., segments)
-    float64, kept counts of clipped int64."""
+) -> tuple[Tensor, Tensor]:
+    """scores (..., n), k (...) or, if None, the number `budget` for all rows -> result (..., n), and float64 (...,
+    segments, 2): the kept a-values and counts of clipped entries."""
     rows, row_max, num_valid = masked_rows(scores, mask)
     log_k = budgets(scores, k, budget).log()
     epsilons = epsilon_schedule(eps, eps_init, eps_decay, n_iters)
     ends = set(segment_ends(n_iters, segments))
     a = _first(log_k, row_max, num_valid, epsilons[0])
-    num_clipped = torch.zeros(a.shape, dtype=torch.int64, device=a.device)
-    kept_a, kept_clipped = [], []
+    num_clipped = torch.zeros_like(a)
+    kept = []
     for iteration in range(1, n_iters + 1):
         if iteration > 1:
             a, num_clipped = _next(rows, row_max, log_k, a, epsilons[iteration - 1])
         if iteration in ends:
-            kept_a.append(a)
-            kept_clipped.append(num_clipped)
-    return output(rows, a, epsilons[-1], mask), torch.stack(kept_a, dim=-1), torch.stack(kept_clipped, dim=-1)
+            kept.append(torch.stack((a, num_clipped), dim=-1))
+    return output(rows, a, epsilons[-1], mask), torch.stack(kept, dim=-2)
 
 
 def _backward(
@@ -90,8 +89,7 @@ def _backward(
     scores: Tensor,
     k: Tensor | None,
     mask: Tensor | None,
-    kept_a: Tensor,
-    kept_clipped: Tensor,
+    kept: Tensor,
     budget: float,
     eps: float,
     eps_init: float,
@@ -99,11 +97,10 @@ def _backward(
     n_iters: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the scores, in their type, and to k, float64 (no elements where k is a number)."""
-    number = k is None
-    k = budgets(scores, k, budget)
+    given, k = k, budgets(scores, k, budget)
     rows, row_max, num_valid = masked_rows(scores, mask)
     epsilons = epsilon_schedule(eps, eps_init, eps_decay, n_iters)
-    a, num_clipped = _replay(rows, row_max, num_valid, k.log(), epsilons, kept_a, kept_clipped)
+    a, num_clipped = _replay(rows, row_max, num_valid, k.log(), epsilons, kept)
 
     offset = difference(rows, -a[-1])
     direct = grad.to(rows.dtype) * (offset / epsilons[-1]).exp() / epsilons[-1]
@@ -123,8 +120,7 @@ def _backward(
         grad_a = grad_a * num_clipped[step] * weight / k
     if mask is not None:
         grad_rows = grad_rows.masked_fill(~mask, 0.0)
-    grad_k = empty_budget_gradient(None, scores) if number else grad_k + grad_a * epsilons[0] / k
-    return grad_rows.to(scores.dtype).contiguous(), grad_k
+    return grad_rows.to(scores.dtype).contiguous(), budget_gradient(given, grad_k + grad_a * epsilons[0] / k)
 
 
 def _replay(
@@ -133,20 +129,19 @@ def _replay(
     num_valid: Tensor,
     log_k: Tensor,
     epsilons: list[float],
-    kept_a: Tensor,
-    kept_clipped: Tensor,
+    kept: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every a_t and clipped count from those at the segments' ends: the forward's operations on the same values."""
     n_iters = len(epsilons) - 1
-    columns = {end: column for column, end in enumerate(segment_ends(n_iters, kept_a.shape[-1]))}
+    columns = {end: column for column, end in enumerate(segment_ends(n_iters, kept.shape[-2]))}
     states: list[Tensor] = []
     counts: list[Tensor] = []
     for iteration in range(1, n_iters + 1):
         if iteration in columns:
-            a, num_clipped = kept_a[..., columns[iteration]], kept_clipped[..., columns[iteration]]
+            a, num_clipped = kept[..., columns[iteration], :].unbind(-1)
         elif iteration == 1:
             a = _first(log_k, row_max, num_valid, epsilons[0])
-            num_clipped = torch.zeros_like(kept_clipped[..., 0])
+            num_clipped = torch.zeros_like(a)
         else:
             a, num_clipped = _next(rows, row_max, log_k, states[-1], epsilons[iteration - 1])
         states.append(a)
