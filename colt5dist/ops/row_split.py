@@ -28,11 +28,11 @@ LONGEST_WHOLE_ROW = 16_384
 """Columns up to which a row is left to one program: splitting costs as much as it saves."""
 SMALLEST_PART = 4_096
 """Columns below which a part of a row is not made smaller."""
-LARGEST_PART = 32_768
+LARGEST_PART = 16_384
 """Columns that a program can hold in registers."""
 LARGEST_COUNT = 65_535
 """Columns of a part whose number can be exchanged."""
-STREAMED_BLOCK = 4_096
+STREAMED_BLOCK = 8_192
 """Columns that a program reads at a time where its part of the row does not fit into registers."""
 SMALLEST_SPREAD_PART = 1_024
 """As `SMALLEST_PART`, for a kernel that exchanges once."""
@@ -53,13 +53,26 @@ class RowSplit(NamedTuple):
     @property
     def launch(self) -> dict[str, Any]:
         """Keyword arguments of the kernel's launch."""
-        constants = {"LANES": lanes(self.parts), "BLOCK": self.block, "num_warps": self.num_warps}
+        constants = {
+            "LANES": lanes(self.parts),
+            "REPLICAS": replicas(self.parts),
+            "BLOCK": self.block,
+            "num_warps": self.num_warps,
+        }
         return constants if self.parts == 1 else constants | {"launch_cooperative_grid": True}
 
 
 def lanes(parts: int) -> int:
     """Elements of the block that holds a term of each part: 1 where a row is not split."""
     return triton.next_power_of_2(parts)
+
+
+def replicas(parts: int) -> int:
+    """How many times each part writes its word, so that not all others wait at one place of the cache."""
+    import os
+
+    r = int(os.environ.get("REPL", "0"))
+    return r or max(1, lanes(parts) // 16)
 
 
 @lru_cache(maxsize=1024)
@@ -73,7 +86,7 @@ def split_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
     if block <= LONGEST_WHOLE_ROW:
         return RowSplit(1, block, 1, num_rows, max(1, min(block // 1024, 16)))
     if device is None or INTERPRETED:
-        return RowSplit(1, STREAMED_BLOCK, triton.cdiv(n, STREAMED_BLOCK), num_rows, 8)
+        return RowSplit(1, STREAMED_BLOCK, triton.cdiv(n, STREAMED_BLOCK), num_rows, 16)
     room = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = max(room // num_rows, triton.cdiv(n, LARGEST_PART))
     block = max(triton.next_power_of_2(triton.cdiv(n, min(wanted, room))), SMALLEST_PART)
@@ -82,9 +95,9 @@ def split_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
         block = STREAMED_BLOCK
         blocks = triton.cdiv(triton.cdiv(n, room), block)
         if block * blocks > LARGEST_COUNT:
-            return RowSplit(1, block, triton.cdiv(n, block), num_rows, 8)
+            return RowSplit(1, block, triton.cdiv(n, block), num_rows, 16)
     parts = triton.cdiv(n, block * blocks)
-    return RowSplit(parts, block, blocks, min(num_rows, room // parts), min(block // 1024, 16))
+    return RowSplit(parts, block, blocks, min(num_rows, room // parts), 16 if blocks > 1 else min(block // 1024, 16))
 
 
 @lru_cache(maxsize=1024)
@@ -126,7 +139,7 @@ def messages(layout: RowSplit, like: Tensor) -> Messages:
     if layout.parts == 1:
         return Messages(like, 0)
     device = like.device.index
-    stride = 2 * lanes(layout.parts) + 16
+    stride = 2 * replicas(layout.parts) * lanes(layout.parts) + 16
     if torch.cuda.is_current_stream_capturing():
         size = layout.groups * stride
         reserve = _reserves.get(device)
@@ -162,15 +175,19 @@ def finish(messages, stride, group, part, sequence, LANES: tl.constexpr):
 
 
 @triton.jit
-def post(messages, stride, group, part, sequence, value, count, LANES: tl.constexpr):
+def post(messages, stride, group, part, sequence, value, count, LANES: tl.constexpr, REPLICAS: tl.constexpr):
     """Give the row's other programs a float32 and an integer in 0 .. 65,535, in the exchange of number `sequence`."""
-    slots = messages + group.to(tl.int64) * stride + _HEADER + (sequence % 2) * LANES
+    slots = messages + group.to(tl.int64) * stride + _HEADER + (sequence % 2) * (LANES * REPLICAS)
     payload = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (count.to(tl.int64) << 16)
-    tl.store(slots + part, payload | (sequence & 0xFFFF))
+    if REPLICAS == 1:
+        tl.store(slots + part, payload | (sequence & 0xFFFF))
+    else:
+        words = tl.full([REPLICAS], 0, tl.int64) + (payload | (sequence & 0xFFFF))
+        tl.store(slots + tl.arange(0, REPLICAS) * LANES + part, words)
 
 
 @triton.jit
-def collect(messages, stride, group, parts, sequence, LANES: tl.constexpr):
+def collect(messages, stride, group, part, parts, sequence, LANES: tl.constexpr, REPLICAS: tl.constexpr):
     """What the row's programs gave in the exchange of number `sequence`: two blocks of LANES, 0 beyond `parts`.
 
     Two slots in turn are enough: a program posts its term of the exchange after the next only when it has the next
@@ -181,7 +198,8 @@ def collect(messages, stride, group, parts, sequence, LANES: tl.constexpr):
     lane = tl.arange(0, LANES)
     there = lane < parts
     # lanes beyond the last part look at its word
-    slots = messages + group.to(tl.int64) * stride + _HEADER + (sequence % 2) * LANES + tl.where(there, lane, parts - 1)
+    slots = messages + group.to(tl.int64) * stride + _HEADER + (sequence % 2) * (LANES * REPLICAS)
+    slots += (part % REPLICAS) * LANES + tl.where(there, lane, parts - 1)
     words = tl.load(slots, volatile=True)
     while tl.sum(((words & 0xFFFF) != tag).to(tl.int32)) > 0:
         words = tl.load(slots, volatile=True)
@@ -190,7 +208,7 @@ def collect(messages, stride, group, parts, sequence, LANES: tl.constexpr):
 
 
 @triton.jit
-def exchange(messages, stride, group, part, parts, sequence, value, count, LANES: tl.constexpr):
+def exchange(messages, stride, group, part, parts, sequence, value, count, LANES: tl.constexpr, REPLICAS: tl.constexpr):
     """`post` and `collect`."""
-    post(messages, stride, group, part, sequence, value, count, LANES)
-    return collect(messages, stride, group, parts, sequence, LANES)
+    post(messages, stride, group, part, sequence, value, count, LANES, REPLICAS)
+    return collect(messages, stride, group, part, parts, sequence, LANES, REPLICAS)

@@ -36,6 +36,7 @@ def _select_kernel(
     parts,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
+    REPLICAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     source = (scores, row_stride, column_stride, mask, mask_row_stride, mask_column_stride)
@@ -61,7 +62,7 @@ def _select_kernel(
                 # a part has less than 2 ** 16 columns: two counts travel in one word
                 sequence += 1
                 pair = (one | (two << 16)).to(tl.float32, bitcast=True)
-                pairs, threes = exchange(messages, stride, group, part, parts, sequence, pair, three, LANES)
+                pairs, threes = exchange(messages, stride, group, part, parts, sequence, pair, three, LANES, REPLICAS)
                 both = pairs.to(tl.int32, bitcast=True)
                 one = tl.sum(both & 0xFFFF)
                 two = tl.sum((both >> 16) & 0xFFFF)
@@ -82,7 +83,9 @@ def _select_kernel(
         if LANES > 1:
             sequence += 1
             pair = num_above.to(tl.float32, bitcast=True)
-            aboves, equals = exchange(messages, stride, group, part, parts, sequence, pair, tl.sum(equal), LANES)
+            aboves, equals = exchange(
+                messages, stride, group, part, parts, sequence, pair, tl.sum(equal), LANES, REPLICAS
+            )
             aboves = aboves.to(tl.int32, bitcast=True)
             num_above = tl.sum(aboves)
             above_before = tl.sum(tl.where(earlier, aboves, 0))
@@ -113,7 +116,7 @@ def select_topk_triton(scores: Tensor, num_tokens: int, mask: Tensor | None, lay
     n = scores.shape[-1]
     num_rows = scores.numel() // n
     positions = torch.empty((*scores.shape[:-1], num_tokens), dtype=torch.int64, device=scores.device)
-    key = (scores.device, tensor_key(scores), tensor_key(mask))
+    key = (layout, scores.device, tensor_key(scores), tensor_key(mask))
     with torch.cuda.device_of(scores):
         arguments = (
             *row_arguments(scores, mask),

@@ -79,7 +79,7 @@ def _unclipped_sums(tile, high, low, pivot, scale, COMPILED: tl.constexpr):
     offset = tile - high
     clipped = offset >= low
     terms = tl.where(clipped, 0.0, exp2((offset - pivot) * scale, COMPILED and tile.dtype == tl.float32))
-    return sum_both(terms, clipped, COMPILED)
+    return sum_both(terms, clipped)
 
 
 @triton.jit
@@ -113,6 +113,7 @@ def _solve_kernel(
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
     LANES: tl.constexpr,
+    REPLICAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -143,11 +144,15 @@ def _solve_kernel(
                 smallest = tl.minimum(smallest, tl.min(tl.where(streamed_valid, streamed, float("inf"))))
         if LANES > 1:
             sequence += 1
-            values, numbers = exchange(messages, stride, group, part, parts, sequence, largest, num_valid, LANES)
+            values, numbers = exchange(
+                messages, stride, group, part, parts, sequence, largest, num_valid, LANES, REPLICAS
+            )
             largest = _largest_of(values, there)
             num_valid = tl.sum(numbers)
             sequence += 1
-            values, numbers = exchange(messages, stride, group, part, parts, sequence, smallest, num_valid, LANES)
+            values, numbers = exchange(
+                messages, stride, group, part, parts, sequence, smallest, num_valid, LANES, REPLICAS
+            )
             smallest = tl.min(tl.where(there, values, float("inf")))
         row_max = tl.where(num_valid == 0, 0.0, largest).to(tl.float64)
         row_min = tl.where(num_valid == 0, 0.0, smallest).to(tl.float64)
@@ -170,8 +175,10 @@ def _solve_kernel(
             total = wide.to(DTYPE)
         if LANES > 1:
             sequence += 1
-            values, numbers = exchange(messages, stride, group, part, parts, sequence, total, equal.to(tl.int32), LANES)
-            total, equal = sum_both(values, numbers, COMPILED)
+            values, numbers = exchange(
+                messages, stride, group, part, parts, sequence, total, equal.to(tl.int32), LANES, REPLICAS
+            )
+            total, equal = sum_both(values, numbers)
         total += equal.to(DTYPE)
         upper = -row_min
         lower = (
@@ -198,9 +205,9 @@ def _solve_kernel(
             if LANES > 1:
                 sequence += 1
                 values, numbers = exchange(
-                    messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES
+                    messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES, REPLICAS
                 )
-                total, num_clipped = sum_both(values, numbers, COMPILED)
+                total, num_clipped = sum_both(values, numbers)
             if total < _SMALLEST_MASS:
                 pivot = _largest_below(tile, high, low)
                 if not RESIDENT:
@@ -211,7 +218,9 @@ def _solve_kernel(
                         pivot = tl.maximum(pivot, _largest_below(streamed, high, low))
                 if LANES > 1:
                     sequence += 1
-                    values, numbers = exchange(messages, stride, group, part, parts, sequence, pivot, num_valid, LANES)
+                    values, numbers = exchange(
+                        messages, stride, group, part, parts, sequence, pivot, num_valid, LANES, REPLICAS
+                    )
                     pivot = tl.max(tl.where(there, values, float("-inf")))
                 pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
                 total, _clipped = _unclipped_sums(tile, high, low, pivot, scale, COMPILED)
@@ -227,9 +236,9 @@ def _solve_kernel(
                 if LANES > 1:
                     sequence += 1
                     values, numbers = exchange(
-                        messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES
+                        messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES, REPLICAS
                     )
-                    total, _clipped = sum_both(values, numbers, COMPILED)
+                    total, _clipped = sum_both(values, numbers)
             # the sums were relative to high + pivot, the mass is to -a
             remainder = target - num_clipped.to(tl.float64)
             positive = tl.where(remainder > 0, remainder, 1.0).to(DTYPE)
@@ -385,6 +394,7 @@ def _forward(scores: Tensor, k: Tensor | None, mask: Tensor | None, budget: floa
     roots = torch.empty(scores.shape[:-1], dtype=torch.float64, device=scores.device)
     result = empty_result(scores)
     key = (
+        layout,
         scores.device,
         tensor_key(scores),
         tensor_key(mask),
@@ -427,9 +437,11 @@ def _backward(
     tiles = triton.cdiv(n, TILE_BLOCK)
     blocks = triton.cdiv(tiles, MOST_TERMS)
     num_terms = triton.cdiv(tiles, blocks)
+    layout = RowSplit(1, TILE_BLOCK, blocks, num_rows, 4)
     terms = roots.new_empty(3 * num_rows * num_terms)
     grad_k = terms if k is None else roots.new_empty(k.shape)
     key = (
+        layout,
         scores.device,
         tensor_key(scores),
         tensor_key(mask),
@@ -437,8 +449,8 @@ def _backward(
         None if k is None else (k.dtype, k.data_ptr() % 16 == 0),
     )
     rows = (*row_arguments(scores, mask), *as_rows(grad), roots, terms)
-    constants = row_constants(scores, k, mask, RowSplit(1, TILE_BLOCK, 1, num_rows, 4))
-    del constants["LANES"], constants["RESIDENT"]
+    constants = row_constants(scores, k, mask, layout)
+    del constants["LANES"], constants["REPLICAS"], constants["RESIDENT"]
     of_k = constants.pop("HAS_K")
     eps_bits = float64_bits(eps)
     with torch.cuda.device_of(scores):

@@ -108,6 +108,7 @@ def _descend_rows(
     groups = num_rows * segments if layout.parts == 1 else layout.groups
     k = contiguous(k)
     key = (
+        layout,
         scores.device,
         tensor_key(scores),
         tensor_key(mask),
@@ -165,6 +166,7 @@ def _backward(
             kept, states = states, states.new_empty((num_rows, n_iters, 2))
             _descend_rows(scores, k, mask, budget, kept, states, None, schedule, n_iters)
         key = (
+            layout,
             scores.device,
             tensor_key(scores),
             tensor_key(mask),

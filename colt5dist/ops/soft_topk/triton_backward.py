@@ -27,18 +27,18 @@ def _direct_gradient(tile, upstream, valid, high, low, scale, COMPILED: tl.const
 
 
 @triton.jit
-def _subtracted(tile, table, n_iters, tail_begin, FLUSH: tl.constexpr):
-    """What A_T is multiplied by before it is subtracted from d_i: the sum over the iterations 2 .. n_iters."""
+def _subtracted(tile, table, n_iters, begin, tail_begin, FLUSH: tl.constexpr):
+    """What A_T is multiplied by before it is subtracted from d_i: the sum over the iterations begin .. n_iters."""
     last = table + (n_iters - 1) * 4
     factors = tl.zeros_like(tile)
-    for passed in tl.range(0, n_iters + 1 - tl.where(tail_begin < 2, 2, tail_begin), loop_unroll_factor=4):
+    for passed in tl.range(0, n_iters + 1 - tl.maximum(tail_begin, begin), loop_unroll_factor=4):
         entry = last - passed * 4
         clipped = tile - tl.load(entry - 4) > tl.load(entry - 3)
         factors += tl.where(clipped, 0.0, tl.load(entry + 3))
     # an entry that is not clipped has a power below 2 ** 100; of others, infinity times 0 would be NaN
     exponent = (tile - tl.load(last)) * tl.load(last + 2)
     subtracted = factors * exp2(tl.where(exponent > 100, 100.0, exponent), FLUSH)
-    for passed in tl.range(0, tail_begin - 2, loop_unroll_factor=4):
+    for passed in tl.range(0, tail_begin - begin, loop_unroll_factor=4):
         entry = table + (tail_begin - 2 - passed) * 4
         power = exp2((tile - tl.load(entry)) * tl.load(entry + 2), FLUSH)
         clipped = tile - tl.load(entry - 4) > tl.load(entry - 3)
@@ -64,8 +64,8 @@ def _store_table(
     """Write table (n_iters, 4) of type DTYPE: of iteration t, -a_t split in two, log2(e) / eps_t, and the factor of A_T
     that it subtracts from an element's gradient, before its power of 2.
 
-    Returns the iteration from which on that power is the one of the last iteration, and the factor of A_T that is
-    dL/dk.
+    Returns the first iteration with such a factor (2 or more), the one from which on that power is the one of the last
+    iteration, and the factor of A_T that is dL/dk.
     """
     step = tl.arange(0, ITERATIONS)
     within = step < n_iters
@@ -93,7 +93,9 @@ def _store_table(
     tl.store(entry + 1, low, mask=within)
     tl.store(entry + 2, scale, mask=within)
     tl.store(entry + 3, ratio * tl.exp2(correction), mask=within)
-    return tail_begin, tl.sum(tl.where(within, ratio.to(tl.float64) * eps_t, 0.0))
+    # an iteration that clips nothing passes nothing on to those before it
+    begin = tl.maximum(tl.min(tl.where(ratio != 0, step + 1, n_iters)), 2)
+    return begin, tail_begin, tl.sum(tl.where(within, ratio.to(tl.float64) * eps_t, 0.0))
 
 
 @triton.jit(
@@ -142,6 +144,7 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
     LANES: tl.constexpr,
+    REPLICAS: tl.constexpr,
     ITERATIONS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
@@ -180,11 +183,13 @@ def gradient_kernel(
                 )
         if LANES > 1:
             sequence += 1
-            post(messages, stride, group, part, sequence, total.to(tl.float32), tl.full((), 0, tl.int32), LANES)
+            post(
+                messages, stride, group, part, sequence, total.to(tl.float32), tl.full((), 0, tl.int32), LANES, REPLICAS
+            )
         budget = float64_of(budget_bits)
         if HAS_K:
             budget = load_budget(k, row)
-        tail_begin, of_budget = _store_table(
+        first_needed, tail_begin, of_budget = _store_table(
             table,
             states,
             row,
@@ -200,13 +205,13 @@ def gradient_kernel(
         )
         tl.debug_barrier()  # the table is read by other threads than those that wrote it
         if LANES > 1:
-            values, _counts = collect(messages, stride, group, parts, sequence, LANES)
+            values, _counts = collect(messages, stride, group, part, parts, sequence, LANES, REPLICAS)
             total = tl.sum(values.to(tl.float64))
         grad_a = total / eps
         if HAS_K and part == 0:
             store_budget_gradient(grad_k, k, row, grad_a * of_budget)
         share = grad_a.to(DTYPE)
-        gradient = direct * inverse_eps - share * _subtracted(tile, table, n_iters, tail_begin, FLUSH)
+        gradient = direct * inverse_eps - share * _subtracted(tile, table, n_iters, first_needed, tail_begin, FLUSH)
         gradient = tl.where(valid, gradient, 0.0)
         tl.store(grad_scores + row * n + columns, gradient.to(grad_scores.dtype.element_ty), mask=columns < n)
         if not RESIDENT:
@@ -218,7 +223,7 @@ def gradient_kernel(
                     grad, grad_row_stride, grad_column_stride, row, streamed_columns, streamed_valid, DTYPE
                 )
                 gradient = _direct_gradient(streamed, more, streamed_valid, high, low, scale, COMPILED) * inverse_eps
-                gradient -= share * _subtracted(streamed, table, n_iters, tail_begin, FLUSH)
+                gradient -= share * _subtracted(streamed, table, n_iters, first_needed, tail_begin, FLUSH)
                 gradient = tl.where(streamed_valid, gradient, 0.0)
                 tl.store(
                     grad_scores + row * n + streamed_columns,

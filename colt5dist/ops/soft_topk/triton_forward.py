@@ -44,16 +44,8 @@ def store_budget_gradient(grad_k, k, row, gradient):
 
 
 @triton.jit
-def _add_both(total, count, other_total, other_count):
-    return total + other_total, count + other_count
-
-
-@triton.jit
-def sum_both(terms, counted, COMPILED: tl.constexpr):
+def sum_both(terms, counted):
     """Sum of `terms` and number of `counted`, in one reduction; the number has the type of the terms."""
-    if COMPILED and terms.shape[0] > 16384:
-        # two operands of a reduction take a barrier more than one of twice the size, but not its registers
-        return tl.reduce((terms, counted.to(terms.dtype)), 0, _add_both)
     return tl.split(tl.sum(tl.join(terms, counted.to(terms.dtype)), axis=0))
 
 
@@ -62,9 +54,7 @@ def _clipped_sums(tile, high, low, scale, COMPILED: tl.constexpr):
     """Sum of 2 ** ((s - high) * scale) over the scores up to high + low, and number of the others."""
     offset = tile - high
     clipped = offset > low
-    return sum_both(
-        tl.where(clipped, 0.0, exp2(offset * scale, COMPILED and tl.float32 == tile.dtype)), clipped, COMPILED
-    )
+    return sum_both(tl.where(clipped, 0.0, exp2(offset * scale, COMPILED and tl.float32 == tile.dtype)), clipped)
 
 
 @triton.jit
@@ -87,6 +77,7 @@ def _row_sums(
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
     LANES: tl.constexpr,
+    REPLICAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPILED: tl.constexpr,
@@ -106,9 +97,9 @@ def _row_sums(
     if LANES > 1:
         sequence += 1
         values, numbers = exchange(
-            messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES
+            messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES, REPLICAS
         )
-        total, num_clipped = sum_both(values, numbers, COMPILED)
+        total, num_clipped = sum_both(values, numbers)
     return total * exp2(-low * scale, COMPILED and tl.float32 == DTYPE) + num_clipped, num_clipped, sequence
 
 
@@ -129,6 +120,7 @@ def _row_max(
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
     LANES: tl.constexpr,
+    REPLICAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -141,7 +133,7 @@ def _row_max(
     if LANES > 1:
         sequence += 1
         values, _numbers = exchange(
-            messages, stride, group, part, parts, sequence, largest, tl.full((), 0, tl.int32), LANES
+            messages, stride, group, part, parts, sequence, largest, tl.full((), 0, tl.int32), LANES, REPLICAS
         )
         largest = tl.max(tl.where(tl.arange(0, LANES) < parts, values, float("-inf")))
     return largest, sequence
@@ -165,6 +157,7 @@ def _row_count(
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
     LANES: tl.constexpr,
+    REPLICAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -180,7 +173,7 @@ def _row_count(
     if LANES > 1:
         sequence += 1
         _values, numbers = exchange(
-            messages, stride, group, part, parts, sequence, tl.full((), 0.0, tl.float32), number, LANES
+            messages, stride, group, part, parts, sequence, tl.full((), 0.0, tl.float32), number, LANES, REPLICAS
         )
         number = tl.sum(numbers)
     return number, sequence
@@ -249,6 +242,7 @@ def descend_kernel(
     BLOCK: tl.constexpr,
     RESIDENT: tl.constexpr,
     LANES: tl.constexpr,
+    REPLICAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_K: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -286,14 +280,14 @@ def descend_kernel(
             if HAS_MASK:
                 num_valid, sequence = _row_count(
                     valid, source, row, begin, n, blocks, messages, stride, group, part, parts, sequence,
-                    False, BLOCK, RESIDENT, LANES, HAS_MASK, DTYPE,
+                    False, BLOCK, RESIDENT, LANES, REPLICAS, HAS_MASK, DTYPE,
                 )  # fmt: skip
                 log_valid = tl.log(tl.where(num_valid < 1, 1, num_valid).to(tl.float64))
             a = float64_of(first_eps) * (log_k - log_valid)
             if n_iters == 1:  # the only iteration that does not look at the scores
                 spoiled, sequence = _row_count(
                     tile != tile, source, row, begin, n, blocks, messages, stride, group, part, parts, sequence,
-                    True, BLOCK, RESIDENT, LANES, HAS_MASK, DTYPE,
+                    True, BLOCK, RESIDENT, LANES, REPLICAS, HAS_MASK, DTYPE,
                 )  # fmt: skip
                 a = tl.where(spoiled > 0, float("nan"), a)
         else:
@@ -316,19 +310,19 @@ def descend_kernel(
             high, low = -a_high, -a_low
             total, num_clipped, sequence = _row_sums(
                 tile, source, row, begin, n, blocks, messages, stride, group, part, parts, sequence, high, low, scale,
-                BLOCK, RESIDENT, LANES, HAS_MASK, DTYPE, COMPILED,
+                BLOCK, RESIDENT, LANES, REPLICAS, HAS_MASK, DTYPE, COMPILED,
             )  # fmt: skip
             if total < 0.015625:
                 # all scores are far below -a, and their terms too small: they are taken relative to the largest
                 largest, sequence = _row_max(
                     tile, source, row, begin, n, blocks, messages, stride, group, part, parts, sequence,
-                    BLOCK, RESIDENT, LANES, HAS_MASK, DTYPE,
+                    BLOCK, RESIDENT, LANES, REPLICAS, HAS_MASK, DTYPE,
                 )  # fmt: skip
                 high = tl.where(largest == float("-inf"), 0.0, largest)
                 low = tl.zeros_like(low)
                 total, num_clipped, sequence = _row_sums(
                     tile, source, row, begin, n, blocks, messages, stride, group, part, parts, sequence, high, low,
-                    scale, BLOCK, RESIDENT, LANES, HAS_MASK, DTYPE, COMPILED,
+                    scale, BLOCK, RESIDENT, LANES, REPLICAS, HAS_MASK, DTYPE, COMPILED,
                 )  # fmt: skip
                 total = tl.where(total < 1, 1.0, total)  # a row without a valid entry
             change = log_ratio(log_high, log_low, total, COMPILED)
