@@ -22,7 +22,7 @@ FEED_FORWARD_PARTS = {"norm.": "0.", "to_hidden.": "1.", "to_out.": "3."}
 def colt5_attention_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """For each parameter of `module` the names of the peer's parameters that, laid end to end along the first
     dimension, are its value: more than one where a router serves queries and keys/values."""
-    names = {name: (name,) for name, _ in module.named_parameters()}
+    names: dict[str, tuple[str, ...]] = {name: (name,) for name, _ in module.named_parameters()}
     for prefix, part in _parts(module):
         if isinstance(part, CoordinateDescentRouter) and part.routing_tokens is not None:
             names[f"{prefix}routing_tokens.weight"] = _routing_token_names(prefix, len(part.route_groups))
