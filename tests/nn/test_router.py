@@ -135,7 +135,7 @@ def test_learned_routing_tokens_differ_by_sample():
 @pytest.mark.parametrize("shape", [(B, D), (B, 3, D), (1, 2, D), (B, 2, D - 1)])
 def test_refuses_routing_tokens_that_are_not_one_a_route(shape):
     module = router(learned_routing_tokens=True, num_routing_tokens=2)
-    with pytest.raises(ValueError, match="^routing_tokens: "):
+    with pytest.raises(ValueError, match=r"^routing_tokens: "):
         module(tokens(), num_tokens=M, routing_tokens=torch.ones(shape, dtype=torch.float64))
 
 
