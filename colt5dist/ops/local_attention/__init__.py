@@ -10,7 +10,8 @@ from colt5dist.ops.local_attention.windows import local_attention_windows
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from colt5dist.ops.local_attention.triton import INTERPRETED, MAX_DIM, local_attention_triton
+    from colt5dist.ops.local_attention.operator import MAX_DIM, local_attention_triton
+    from colt5dist.ops.local_attention.triton import INTERPRETED
 
 __all__ = ["IMPLEMENTATIONS", "local_attention"]
 
