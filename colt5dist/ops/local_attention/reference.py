@@ -1,13 +1,10 @@
 """Local attention by the package `local-attention`: windows of keys around windows of queries."""
 
-from functools import lru_cache
-
 import torch
 from local_attention import LocalAttention
 from torch import Tensor
 
 
-@lru_cache(maxsize=32)
 def _attention_of_radius(radius: int) -> LocalAttention:
     return LocalAttention(
         window_size=radius,
