@@ -80,6 +80,23 @@ def test_relative_bias(radius, n, masked, implementation, dtype, tolerance):
     assert_gradients(out, expected, (q, k, v, bias), 10 * tolerance)
 
 
+def test_kernels_in_16_bits():
+    """In float16: Triton's interpreter multiplies no bfloat16, which is tried on the GPU."""
+    q, k, v = tensors(2, 2, 100, 8, torch.float16)
+    bias = torch.randn(2, 15, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = torch.arange(100) < torch.tensor([[100], [97]])
+    out = local_attention(q, k, v, radius=7, mask=mask, bias=bias, implementation="triton")
+    expected = dense_local_attention(q, k, v, 7, mask, bias)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
+    upstream = torch.randn_like(out)
+    actual_grads = torch.autograd.grad(out, (q, k, v, bias), upstream)
+    for actual, wanted in zip(
+        actual_grads, torch.autograd.grad(expected, (q, k, v, bias), upstream.double()), strict=True
+    ):
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3 * scale)
+
+
 @each_implementation
 def test_masked_keys_do_not_move_valid_positions_by_one_bit(implementation, dtype, tolerance):
     q, k, v = (t.detach() for t in tensors(2, 2, 50, 8, torch.float32))
