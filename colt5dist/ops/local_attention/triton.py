@@ -287,7 +287,3 @@ def key_gradient_kernel(
     grad_v_head = _head(grad_v, sample, head, grad_k_strides[0], grad_k_strides[1])
     _store_tile(grad_k_head, keys, grad_k_strides[2], n, k_result * scale, HEAD_DIM, DIM)
     _store_tile(grad_v_head, keys, grad_k_strides[2], n, v_result, HEAD_DIM, DIM)
-
-
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-"""Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this module was imported."""
