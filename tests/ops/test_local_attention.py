@@ -204,7 +204,8 @@ def test_what_an_implementation_cannot_take_is_refused():
     ("n", "dim", "radius"), [(1000, 64, 127), (1024, 64, 64), (777, 128, 127), (300, 40, 5), (65, 256, 127)]
 )
 def test_on_the_gpu(implementation, dtype, masked, biased, n, dim, radius):
-    """To 1e-5 in float32, 1e-3 in 16 bits, of the largest value, beside the rounding of the result itself."""
+    """The kernels to 1e-5 in float32, 1e-3 in 16 bits, of the largest value, beside the rounding of the result itself;
+    the windows, which add up 16-bit gradients where they overlap, to 2e-2."""
     if implementation == "windows" and biased:
         pytest.skip("takes no bias")
     inputs = [t.detach().cuda().to(dtype).requires_grad_() for t in tensors(2, 4, n, dim)]
@@ -227,7 +228,7 @@ def test_on_the_gpu(implementation, dtype, masked, biased, n, dim, radius):
         torch.autograd.grad(expected, wide, upstream.double()),
         strict=True,
     )
-    closeness = 1e-5 if dtype == torch.float32 else 1e-3
+    closeness = 1e-5 if dtype == torch.float32 else 1e-3 if implementation == "triton" else 2e-2
     for actual, wanted in pairs:
         limit = closeness * max(1.0, wanted.abs().max().item())
         torch.testing.assert_close(actual.double(), wanted, rtol=torch.finfo(actual.dtype).eps, atol=limit)
