@@ -73,17 +73,19 @@ def median_milliseconds(call: Callable[[], object], repeats: int, *, queued: int
     return statistics.median(times)
 
 
-def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest over the tensors (..., dim) of the median over their rows of |actual - expected| / |expected|.
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor], share: float = 0.98) -> float:
+    """The largest over the tensors (..., dim) of |actual - expected| / |expected| in the row than which that share of
+    the rows is not worse; infinite where a number is not finite.
 
-    The median: a routing decision that falls the other way in 16 bits moves a few rows, a mistake moves most.
+    Not of the worst row: where 16-bit rounding lets a routing decision fall the other way, a token differs in earnest.
+    A wrong branch shows, though it be one of a sixteenth of the tokens.
     """
     worst = 0.0
     for here, there in zip(actual, expected, strict=True):
-        wanted = there.double()
-        difference = (here.double() - wanted).norm(dim=-1)
-        error = (difference / wanted.norm(dim=-1).clamp(min=1e-12)).median().item()
-        worst = max(worst, error if error == error else float("inf"))
+        wanted = there.double().flatten(0, -2)
+        errors = (here.double().flatten(0, -2) - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-12)
+        error = errors.sort().values[int(share * (len(errors) - 1))].item()
+        worst = max(worst, error if errors.isfinite().all() else float("inf"))
     return worst
 
 

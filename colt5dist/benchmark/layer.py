@@ -1,8 +1,8 @@
 """The conditional block, forward and backward in bf16, beside the package colt5-attention and a dense flash block.
 
 Dimension 768, light attention 4 x 64 within 64 tokens, heavy attention 8 x 64; budgets n/16 queries, n/8 keys/values,
-n/16 tokens of the feed-forward. Each result is compared with the same layer's in float32. `wall` counts the host's
-time, `GPU` only the device's work.
+n/16 tokens of the feed-forward. Each result is compared with the same layer's in float32, of the same bf16 weights.
+`wall` counts the host's time, `GPU` only the device's work.
 """
 
 import argparse
@@ -66,6 +66,11 @@ def peer_block(dim: int, budgets: dict[str, Any], use_triton: bool) -> nn.Module
     )
 
 
+def rounded(module: nn.Module) -> nn.Module:
+    """The module with its weights rounded to bf16, in float32."""
+    return module.bfloat16().float()
+
+
 def in_bf16(peer: nn.Module) -> nn.Module:
     """A copy of the peer's block in bf16 whose routers stay in float32."""
     peer = copy.deepcopy(peer).bfloat16()
@@ -113,17 +118,17 @@ def measure_shape(batch: int, n: int, dim: int, device: torch.device, repeats: i
     }
     x = torch.randn(batch, n, dim, device=device, dtype=torch.bfloat16).requires_grad_()
     wide_x = x.detach().float().requires_grad_()
-    ours: nn.Module = ConditionalRoutedTransformerBlock(dim, **budgets, **HEADS)
+    ours = rounded(ConditionalRoutedTransformerBlock(dim, **budgets, **HEADS))
     # name, the module in float32, the module that is timed
     candidates: list[tuple[str, nn.Module, nn.Module]] = []
     if "peer" not in without:
-        peer = peer_block(dim, budgets, use_triton=device.type == "cuda").to(device)
+        peer = rounded(peer_block(dim, budgets, use_triton=device.type == "cuda")).to(device)
         load_colt5_attention(ours, peer.state_dict())
         candidates.append(("colt5-attention, routing in float32", peer, in_bf16(peer)))
     ours = ours.to(device)
     candidates.insert(0, ("conditional block", ours, copy.deepcopy(ours).bfloat16()))
     if "dense" not in without:
-        dense = DenseBlock(dim).to(device)
+        dense = rounded(DenseBlock(dim)).to(device)
         candidates.append(("dense block, flash attention", dense, copy.deepcopy(dense).bfloat16()))
     rows = []
     for name, wide, module in candidates:
@@ -131,9 +136,14 @@ def measure_shape(batch: int, n: int, dim: int, device: torch.device, repeats: i
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         forms: dict[str, Callable[[Tensor], Tensor]] = {name: module}
         if "compiled" not in without and "colt5-attention" not in name:
+            # or a second shape would be compiled for every shape
+            torch.compiler.reset()
             forms[f"{name}, compiled"] = torch.compile(module, fullgraph=True)
         for form, function in forms.items():
             call = partial(step, function, parameters, x)
-            error = relative_error(call()[:2], expected)
+            out, grad, *_ = call()
+            # of the gradient the median row: at the routers' temperature of 0.03, the rounding of x moves some soft
+            # scores, and what these add to the gradient, by their own size
+            error = max(relative_error([out], expected[:1]), relative_error([grad], expected[1:], share=0.5))
             rows.append(measure(form, f"{batch} x {n:,}", call, error, repeats))
     return rows

@@ -47,10 +47,12 @@ def test_a_wrong_result_has_no_time(monkeypatch, capsys):
     assert row.wall_ms is None
 
 
-def test_error_is_of_the_median_row():
-    expected = torch.ones(5, 4)
-    one_off = expected.clone()
-    one_off[0] = 9.0
-    assert benchmark.relative_error([one_off], [expected]) == 0
-    assert benchmark.relative_error([1.5 * expected], [expected]) == pytest.approx(0.5)
-    assert benchmark.relative_error([expected * float("nan")], [expected]) == float("inf")
+def test_error_is_that_of_all_but_a_few_rows():
+    expected = torch.ones(1, 100, 4)
+    few, sixteenth = expected.clone(), expected.clone()
+    few[0, :2] = 9.0
+    sixteenth[0, :6] = 1.5
+    assert benchmark.relative_error([few], [expected]) == 0
+    assert benchmark.relative_error([expected, sixteenth], [expected, expected]) == pytest.approx(0.5)
+    few[0, 0] = float("nan")
+    assert benchmark.relative_error([few], [expected]) == float("inf")
