@@ -8,6 +8,7 @@ from colt5dist.nn.router import ROUTINGS
 from colt5dist.ops.soft_topk import soft_topk_problems
 
 ENCODERS = ("conditional", "dense")
+LIGHT_POSITIONS = ("rotary", "relative")
 # of the fractions for which num_heavy_tokens and heavy_key_value_ratio stand
 MAX_DENOMINATOR = 4096
 
@@ -48,6 +49,8 @@ class CoLT5Config:
     """Routed keys/values for one routed query."""
     light_radius: int = 127
     """Light attention reaches this many tokens to either side."""
+    light_positions: str = "rotary"
+    """Positions in light attention: rotary, or relative: T5's learned bias of the distance."""
     fetch_k_ratio: float = 1.125
     """Sum of the soft scores for one routed token, 1 or more."""
     router_eps: float = 1.0
@@ -84,6 +87,7 @@ class CoLT5Config:
                 found.append(f"model.{name}: {getattr(self, name)}; use a number above 0")
         choices = {
             "encoder": ENCODERS,
+            "light_positions": LIGHT_POSITIONS,
             "routing": ROUTINGS,
         }
         for name, allowed in choices.items():

@@ -2,7 +2,10 @@
 
 from colt5dist.nn.attention import Attention
 from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
+from colt5dist.nn.conditional_block import ConditionalRoutedTransformerBlock
+from colt5dist.nn.conditional_cross_attention import ConditionalRoutedCrossAttention
 from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
+from colt5dist.nn.conditional_image_attention import ConditionalRoutedImageAttention
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.rotary import RotaryEmbedding
@@ -12,7 +15,10 @@ from colt5dist.nn.self_attention import SelfAttention
 __all__ = [
     "Attention",
     "ConditionalRoutedAttention",
+    "ConditionalRoutedCrossAttention",
     "ConditionalRoutedFeedForward",
+    "ConditionalRoutedImageAttention",
+    "ConditionalRoutedTransformerBlock",
     "CoordinateDescentRouter",
     "FeedForward",
     "RMSNorm",

@@ -24,11 +24,14 @@ class RotaryEmbedding(nn.Module):
         self, seq_len: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Angles (seq_len, dim) of the positions 0 .. seq_len - 1; `dtype` is float32 or float64."""
-        exponent = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
-        frequencies = (1.0 / self.theta**exponent).to(dtype)
         position = torch.arange(seq_len, device=device, dtype=dtype)
-        angles = position.unsqueeze(-1) * frequencies
+        angles = position.unsqueeze(-1) * self.frequencies(device).to(dtype)
         return torch.cat((angles, angles), dim=-1)
+
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """Angle (dim / 2,) float32 by which each pair turns from one position to the next."""
+        exponent = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
+        return 1.0 / self.theta**exponent
 
 
 class _Rotation(torch.autograd.Function):

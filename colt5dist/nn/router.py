@@ -108,6 +108,8 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError("route_block_size: static routing cuts the sequence itself; leave one of the two out")
         if routing not in ROUTINGS:
             raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTINGS)}")
+        if num_routing_tokens < 1:
+            raise ValueError(f"num_routing_tokens: {num_routing_tokens} routes; use 1 or more")
         self.route_groups = (num_routing_tokens,) if route_groups is None else tuple(route_groups)
         if sum(self.route_groups) != num_routing_tokens:
             raise ValueError(f"route_groups: {self.route_groups} do not sum to num_routing_tokens {num_routing_tokens}")
@@ -217,6 +219,10 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError("routing_tokens: needed, because the router was built with learned_routing_tokens")
         if not self.takes_routing_tokens and routing_tokens is not None:
             raise ValueError("routing_tokens: this router has no use for them; build it with learned_routing_tokens")
+        if routing_tokens is not None:
+            b, r, dim = x.shape[0], self.num_routing_tokens, x.shape[-1]
+            if routing_tokens.shape != (b, r, dim) and not (r == 1 and routing_tokens.shape == (b, dim)):
+                raise ValueError(f"routing_tokens: {tuple(routing_tokens.shape)}; use {(b, r, dim)}, a vector a route")
 
     def _scores(self, x: Tensor, routing_tokens: Tensor | None, routed: bool) -> tuple[Tensor, Tensor | None]:
         """Raw scores (b, r, n), and a zero that depends on the learned vectors.
