@@ -86,6 +86,26 @@ class Attention(nn.Module):
         dim_head), and of the keys, (n, dim_head), (b, n, dim_head) or (b, r, n, dim_head); the null key is not
         rotated.
         """
+        q, k, v = self._project(x, context, normalized_scores_kv, normalized_scores_q, rotary_emb)
+        num_routes = 1 if mask is None or mask.dim() == 2 else mask.shape[1]
+        if mask is not None and mask.dim() == 3:
+            mask = self._by_head(mask, num_routes)
+        if self.null_kv is not None:
+            null_k, null_v = self._null(k)
+            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        return self.to_out(merge_heads(attend(q, k, v, mask=mask)))
+
+    def _project(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        normalized_scores_kv: Tensor | None,
+        normalized_scores_q: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, heads, i, dim_head), keys and values (b, heads, n, dim_head), weighed and rotated; arguments of
+        `forward`."""
         x = self.norm(x)
         context = x if context is None else self.norm(context)
         context = context.unsqueeze(1) if context.dim() == 3 else context
@@ -105,13 +125,12 @@ class Attention(nn.Module):
             q = apply_rotary(q, rotary_emb[0].unsqueeze(-3))
             angles = rotary_emb[1]
             k = apply_rotary(k, self._by_head(angles, num_routes) if angles.dim() == 4 else angles.unsqueeze(-3))
-        if mask is not None and mask.dim() == 3:
-            mask = self._by_head(mask, num_routes)
-        if self.null_kv is not None:
-            null_k, null_v = self.null_kv.to(k.dtype)[:, None, :, None, :].expand(-1, k.shape[0], -1, -1, -1)
-            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
-            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-        return self.to_out(merge_heads(attend(q, k, v, mask=mask)))
+        return q, k, v
+
+    def _null(self, like: Tensor) -> Tensor:
+        """The null key and value, (2, b, heads, 1, dim_head), for keys (b, heads, ..., dim_head)."""
+        assert self.null_kv is not None
+        return self.null_kv.to(like.dtype)[:, None, :, None, :].expand(-1, like.shape[0], -1, -1, -1)
 
     def _by_head(self, of_routes: Tensor, num_routes: int) -> Tensor:
         """(b, r, n, ...) -> what broadcasts against (b, heads, n, ...): each route once for each of its heads."""

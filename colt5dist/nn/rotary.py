@@ -81,3 +81,10 @@ def rotated_queries_and_keys(qkv: Tensor, angles: Tensor | None, num_heads: int)
 def angle_dtype(x: Tensor) -> torch.dtype:
     """Type in which the angles for x are computed: float64 stays, everything else is float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def branch_angles(rotary: RotaryEmbedding | None, x: Tensor, given: Tensor | None) -> Tensor | None:
+    """Angles of the positions of x (b, n, dim) for a branch with rotary positions; None for one without."""
+    if rotary is None or given is not None:
+        return None if rotary is None else given
+    return rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))

@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=32)
-def _attention_of_radius(radius: int) -> LocalAttention:
+def _attention_of_radius(radius: int, causal: bool) -> LocalAttention:
     return LocalAttention(
         window_size=radius,
-        causal=False,
+        causal=causal,
         look_backward=1,
-        look_forward=1,
-        exact_windowsize=True,
+        look_forward=0 if causal else 1,
+        exact_windowsize=not causal,
         autopad=True,
         use_rotary_pos_emb=False,
     )
@@ -26,4 +26,9 @@ def local_attention_reference(q: Tensor, k: Tensor, v: Tensor, *, radius: int, m
     if mask is None:
         # without a mask the package attends to the zeros that it pads the sequence with
         mask = torch.ones((q.shape[0], q.shape[-2]), dtype=torch.bool, device=q.device)
-    return _attention_of_radius(radius)(q, k, v, mask=mask)
+    return _attention_of_radius(radius, False)(q, k, v, mask=mask)
+
+
+def local_attention_causal_reference(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None) -> Tensor:
+    """The causal form; the padding that the package adds stands at the end, where no query sees it."""
+    return _attention_of_radius(radius, True)(q, k, v, mask=mask)
