@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from colt5dist.model.colt5 import CoLT5
     from colt5dist.model.config import CoLT5Config
+    from colt5dist.nn.autoregressive_block import ConditionalRoutedAutoregressiveBlock
     from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
+    from colt5dist.nn.conditional_autoregressive_attention import ConditionalRoutedAutoregressiveAttention
     from colt5dist.nn.conditional_block import ConditionalRoutedTransformerBlock
     from colt5dist.nn.conditional_cross_attention import ConditionalRoutedCrossAttention
     from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
@@ -22,6 +24,8 @@ __all__ = [
     "CoLT5",
     "CoLT5Config",
     "ConditionalRoutedAttention",
+    "ConditionalRoutedAutoregressiveAttention",
+    "ConditionalRoutedAutoregressiveBlock",
     "ConditionalRoutedCrossAttention",
     "ConditionalRoutedFeedForward",
     "ConditionalRoutedImageAttention",
@@ -37,6 +41,8 @@ _HOMES = {
     "CoLT5": "colt5dist.model.colt5",
     "CoLT5Config": "colt5dist.model.config",
     "ConditionalRoutedAttention": "colt5dist.nn.conditional_attention",
+    "ConditionalRoutedAutoregressiveAttention": "colt5dist.nn.conditional_autoregressive_attention",
+    "ConditionalRoutedAutoregressiveBlock": "colt5dist.nn.autoregressive_block",
     "ConditionalRoutedCrossAttention": "colt5dist.nn.conditional_cross_attention",
     "ConditionalRoutedFeedForward": "colt5dist.nn.conditional_feed_forward",
     "ConditionalRoutedImageAttention": "colt5dist.nn.conditional_image_attention",

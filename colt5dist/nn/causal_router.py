@@ -142,9 +142,7 @@ class CausalRouter(CoordinateDescentRouter):
             for (rows, row_mask), budget in zip((query, key_value), budgets, strict=True)
         ]
 
-    def _route_rows(
-        self, scores: Tensor, budget: int, mask: Tensor, random_route: bool, touch: Tensor | None
-    ) -> Route:
+    def _route_rows(self, scores: Tensor, budget: int, mask: Tensor, random_route: bool, touch: Tensor | None) -> Route:
         """The seed's route of rows given by their scores (b, r, n)."""
         like = scores.transpose(1, 2)
         length = scores.shape[-1]

@@ -200,9 +200,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         null = self.null_q_token.to(heavy.dtype) * (after_first * (1 - is_query))
         return add_routed(null, heavy, indices_q)
 
-    def _by_window(
-        self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None
-    ) -> Tensor:
+    def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None) -> Tensor:
         """The seed's heavy branch (b, n, dim), a row of queries and keys/values for each window but the first."""
         batch, length, dim = x.shape
         width = self.heavy_window_size

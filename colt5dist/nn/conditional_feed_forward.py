@@ -89,7 +89,9 @@ class ConditionalRoutedFeedForward(nn.Module):
         x = self.norm(x)
         if isinstance(self.router, CausalRouter):
             if mask is not None:
-                raise ValueError("mask: causal routing has none; let the padding stand at the end, where nothing sees it")
+                raise ValueError(
+                    "mask: causal routing has none; let the padding stand at the end, where nothing sees it"
+                )
             places = min(budget, self.router.window_size)
             route = self.router.admit(x, (Admission(budget, places, False),), sample_index=sample_index)[0]
         else:

@@ -64,7 +64,9 @@ def admit_in_order(
     """
     num_places = num_tokens if num_places is None else num_places
     if scores.shape != earlier.shape or scores.dim() < 2:
-        raise ConfigError(f"earlier: {tuple(earlier.shape)} for scores {tuple(scores.shape)}; use one shape (..., v, w)")
+        raise ConfigError(
+            f"earlier: {tuple(earlier.shape)} for scores {tuple(scores.shape)}; use one shape (..., v, w)"
+        )
     for name, value in (("num_tokens", num_tokens), ("num_places", num_places)):
         if not 1 <= value <= scores.shape[-1]:
             raise ConfigError(f"{name}: {value} of windows of {scores.shape[-1]} scores; use 1 to {scores.shape[-1]}")
