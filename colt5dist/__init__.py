@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from colt5dist.model.causal_colt5 import CausalCoLT5
     from colt5dist.model.colt5 import CoLT5
     from colt5dist.model.config import CoLT5Config
     from colt5dist.nn.autoregressive_block import ConditionalRoutedAutoregressiveBlock
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from colt5dist.ops.topk import topk
 
 __all__ = [
+    "CausalCoLT5",
     "CoLT5",
     "CoLT5Config",
     "ConditionalRoutedAttention",
@@ -38,6 +40,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CausalCoLT5": "colt5dist.model.causal_colt5",
     "CoLT5": "colt5dist.model.colt5",
     "CoLT5Config": "colt5dist.model.config",
     "ConditionalRoutedAttention": "colt5dist.nn.conditional_attention",

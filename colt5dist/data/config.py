@@ -12,13 +12,14 @@ class DataConfig:
     shards: str = "python-stdlib"
     """Folder written by launch/prepare.py, or "python-stdlib": built from the running Python's own standard library."""
     input_length: int = 4096
-    """Tokens of an encoder input, end token included (16 or more)."""
+    """Tokens of an encoder input, end token included (16 or more; 0 with mixture causal, which has none)."""
     target_length: int = 910
     """Largest number of tokens of a decoder target, end token included (4 or more)."""
     num_workers: int = 1
     """Reader processes of a rank (0: the training process reads itself)."""
     mixture: str = "colt5"
-    """The objectives: "colt5" is prefix-LM and noise spans of mean length 3, 8 and 64, a quarter of samples each."""
+    """The objectives: "colt5" is prefix-LM and noise spans of mean length 3, 8 and 64, a quarter of samples each;
+    "causal" is next-token prediction of target_length tokens of text, for decoder-only models."""
     num_sentinels: int | None = None
     """Sentinel ids reserved above the tokenizer's vocabulary (null: as many as the mixture needs)."""
     min_document_tokens: int = 0
@@ -27,8 +28,11 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one line each, the key first."""
         problems = []
+        causal = self.mixture == "causal"
+        if causal and self.input_length:
+            problems.append(f"data.input_length: {self.input_length} has no use with data.mixture=causal; set 0")
         for key, smallest in (
-            ("input_length", 16),
+            ("input_length", 0 if causal else 16),
             ("target_length", 4),
             ("num_workers", 0),
             ("min_document_tokens", 0),

@@ -106,12 +106,15 @@ def denoise(
         bits: the random numbers of the sample.
         first_sentinel: id of sentinel 0.
         eos_id: the end token, last of inputs and targets.
-        inputs: (input_length,) its first tokens are written.
+        inputs: (input_length,) its first tokens are written (next-token: none).
         targets: (target_length,) its first tokens are written.
 
     Returns:
         The number of tokens written to inputs and to targets.
     """
+    if objective.is_next_token:
+        targets[: len(tokens)] = tokens
+        return 0, len(tokens)
     if objective.mean_span is None:
         suffix = 1 + below(bits, largest_suffix(len(tokens), objective, len(targets)))
         return cut_prefix(tokens, suffix, eos_id=eos_id, inputs=inputs, targets=targets)

@@ -11,6 +11,8 @@ two. The lengths follow from the objective, so that an input is filled exactly a
 - prefix-LM: the suffix is drawn uniform in 1..min(target_length - 1, 2 * rate * L - 1), and L is input_length - 1
   plus the mean suffix. A prefix longer than input_length - 1 loses its first tokens; a shorter one is padded.
   (Filling both sides exactly would fix the suffix, which is not the paper's objective.)
+- next-token, for decoder-only models: the text is the target, target_length tokens of it as they stand, without an end
+  token of its own; there is no input, and input_length is 0.
 """
 
 from collections.abc import Callable
@@ -32,6 +34,11 @@ class Objective:
     """Share of the raw tokens that the decoder writes (prefix-LM: in the mean, where target_length allows it)."""
     mean_span: int | None
     """Mean tokens of a noise span; None is prefix-LM: one span, at the end, without a sentinel."""
+
+    @property
+    def is_next_token(self) -> bool:
+        """Whether the decoder writes all of the text: there is no input."""
+        return self.noise_rate == 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ MIXTURES: dict[str, tuple[Objective, ...]] = {
         Objective("span_8", 0.15, 8),
         Objective("span_64", 0.15, 64),
     ),
+    "causal": (Objective("next_token", 1.0, None),),
 }
 
 OBJECTIVE_NAMES: dict[str, tuple[str, ...]] = {
@@ -88,6 +96,8 @@ def largest_suffix(raw_tokens: int, objective: Objective, target_length: int) ->
 
 def sample_lengths(objective: Objective, input_length: int, target_length: int) -> SampleLengths:
     """Lengths of a full sample: as many raw tokens as an input of `input_length` tokens can be made from."""
+    if objective.is_next_token:
+        return SampleLengths(target_length, target_length, 0, 0, target_length)
     if objective.mean_span is None:
         # a text of `raw` tokens fills the input when the suffix has its mean length
         def fits_prefix(raw_tokens: int) -> bool:
@@ -125,6 +135,8 @@ def length_notes(config: "DataConfig") -> list[str]:
     notes = []
     lengths = lengths_of_mixture(config.mixture, config.input_length, config.target_length)
     for objective, length in zip(MIXTURES[config.mixture], lengths, strict=True):
+        if objective.is_next_token:
+            continue
         if objective.mean_span is None:
             share = (1 + length.noise_tokens) / 2 / length.raw_tokens
         else:

@@ -16,7 +16,7 @@ from colt5dist.nn.embedding import Embedding
 class CoLT5Output(NamedTuple):
     """token_loss (b, t): cross-entropy in nats; z_loss (b, t): squared logsumexp of the logits; both 0 where masked.
 
-    routing: one entry an encoder layer if it was asked for, else empty (and empty for the dense encoder).
+    routing: one entry a conditional layer if it was asked for, else empty (and empty for the dense encoder).
     """
 
     token_loss: Tensor

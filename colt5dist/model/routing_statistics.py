@@ -10,7 +10,8 @@ ROUTER_NAMES = ("feed_forward", "query", "key_value")
 
 
 class RoutedTokens(NamedTuple):
-    """What one router picked: indices (b, m) int64, mask (b, m) bool (False: a masked token), soft_scores (b, n)."""
+    """What one router picked: indices (b, m) int64, mask (b, m) bool (False: a masked token, or none), soft_scores (b,
+    n)."""
 
     indices: Tensor
     mask: Tensor
@@ -18,7 +19,7 @@ class RoutedTokens(NamedTuple):
 
 
 class LayerRouting(NamedTuple):
-    """The three routers of one encoder layer."""
+    """The three routers of one conditional layer."""
 
     feed_forward: RoutedTokens
     query: RoutedTokens
@@ -33,7 +34,9 @@ def _routers(routing: Sequence[LayerRouting]) -> Iterator[tuple[str, str, Routed
 
 def _routed(tokens: RoutedTokens, input_mask: Tensor) -> Tensor:
     """(b, n) bool: the valid tokens that this router picked."""
-    return torch.zeros_like(input_mask).scatter(-1, tokens.indices, tokens.mask) & input_mask
+    # added up: several places where nothing was picked may name one token
+    picked = torch.zeros_like(input_mask, dtype=torch.int32).scatter_add(-1, tokens.indices, tokens.mask.int())
+    return (picked > 0) & input_mask
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

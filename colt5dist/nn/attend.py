@@ -8,8 +8,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     """softmax(q k^T / sqrt(dim)) v.
 
     q (b, h, i, dim), k and v (b, h, j, dim); mask (b, j), (b, 1, j) or (b, h, j) bool, True = valid key, or (b, 1, i,
-    j) or (b, h, i, j), query by query; causal (without a mask): query i sees the keys up to i. Returns (b, h, i, dim). A masked key has weight exactly 0. Where a
-    row of the mask has no valid key the output is exactly 0, and so are its gradients.
+    j) or (b, h, i, j), query by query; causal (without a mask): query i sees the keys up to i. Returns (b, h, i, dim).
+    A masked key has weight exactly 0. Where a row of the mask has no valid key the output is exactly 0, and so are its
+    gradients.
 
     On CUDA, flash attention takes no mask: it can serve only without one. With one, PyTorch chooses between its
     memory-efficient kernel and cuDNN's. Where no fused kernel takes the types and shapes, as for float64, PyTorch

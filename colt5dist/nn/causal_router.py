@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colt5dist.nn.routing_memory import keep_value, routing_decision
 from colt5dist.nn.router import CoordinateDescentRouter, Route, take_all
+from colt5dist.nn.routing_memory import keep_value, routing_decision
 from colt5dist.ops.admit import admit_in_order, trailing_mean
 from colt5dist.ops.soft_topk.schedule import epsilon_schedule
 

@@ -171,7 +171,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         self, x: Tensor, query: Route, key_value: Route, memory_size: int, angles: Tensor | None
     ) -> Tensor:
         """The heavy branch (b, n, dim) of what was admitted."""
-        assert query.indices is not None and query.mask is not None and key_value.mask is not None
+        assert query.indices is not None and query.mask is not None and key_value.indices is not None
         num_windows = -(-x.shape[1] // self.heavy_window_size) - 1
         indices_q, indices_kv, scores_q = query.indices.squeeze(1), key_value.indices, query.scores.squeeze(1)
         rotary = None

@@ -21,31 +21,36 @@ class MemoryAttention(Attention):
     twice: memory is linear in the number of windows.
     """
 
-    def attend_to_memory(
+    def forward(
         self,
         x: Tensor,
-        context: Tensor,
-        taken: Tensor,
-        *,
-        num_windows: int,
-        memory_size: int,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
         normalized_scores_kv: Tensor | None = None,
         normalized_scores_q: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
+        *,
+        num_windows: int | None = None,
+        memory_size: int = 0,
     ) -> Tensor:
-        """x (b, v * q, dim), context (b, r, v * p, dim), taken (b, r, v * p) bool -> (b, v * q, dim).
+        """x (b, v * q, dim), context (b, r, v * p, dim), mask (b, r, v * p) bool, True = taken -> (b, v * q, dim).
 
-        The taken places of a window stand before its free ones. The other arguments are those of `forward`.
+        The taken places of a window stand before its free ones. The other arguments, and all of them where num_windows,
+        v, is None, are those of `Attention.forward`.
         """
-        q, k, v = self._project(x, context, normalized_scores_kv, normalized_scores_q, rotary_emb)
+        weights = (normalized_scores_kv, normalized_scores_q, rotary_emb)
+        if num_windows is None:
+            return super().forward(x, context, mask, *weights)
+        assert mask is not None
+        q, k, v = self._project(x, context, *weights)
         batch, heads, _, dim_head = q.shape
-        num_routes = taken.shape[1]
-        num_places = taken.shape[-1] // num_windows
+        num_routes = mask.shape[1]
+        num_places = mask.shape[-1] // num_windows
         num_queries = q.shape[2] // num_windows
         group = min(num_windows, 1 + -(-memory_size // num_places))
         num_groups = -(-num_windows // group)
 
-        entries, seen = _memory(taken.unflatten(-1, (num_windows, num_places)), group, memory_size)
+        entries, seen = _memory(mask.unflatten(-1, (num_windows, num_places)), group, memory_size)
         # (b, r, groups, l) -> rows of the keys of all heads laid end to end
         entries = self._by_head(entries, num_routes).expand(-1, heads, -1, -1)
         first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * k.shape[2]
@@ -55,20 +60,13 @@ class MemoryAttention(Attention):
 
         q = F.pad(q, (0, 0, 0, (num_groups * group - num_windows) * num_queries))
         q = q.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
-        mask = self._by_head(seen, num_routes).transpose(1, 2).flatten(0, 1).repeat_interleave(num_queries, dim=2)
+        seen = self._by_head(seen, num_routes).transpose(1, 2).flatten(0, 1).repeat_interleave(num_queries, dim=2)
         if self.null_kv is not None:
             null_k, null_v = self._null(k)
             k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
-            mask = F.pad(mask, (1, 0), value=True)
-        out = attend(q, k, v, mask=mask).unflatten(0, (batch, num_groups)).transpose(1, 2).flatten(2, 3)
+            seen = F.pad(seen, (1, 0), value=True)
+        out = attend(q, k, v, mask=seen).unflatten(0, (batch, num_groups)).transpose(1, 2).flatten(2, 3)
         return self.to_out(merge_heads(out[:, :, : num_windows * num_queries]))
-
-    def forward(self, x: Tensor, *args: Tensor | None, num_windows: int | None = None, **kwargs: object) -> Tensor:
-        """`attend_to_memory` where num_windows is given, else `Attention.forward`: through here, ZeRO-3 sees that the
-        null key and value are used."""
-        if num_windows is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[arg-type]
-        return self.attend_to_memory(x, *args, num_windows=num_windows, **kwargs)  # type: ignore[arg-type]
 
 
 def _memory(taken: Tensor, group: int, memory_size: int) -> tuple[Tensor, Tensor]:

@@ -261,6 +261,14 @@ class RunConfig:
                     f"data.input_length: {self.data.input_length} is not a multiple of {multiple}, which "
                     f"model.num_heavy_tokens {self.model.num_heavy_tokens} needs; use {choices}"
                 )
+        if (self.model.architecture == "causal") != (self.data.mixture == "causal"):
+            wanted = "causal" if self.model.architecture == "causal" else "colt5"
+            found.append(
+                f"data.mixture: {self.data.mixture} does not go with model.architecture {self.model.architecture}; "
+                f"set data.mixture={wanted}"
+            )
+        if self.model.architecture == "causal" and self.train.eval_shuffled_inputs:
+            found.append("train.eval_shuffled_inputs: model.architecture causal has no inputs to shuffle; set false")
         found.extend(deepspeed_problems(self.deepspeed))
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(

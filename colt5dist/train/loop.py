@@ -115,7 +115,8 @@ def run_micro_batches(run: Run, step: int, micro_batches: list[Batch]) -> StepOu
         with record_function("backward"):
             engine.backward(loss)
         sums.add(on_device, output)
-    routing = record_routing(run.monitor, step, output.routing, on_device["input_mask"])
+    routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
+    routing = record_routing(run.monitor, step, output.routing, routed_mask)
     wanted = run.stop.reason()
     flags = [float(wanted is reason) for reason in StopReason] + [float(run.stop.save_requested())]
     with record_function("agree"):

@@ -189,21 +189,26 @@ def test_no_later_token_moves_an_output_of_a_long_sequence(straight_through, mul
     assert_causal(layer, tokens(1, 8192), torch.randint(1, 8192, (6,), generator=generator).tolist())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("straight_through", "multiply"), OPTIONS)
-def test_compiled_without_a_break_and_causal(straight_through, multiply):
+@pytest.mark.parametrize(("straight_through", "multiply"), [(False, True), (True, False)])
+def test_compiles_whole_and_once(straight_through, multiply):
     settings = {"router_straight_through": straight_through, "multiply_queries_by_score": multiply}
     layer, x = block(**settings), tokens(1, 128)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in range(2):
-            compiled(tokens(1, 128, seed=seed)).square().sum().backward()
-        torch.compiler.set_stance("fail_on_recompile")
+    compiled(x).square().sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
         compiled(tokens(1, 128, seed=9)).square().sum().backward()
-        torch.compiler.set_stance("default")
-    assert_causal(compiled, x, range(1, 128, 2))
+
+
+@pytest.mark.slow
+def test_compiled_causal():
+    layer, x = block(router_straight_through=False, multiply_queries_by_score=True), tokens(1, 128)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)
+    assert_causal(compiled, x, range(1, 128))
 
 
 @pytest.mark.parametrize("routing", ["learned", "static", "random"])

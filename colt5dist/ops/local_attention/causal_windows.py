@@ -1,4 +1,4 @@
-"""Causal local attention by PyTorch's fused attention kernels: a window of queries over its own keys and those before."""
+"""Causal local attention by PyTorch's fused kernels: windows of queries over their own keys and those before."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor
 
 def local_attention_causal_windows(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None) -> Tensor:
     """Shapes as in `local_attention`; keys and values are copied twice, once for each window that sees them."""
-    batch, heads, n, dim = q.shape
+    batch, n = q.shape[0], q.shape[2]
     padding = -n % radius
     num_windows = (n + padding) // radius
 
