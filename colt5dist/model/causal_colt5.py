@@ -1,4 +1,4 @@
-"""A decoder-only language model of conditional layers, strictly causal: no logit depends on a later token by one bit."""
+"""A decoder-only language model of conditional layers: no logit depends on a later token by one bit."""
 
 from torch import Tensor, nn
 
@@ -16,9 +16,11 @@ from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
 
 
 class CausalLayer(nn.Module):
-    """`ConditionalRoutedAutoregressiveBlock` with CoLT5's settings (arXiv 2303.09752), as in the encoder's layers: scores
-    multiply, those of keys/values the heavy branch's input; gated GELU without bias; no null tokens; one RMSNorm before
-    attention and one before the feed-forward; rotary positions in both branches."""
+    """`ConditionalRoutedAutoregressiveBlock` with CoLT5's settings (arXiv 2303.09752), those of the encoder's layers.
+
+    Scores multiply, those of keys/values the heavy branch's input; gated GELU without bias; no null tokens; one RMSNorm
+    before attention and one before the feed-forward; rotary positions in both branches.
+    """
 
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
         super().__init__()

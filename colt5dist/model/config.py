@@ -9,6 +9,7 @@ from colt5dist.ops.soft_topk import soft_topk_problems
 
 ARCHITECTURES = ("encoder_decoder", "causal")
 ENCODERS = ("conditional", "dense")
+LIGHT_POSITIONS = ("rotary", "relative")
 # of the fractions for which num_heavy_tokens and heavy_key_value_ratio stand
 MAX_DENOMINATOR = 4096
 
@@ -56,6 +57,8 @@ class CoLT5Config:
     num_heavy_tokens of its tokens to the heavy branches, in the mean heavy_key_value_ratio times as many as keys."""
     memory_size: int = 1024
     """Causal: admitted keys/values of earlier windows, the newest ones, that heavy attention sees."""
+    light_positions: str = "rotary"
+    """Positions in light attention: rotary, or relative: T5's learned bias of the distance."""
     fetch_k_ratio: float = 1.125
     """Sum of the soft scores for one routed token, 1 or more."""
     router_eps: float = 1.0
@@ -91,13 +94,15 @@ class CoLT5Config:
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"model.{name}: {getattr(self, name)}; use a number above 0")
         if self.architecture == "causal" and self.num_encoder_layers:
-            mend = "architecture=causal has no encoder; use 0"
-            found.append(f"model.num_encoder_layers: {self.num_encoder_layers}, but {mend}")
+            found.append(
+                f"model.num_encoder_layers: {self.num_encoder_layers}; architecture=causal has no encoder, use 0"
+            )
         if self.architecture != "causal" and self.num_encoder_layers < 1:
             found.append(f"model.num_encoder_layers: {self.num_encoder_layers}; use 1 or more")
-        choices = {
+        choices: dict[str, tuple[str, ...]] = {
             "architecture": ARCHITECTURES,
             "encoder": ENCODERS,
+            "light_positions": LIGHT_POSITIONS,
             "routing": ROUTINGS,
         }
         for name, allowed in choices.items():
@@ -162,7 +167,7 @@ class CoLT5Config:
         return math.lcm(query.denominator, key_value.denominator)
 
     def num_routed(self, input_length: int) -> tuple[int, int, int]:
-        """Tokens of an input, or of a window, that are routed to the heavy feed-forward, as queries, and as keys/values.
+        """Tokens of an input (or a window) that are routed to the heavy feed-forward, as queries, and as keys/values.
 
         Raises ValueError where input_length is not a multiple of `input_multiple`.
         """

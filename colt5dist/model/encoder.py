@@ -18,7 +18,8 @@ class ConditionalEncoderLayer(nn.Module):
 
     Scores multiply (no straight-through), those of keys/values the heavy branch's input; gated GELU without bias; no
     null tokens; one RMSNorm before each of the two. Our choice where the paper is silent: rotary positions in both
-    branches of attention, those of the tokens in the whole input.
+    branches of attention, those of the tokens in the whole input; in the light one T5's relative bias if the
+    configuration asks for it.
     """
 
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
@@ -34,7 +35,8 @@ class ConditionalEncoderLayer(nn.Module):
             light_dim_head=config.head_dim,
             light_heads=config.num_light_heads,
             light_radius=config.light_radius,
-            light_rotary_emb=True,
+            light_rotary_emb=config.light_positions == "rotary",
+            light_relative_bias=config.light_positions == "relative",
             heavy_dim_head=config.head_dim,
             heavy_heads=config.num_heavy_heads,
             router_straight_through=False,

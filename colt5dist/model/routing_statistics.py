@@ -34,9 +34,7 @@ def _routers(routing: Sequence[LayerRouting]) -> Iterator[tuple[str, str, Routed
 
 def _routed(tokens: RoutedTokens, input_mask: Tensor) -> Tensor:
     """(b, n) bool: the valid tokens that this router picked."""
-    # added up: several places where nothing was picked may name one token
-    picked = torch.zeros_like(input_mask, dtype=torch.int32).scatter_add(-1, tokens.indices, tokens.mask.int())
-    return (picked > 0) & input_mask
+    return torch.zeros_like(input_mask).scatter(-1, tokens.indices, tokens.mask) & input_mask
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class CausalRouter(CoordinateDescentRouter):
     ) -> list[Route]:
         """One `Route` a group of routes of x (b, n, dim), windows - 1 times num_places wide.
 
-        A free place is False in the route's mask, has score 0 and any position. Where there is one window only, a route
+        A free place is False in the route's mask and has score 0 and a position that no other place has. Where there is one window only, a route
         is one free place. A budget of a whole window or more takes all tokens, score 1. random_route, sample_index: as
         in `CoordinateDescentRouter.route`.
         """
@@ -191,17 +191,17 @@ class CausalRouter(CoordinateDescentRouter):
                 num_places=admission.num_places,
             )
         first = torch.arange(num_decided, device=pick_by.device) + (0 if admission.after_window else 1)
-        positions = (positions + first.unsqueeze(-1) * width).clamp(max=length - 1)
-        return positions.flatten(2), taken.flatten(2)
+        indices = positions + first.unsqueeze(-1) * width
+        # free places beyond a short last window get positions in the first one, where nothing is routed then
+        return torch.where(indices < length, indices, positions).flatten(2), taken.flatten(2)
 
     def _weigh_admitted(
         self, x: Tensor, indices: Tensor, taken: Tensor, soft: Tensor | None, touch: Tensor | None
     ) -> Route:
         route = self._weigh(x, indices, soft, None, touch)
-        # several free places have one position
         soft_scores = route.soft_scores
         if soft is None:
-            soft_scores = torch.zeros_like(soft_scores).scatter_add(-1, indices, taken.to(soft_scores.dtype))
+            soft_scores = torch.zeros_like(soft_scores).scatter(-1, indices, taken.to(soft_scores.dtype))
         return Route(indices, route.scores.masked_fill(~taken, 0.0), taken, soft_scores)
 
 

@@ -26,9 +26,10 @@ class ConditionalRoutedAttention(nn.Module):
     kernels serve wherever the shapes allow.
 
     Keyword-only, beyond the seed: light_radius: the light branch's radius itself. light_rotary_emb: rotary positions
-    there too. use_null_kv: a learned null key and value in the heavy branch. shared_norm: one RMSNorm before the
-    routers and both branches, in place of a LayerNorm in the light one, a RMSNorm in the heavy one and none before the
-    routers. rope_theta: base of the rotary frequencies. norm_eps, std, output_std: as in `FeedForward`.
+    there too. light_relative_bias: T5's relative bias there. use_null_kv: a learned null key and value in the heavy
+    branch. shared_norm: one RMSNorm before the routers and both branches, in place of a LayerNorm in the light one, a
+    RMSNorm in the heavy one and none before the routers. rope_theta: base of the rotary frequencies. norm_eps, std,
+    output_std: as in `FeedForward`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ConditionalRoutedAttention(nn.Module):
         rotary_emb: bool = False,
         light_radius: int | None = None,
         light_rotary_emb: bool = False,
+        light_relative_bias: bool = False,
         use_null_kv: bool = True,
         shared_norm: bool = False,
         rope_theta: float = 10000,
@@ -89,6 +91,7 @@ class ConditionalRoutedAttention(nn.Module):
                 heads=light_heads,
                 radius=light_window_size // 2 if light_radius is None else light_radius,
                 prenorm=not shared_norm,
+                relative_bias=light_relative_bias,
                 std=std,
                 output_std=output_std,
             )

@@ -157,7 +157,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         query, key_value = self.router.admit(
             x, self.admissions(budget_q, budget_kv), random_route=random_route, sample_index=sample_index
         )
-        out = light + self._by_admission(x, query, key_value, budget_kv, angles)
+        out = self._by_admission(x, light, query, key_value, budget_kv, angles)
         return (out, query, key_value) if return_route else out
 
     def admissions(self, budget_q: int, budget_kv: int) -> tuple[Admission, Admission]:
@@ -168,9 +168,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         return Admission(budget_q, min(budget_q, width), False), Admission(kept, places, True)
 
     def _by_admission(
-        self, x: Tensor, query: Route, key_value: Route, memory_size: int, angles: Tensor | None
+        self, x: Tensor, light: Tensor, query: Route, key_value: Route, memory_size: int, angles: Tensor | None
     ) -> Tensor:
-        """The heavy branch (b, n, dim) of what was admitted."""
+        """light (b, n, dim) with the heavy branch of what was admitted added."""
         assert query.indices is not None and query.mask is not None and key_value.indices is not None
         num_windows = -(-x.shape[1] // self.heavy_window_size) - 1
         indices_q, indices_kv, scores_q = query.indices.squeeze(1), key_value.indices, query.scores.squeeze(1)
@@ -191,14 +191,12 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             # a free place, whose score is 0: every parameter has a gradient whatever the length, as ZeRO-3 needs
             heavy = self.heavy_attn(tokens_q, tokens_kv, **weights)
         heavy = heavy * scores_q.to(heavy.dtype).unsqueeze(-1)
-        if self.null_q_token is None:
-            return add_routed(torch.zeros_like(x, dtype=heavy.dtype), heavy, indices_q)
-        # several free places may share a position: the count of taken ones is what says whether it is a query
-        taken = query.mask.squeeze(1).to(heavy.dtype).unsqueeze(-1)
-        is_query = add_routed(torch.zeros_like(x[..., :1], dtype=heavy.dtype), taken, indices_q)
-        after_first = (torch.arange(x.shape[1], device=x.device) >= self.heavy_window_size).unsqueeze(-1)
-        null = self.null_q_token.to(heavy.dtype) * (after_first * (1 - is_query))
-        return add_routed(null, heavy, indices_q)
+        if self.null_q_token is not None:
+            # a free place is no query either
+            heavy = torch.where(query.mask.squeeze(1).unsqueeze(-1), heavy, self.null_q_token.to(heavy.dtype))
+        out = add_routed(light, heavy, indices_q, fill=self.null_q_token)
+        width = self.heavy_window_size
+        return out if self.null_q_token is None else torch.cat((light[:, :width], out[:, width:]), dim=1)
 
     def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None) -> Tensor:
         """The seed's heavy branch (b, n, dim), a row of queries and keys/values for each window but the first."""

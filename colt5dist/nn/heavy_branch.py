@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from colt5dist.nn.attention import Attention
-from colt5dist.nn.routed_tokens import add_routed, gather_positions, gather_tokens, replace_routed
+from colt5dist.nn.routed_tokens import add_routed, gather_positions, gather_tokens
 from colt5dist.nn.router import Route
 
 
@@ -65,8 +65,5 @@ def put_back(
         out = heavy if light is None else light + heavy
         # the null token is unused here and must still have a gradient: see CoordinateDescentRouter._scores
         return out if null_token is None else out + (0.0 * null_token).to(out.dtype)
-    indices = query.indices.squeeze(1)
-    if null_token is None:
-        return add_routed(torch.zeros_like(x) if light is None else light, heavy, indices)
-    routed = replace_routed(null_token.to(heavy.dtype).expand(x.shape), heavy, indices)
-    return routed if light is None else light + routed
+    base = torch.zeros_like(x, dtype=heavy.dtype) if light is None else light
+    return add_routed(base, heavy, query.indices.squeeze(1), fill=null_token)

@@ -30,9 +30,10 @@ def _admit_in_order(scores: Tensor, earlier: Tensor, num_tokens: int, num_places
     admitted = (scores >= threshold.unsqueeze(-1)) & (scores > float("-inf"))
     count = admitted.cumsum(dim=-1)
     rank = torch.arange(1, num_places + 1, device=scores.device).expand(*scores.shape[:-1], num_places)
-    # the j-th admitted position is where the running count first reaches j
-    positions = torch.searchsorted(count, rank.contiguous()).clamp(max=scores.shape[-1] - 1)
-    return positions, rank <= count[..., -1:]
+    taken = rank <= count[..., -1:]
+    # the j-th admitted position is where the running count first reaches j; after them come those that are not admitted
+    others = torch.searchsorted((~admitted).cumsum(dim=-1), (rank - count[..., -1:]).clamp(min=1))
+    return torch.where(taken, torch.searchsorted(count, rank.contiguous()), others), taken
 
 
 @_admit_in_order.register_fake
@@ -55,8 +56,8 @@ def admit_in_order(
         num_places: the most that a window admits, 1 .. w; None: num_tokens.
 
     Returns:
-        Positions within the window (..., v, num_places) int64, ascending, and whether the place is taken (..., v,
-        num_places) bool: taken places come first, a free one holds w - 1. No gradient, no host synchronisation; a
+        Positions within the window (..., v, num_places) int64, all different, and whether the place is taken (..., v,
+        num_places) bool: taken places come first, ascending, then free ones, which hold positions not admitted. No gradient, no host synchronisation; a
         function of the values alone. Registered as `colt5dist::admit_in_order`, for `routing_decision` to keep.
 
     Raises:
