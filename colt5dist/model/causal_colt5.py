@@ -1,5 +1,6 @@
 """A decoder-only language model of conditional layers: no logit depends on a later token by one bit."""
 
+import torch
 from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import ACTIVATION_CHECKPOINTING, run_layer
@@ -10,6 +11,7 @@ from colt5dist.model.dense_layer import weight_settings
 from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.autoregressive_block import ConditionalRoutedAutoregressiveBlock
+from colt5dist.nn.autoregressive_decoding import BlockState, block_step
 from colt5dist.nn.embedding import Embedding
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
@@ -139,3 +141,45 @@ class CausalCoLT5(nn.Module):
             if layer_routing is not None:
                 routing.append(layer_routing)
         return self.norm(x), tuple(routing)
+
+    def start_decoding(self) -> list[BlockState]:
+        """What `decode_step` keeps of the tokens before the first one: nothing, a state a layer."""
+        return [BlockState() for _ in self.layers]
+
+    @torch.no_grad()
+    def decode_step(self, token_ids: Tensor, states: list[BlockState]) -> Tensor:
+        """token_ids (b,) int64, the next token of each sample -> logits (b, vocab_size) of the one after; the states
+        move on. The same as the last position of `decode` over all tokens so far, to rounding, at a cost that does not
+        grow with them."""
+        x = self.embedding(token_ids.unsqueeze(1))
+        for layer, state in zip(self.layers, states, strict=True):
+            assert isinstance(layer, CausalLayer)
+            x = block_step(layer.block, x, state)
+        return self.loss.logits(self.norm(x)).squeeze(1)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids: Tensor, num_tokens: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """prompt_ids (b, t) int64, t >= 1, the start token first -> the num_tokens that follow (b, num_tokens).
+
+        temperature 0: the likeliest token each time; above: drawn from softmax(logits / temperature), with `generator`.
+        """
+        if prompt_ids.shape[1] < 1:
+            raise ValueError("prompt_ids: no token to go on from; begin with the start token")
+        if not temperature >= 0:
+            raise ValueError(f"temperature: {temperature}; use 0 or more")
+        states = self.start_decoding()
+        logits = torch.empty(0)
+        for token_ids in prompt_ids.unbind(dim=1):
+            logits = self.decode_step(token_ids, states)
+        written: list[Tensor] = []
+        while len(written) < num_tokens:
+            if temperature == 0:
+                written.append(logits.argmax(dim=-1))
+            else:
+                shares = (logits / temperature).softmax(dim=-1)
+                written.append(torch.multinomial(shares, 1, generator=generator).squeeze(1))
+            if len(written) < num_tokens:
+                logits = self.decode_step(written[-1], states)
+        return torch.stack(written, dim=1) if written else prompt_ids[:, :0]

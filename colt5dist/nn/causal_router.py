@@ -53,6 +53,12 @@ class CausalRouter(CoordinateDescentRouter):
             raise ValueError(f"window size: {window_size}; use 1 or more")
         self.window_size = window_size
 
+    def raw_scores(self, x: Tensor) -> Tensor:
+        """Scores (b, r, n) of x (b, n, dim) before any soft top-k; learned routing only."""
+        if self.routing != "learned":
+            raise ValueError(f"routing: {self.routing!r} is a control of training; decoding needs 'learned'")
+        return self._scores(x, None, True)[0]
+
     @property
     def final_eps(self) -> float:
         """Temperature of the scores."""
@@ -71,9 +77,9 @@ class CausalRouter(CoordinateDescentRouter):
     ) -> list[Route]:
         """One `Route` a group of routes of x (b, n, dim), windows - 1 times num_places wide.
 
-        A free place is False in the route's mask and has score 0 and a position that no other place has. Where there is one window only, a route
-        is one free place. A budget of a whole window or more takes all tokens, score 1. random_route, sample_index: as
-        in `CoordinateDescentRouter.route`.
+        A free place is False in the route's mask, has score 0, and a position that no other place has. Where there is
+        one window only, a route is one free place. A budget of a whole window or more takes all tokens, score 1.
+        random_route, sample_index: as in `CoordinateDescentRouter.route`.
         """
         self._check(x, [admission.num_tokens for admission in admissions], None, None)
         length, width = x.shape[1], self.window_size
@@ -83,7 +89,7 @@ class CausalRouter(CoordinateDescentRouter):
         if num_decided == 0:
             return [_nothing(x, size, touch) for size in self.route_groups]
         learned = self.routing == "learned" and not random_route
-        duals = self._duals(scores, admissions, num_decided) if learned and any(routed) else None
+        duals = self.duals(scores, admissions, num_decided) if learned and any(routed) else None
         draws = self._random_scores(x, sample_index) if random_route or self.routing == "random" else None
         routes, first = [], 0
         for size, admission, is_routed in zip(self.route_groups, admissions, routed, strict=True):
@@ -101,7 +107,7 @@ class CausalRouter(CoordinateDescentRouter):
                 place = torch.arange(length, device=x.device) % width
                 spread = (place * admission.num_tokens) % width < admission.num_tokens
                 pick_by = spread.float().expand(x.shape[0], size, length)
-            indices, taken = self._places(pick_by, admission, num_decided)
+            indices, taken = self.places(pick_by, admission, num_decided)
             routes.append(self._weigh_admitted(x, indices, taken, soft, touch))
         return routes
 
@@ -153,7 +159,7 @@ class CausalRouter(CoordinateDescentRouter):
             soft = self._soft_topk(scores, min(budget * self.fetch_k_ratio, length), mask)
         return self._weigh(like, self._select(scores, budget, mask), soft, mask, touch)
 
-    def _duals(self, scores: Tensor, admissions: Sequence[Admission], num_decided: int) -> Tensor:
+    def duals(self, scores: Tensor, admissions: Sequence[Admission], num_decided: int) -> Tensor:
         """Scores (b, r, n) -> the mean of the dual variable a over each window and those before it, (b, r, windows -
         1)."""
         windows = scores[..., : num_decided * self.window_size].unflatten(-1, (num_decided, self.window_size))
@@ -178,7 +184,7 @@ class CausalRouter(CoordinateDescentRouter):
         missing = length - soft.shape[-1]
         return F.pad(soft, (0, missing) if after_window else (missing, 0))
 
-    def _places(self, pick_by: Tensor, admission: Admission, num_decided: int) -> tuple[Tensor, Tensor]:
+    def places(self, pick_by: Tensor, admission: Admission, num_decided: int) -> tuple[Tensor, Tensor]:
         """Positions in the sequence (b, r, places) and whether the place is taken (b, r, places)."""
         length, width = pick_by.shape[-1], self.window_size
         windows = F.pad(pick_by, (0, (num_decided + 1) * width - length), value=float("-inf"))

@@ -42,7 +42,7 @@ class MemoryAttention(Attention):
         if num_windows is None:
             return super().forward(x, context, mask, *weights)
         assert mask is not None
-        q, k, v = self._project(x, context, *weights)
+        q, k, v = self.project(x, context, *weights)
         batch, heads, _, dim_head = q.shape
         num_routes = mask.shape[1]
         num_places = mask.shape[-1] // num_windows
@@ -52,7 +52,7 @@ class MemoryAttention(Attention):
 
         entries, seen = _memory(mask.unflatten(-1, (num_windows, num_places)), group, memory_size)
         # (b, r, groups, l) -> rows of the keys of all heads laid end to end
-        entries = self._by_head(entries, num_routes).expand(-1, heads, -1, -1)
+        entries = self.by_head(entries, num_routes).expand(-1, heads, -1, -1)
         first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * k.shape[2]
         rows = (entries + first).transpose(1, 2).flatten()
         shape = (batch * num_groups, heads, -1, dim_head)
@@ -60,9 +60,9 @@ class MemoryAttention(Attention):
 
         q = F.pad(q, (0, 0, 0, (num_groups * group - num_windows) * num_queries))
         q = q.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
-        seen = self._by_head(seen, num_routes).transpose(1, 2).flatten(0, 1).repeat_interleave(num_queries, dim=2)
+        seen = self.by_head(seen, num_routes).transpose(1, 2).flatten(0, 1).repeat_interleave(num_queries, dim=2)
         if self.null_kv is not None:
-            null_k, null_v = self._null(k)
+            null_k, null_v = self.null(k)
             k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
             seen = F.pad(seen, (1, 0), value=True)
         out = attend(q, k, v, mask=seen).unflatten(0, (batch, num_groups)).transpose(1, 2).flatten(2, 3)

@@ -24,8 +24,11 @@ class RotaryEmbedding(nn.Module):
         self, seq_len: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Angles (seq_len, dim) of the positions 0 .. seq_len - 1; `dtype` is float32 or float64."""
-        position = torch.arange(seq_len, device=device, dtype=dtype)
-        angles = position.unsqueeze(-1) * self.frequencies(device).to(dtype)
+        return self.at(torch.arange(seq_len, device=device, dtype=dtype))
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Angles (..., dim) of positions (...), float32 or float64."""
+        angles = positions.unsqueeze(-1) * self.frequencies(positions.device).to(positions.dtype)
         return torch.cat((angles, angles), dim=-1)
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:

@@ -57,8 +57,9 @@ def admit_in_order(
 
     Returns:
         Positions within the window (..., v, num_places) int64, all different, and whether the place is taken (..., v,
-        num_places) bool: taken places come first, ascending, then free ones, which hold positions not admitted. No gradient, no host synchronisation; a
-        function of the values alone. Registered as `colt5dist::admit_in_order`, for `routing_decision` to keep.
+        num_places) bool: taken places come first, ascending, then free ones, which hold positions that are not
+        admitted. No gradient, no host synchronisation; a function of the values alone. Registered as
+        `colt5dist::admit_in_order`, for `routing_decision` to keep.
 
     Raises:
         ConfigError: num_tokens or num_places is not within 1 .. w, or the shapes differ.

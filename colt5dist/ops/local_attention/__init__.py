@@ -35,10 +35,11 @@ def local_attention(
     q, k, v (batch, heads, n, dim) of one shape and type, any n >= 1; mask (batch, n) bool, True = valid key, None =
     all; bias (heads, 2 * radius + 1), its entry r for the key at i + r - radius, gets a gradient. Returns the shape and
     type of q. A masked or too distant key has weight exactly 0 wherever at least one key within the radius is valid;
-    elsewhere the output is finite and without meaning. causal: the sequence lies in windows of `radius` tokens, and i
-    sees the valid j <= i of its own window and of the one before, as the package local-attention has it; no bias, and
-    of the implementations reference and windows, the latter for CUDA tensors. Positions are the caller's: rotate q and k before. CoLT5's
+    elsewhere the output is finite and without meaning. Positions are the caller's: rotate q and k before. CoLT5's
     radius is 127 (arXiv 2303.09752, section 3.1).
+
+    causal: the sequence lies in windows of `radius` tokens, and i sees the valid j <= i of its own window and of the
+    one before, as the package local-attention has it; without bias, by the implementations reference and windows.
 
     implementation: "reference" (the package local-attention), "windows" (PyTorch's fused kernels over windows; no
     bias), "triton" (CUDA tensors, CPU tensors under TRITON_INTERPRET=1; float32 and 16-bit, heads of up to 256), or
