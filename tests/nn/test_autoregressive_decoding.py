@@ -36,7 +36,7 @@ OPTIONS = ("router_straight_through", "multiply_queries_by_score", "multiply_key
 BUDGETS = [(3, 5, None), (3, 40, 3), (WINDOW, 6, WINDOW)]
 
 
-@pytest.mark.parametrize("values", product([False, True], repeat=len(OPTIONS)))
+@pytest.mark.parametrize("values", list(product([False, True], repeat=len(OPTIONS))))
 @pytest.mark.parametrize("budgets", BUDGETS)
 def test_attention(values, budgets):
     torch.manual_seed(0)
