@@ -36,7 +36,10 @@ class CoLT5(nn.Module):
         if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
             allowed = ", ".join(ACTIVATION_CHECKPOINTING)
             raise ValueError(f"activation_checkpointing: {activation_checkpointing!r}; use one of {allowed}")
-        if problems := config.problems():
+        problems = config.problems()
+        if config.architecture != "encoder_decoder":
+            problems.append(f"model.architecture: {config.architecture!r}; CoLT5 is 'encoder_decoder'")
+        if problems:
             raise ValueError("\n".join(problems))
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)

@@ -97,6 +97,10 @@ class CoLT5Config:
             found.append(
                 f"model.num_encoder_layers: {self.num_encoder_layers}; architecture=causal has no encoder, use 0"
             )
+        if self.architecture == "causal" and self.encoder == "dense":
+            found.append("model.encoder: dense, but architecture=causal has no encoder; leave it at conditional")
+        if self.architecture == "causal" and self.light_positions == "relative":
+            found.append("model.light_positions: relative has no form for architecture=causal; use rotary")
         if self.architecture != "causal" and self.num_encoder_layers < 1:
             found.append(f"model.num_encoder_layers: {self.num_encoder_layers}; use 1 or more")
         choices: dict[str, tuple[str, ...]] = {

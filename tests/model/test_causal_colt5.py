@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from colt5dist import CausalCoLT5, CoLT5Config
+from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.model import routing_statistics
 from colt5dist.model.activation_checkpointing import run_layer
 from colt5dist.nn.routing_tokens import RoutingTokens
@@ -180,6 +180,8 @@ def test_work_grows_with_the_text_and_not_with_its_square():
     ("fields", "message"),
     [
         ({"num_encoder_layers": 2}, "model.num_encoder_layers: 2; architecture=causal has no encoder, use 0"),
+        ({"encoder": "dense"}, "model.encoder: dense, but architecture=causal has no encoder"),
+        ({"light_positions": "relative"}, "model.light_positions: relative has no form for architecture=causal"),
         ({"window_size": 12}, "model.window_size: 12 is not a multiple of 8"),
         ({"memory_size": 0}, "model.memory_size: 0"),
         ({"architecture": "decoder"}, "model.architecture: 'decoder'; use one of"),
@@ -191,6 +193,11 @@ def test_wrong_configurations(fields, message):
     with pytest.raises(ValueError) as error, torch.device("meta"):
         build(**fields)
     assert message in str(error.value)
+
+
+def test_the_encoder_decoder_refuses_the_other_architecture():
+    with pytest.raises(ValueError, match=r"model\.architecture"), torch.device("meta"):
+        CoLT5(CoLT5Config(**CAUSAL))
 
 
 def test_an_encoder_input_is_refused():

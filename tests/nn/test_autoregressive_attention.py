@@ -153,36 +153,33 @@ def test_feed_forward_equals_a_loop_over_tokens(straight_through):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
-def assert_causal(layer, x, positions):
-    """Other tokens from each position on move no output before it by one bit, and some output at it."""
-    with torch.no_grad():
-        first = layer(x)
-        for position in positions:
-            changed = x.clone()
-            changed[:, position:] = 3 * torch.randn_like(changed[:, position:])
-            second = layer(changed)
-            assert torch.equal(first[:, :position], second[:, :position]), position
-            assert not torch.equal(first[:, position], second[:, position])
-
-
 OPTIONS = list(product([False, True], [False, True]))
 
 
 @pytest.mark.parametrize(("straight_through", "multiply"), OPTIONS)
-def test_no_later_token_moves_an_output_by_one_bit(straight_through, multiply):
+def test_no_later_token_moves_an_output_by_one_bit(assert_causal, straight_through, multiply):
     settings = {"router_straight_through": straight_through, "multiply_queries_by_score": multiply}
     assert_causal(block(**settings).eval(), tokens(1, 256), range(1, 256))
 
 
-@pytest.mark.parametrize("settings", [{"num_routed_kv": 2}, {"num_heavy_attn_tokens_kv": 40}, {"use_triton": False}])
-@pytest.mark.parametrize("routing", ["learned", "static"])
-def test_causal_with_other_settings(settings, routing):
-    layer = block(**(settings | {"router_kwargs": ROUTER | {"routing": routing}}))
+@pytest.mark.parametrize("settings", [{"num_routed_kv": 2}, {"num_heavy_attn_tokens_kv": 40}])
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"routing": "static"},
+        {"solver": "newton"},
+        {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7},
+        {"cosine_sim_routing": True},
+        {"implementation": "reference"},
+    ],
+)
+def test_causal_with_other_settings(assert_causal, settings, router):
+    layer = block(router_straight_through=False, router_kwargs=ROUTER | router, **settings)
     assert_causal(layer.bfloat16(), tokens(2, 101, torch.bfloat16), range(1, 101, 3))
 
 
 @pytest.mark.parametrize(("straight_through", "multiply"), OPTIONS)
-def test_no_later_token_moves_an_output_of_a_long_sequence(straight_through, multiply):
+def test_no_later_token_moves_an_output_of_a_long_sequence(assert_causal, straight_through, multiply):
     settings = {"router_straight_through": straight_through, "multiply_queries_by_score": multiply}
     layer = block(**settings, heavy_window_size=128, light_window_size=128)
     generator = torch.Generator().manual_seed(1)
@@ -202,7 +199,7 @@ def test_compiles_whole_and_once(straight_through, multiply):
 
 
 @pytest.mark.slow
-def test_compiled_causal():
+def test_compiled_causal(assert_causal):
     layer, x = block(router_straight_through=False, multiply_queries_by_score=True), tokens(1, 128)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)

@@ -32,18 +32,6 @@ def tokens(n, dim=D, dtype=torch.float32):
     return torch.randn(1, n, dim, generator=torch.Generator().manual_seed(n)).cuda().to(dtype)
 
 
-def assert_causal(layer, x, positions):
-    """Other tokens from each position on move no output before it by one bit, and some output at it."""
-    with torch.no_grad():
-        first = layer(x)
-        for position in positions:
-            changed = x.clone()
-            changed[:, position:] = 3 * torch.randn_like(changed[:, position:])
-            second = layer(changed)
-            assert torch.equal(first[:, :position], second[:, :position]), position
-            assert not torch.equal(first[:, position], second[:, position])
-
-
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_float32_is_what_the_cpu_computes(straight_through):
     layer, x = block(router_straight_through=straight_through), tokens(1000).requires_grad_()
@@ -64,7 +52,7 @@ def test_float32_is_what_the_cpu_computes(straight_through):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("straight_through", "multiply"), OPTIONS)
-def test_no_later_token_moves_an_output_by_one_bit(straight_through, multiply, dtype):
+def test_no_later_token_moves_an_output_by_one_bit(assert_causal, straight_through, multiply, dtype):
     settings = {"router_straight_through": straight_through, "multiply_queries_by_score": multiply}
     layer = block(**settings).to(dtype)
     assert_causal(layer, tokens(256, dtype=dtype), range(1, 256))
@@ -73,7 +61,7 @@ def test_no_later_token_moves_an_output_by_one_bit(straight_through, multiply, d
 
 
 @pytest.mark.parametrize(("straight_through", "multiply"), OPTIONS)
-def test_compiled_whole_once_and_causal(straight_through, multiply):
+def test_compiled_whole_once_and_causal(assert_causal, straight_through, multiply):
     settings = {"router_straight_through": straight_through, "multiply_queries_by_score": multiply}
     layer = block(**settings).bfloat16()
     torch._dynamo.reset()
