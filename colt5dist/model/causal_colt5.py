@@ -11,7 +11,7 @@ from colt5dist.model.dense_layer import weight_settings
 from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.autoregressive_block import ConditionalRoutedAutoregressiveBlock
-from colt5dist.nn.autoregressive_decoding import BlockState, block_step
+from colt5dist.nn.autoregressive_decoding import BlockState, block_step, read_block
 from colt5dist.nn.embedding import Embedding
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
@@ -142,9 +142,18 @@ class CausalCoLT5(nn.Module):
                 routing.append(layer_routing)
         return self.norm(x), tuple(routing)
 
-    def start_decoding(self) -> list[BlockState]:
-        """What `decode_step` keeps of the tokens before the first one: nothing, a state a layer."""
-        return [BlockState() for _ in self.layers]
+    @torch.no_grad()
+    def start_decoding(self, prompt_ids: Tensor) -> tuple[Tensor, list[BlockState]]:
+        """prompt_ids (b, t) int64, t >= 1, read in one pass -> logits (b, vocab_size) of the next token, and what
+        `decode_step` keeps of the prompt, a state a layer."""
+        if prompt_ids.shape[1] < 1:
+            raise ValueError("prompt_ids: no token to go on from; begin with the start token")
+        x, states = self.embedding(prompt_ids), []
+        for layer in self.layers:
+            assert isinstance(layer, CausalLayer)
+            x, state = read_block(layer.block, x)
+            states.append(state)
+        return self.loss.logits(self.norm(x[:, -1])), states
 
     @torch.no_grad()
     def decode_step(self, token_ids: Tensor, states: list[BlockState]) -> Tensor:
@@ -165,14 +174,9 @@ class CausalCoLT5(nn.Module):
 
         temperature 0: the likeliest token each time; above: drawn from softmax(logits / temperature), with `generator`.
         """
-        if prompt_ids.shape[1] < 1:
-            raise ValueError("prompt_ids: no token to go on from; begin with the start token")
         if not temperature >= 0:
             raise ValueError(f"temperature: {temperature}; use 0 or more")
-        states = self.start_decoding()
-        logits = torch.empty(0)
-        for token_ids in prompt_ids.unbind(dim=1):
-            logits = self.decode_step(token_ids, states)
+        logits, states = self.start_decoding(prompt_ids)
         written: list[Tensor] = []
         while len(written) < num_tokens:
             if temperature == 0:

@@ -1,4 +1,4 @@
-"""Decoding token by token: what the causal layers keep of the tokens before, and a step of each.
+"""Decoding: what the causal layers keep of the tokens before, a whole pass that starts it, and a step for each token.
 
 A step computes what the whole pass computes for that token: its own products, scores and thresholds from the earlier
 windows, and attention to what these admitted. Sums are taken in another order, so the two agree to rounding; only where
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from colt5dist.nn.attend import attend, merge_heads
@@ -63,6 +64,19 @@ class BlockState:
 
 
 @torch.no_grad()
+def read_block(block: ConditionalRoutedAutoregressiveBlock, x: Tensor) -> tuple[Tensor, BlockState]:
+    """The block's output (b, n, dim) for the first n tokens x (b, n, dim), and the state after them."""
+    attention, feed_forward = block.conditional_attn, block.conditional_ff
+    between = x + attention(x)
+    budget = feed_forward.num_heavy_tokens
+    state = BlockState(_read_attention(attention, attention.norm(x)))
+    router = _causal_router(feed_forward)
+    admission = Admission(budget, min(budget, router.window_size), after_window=False)
+    _read_scores(router, router.raw_scores(feed_forward.norm(between)), state.feed_forward, (admission,))
+    return between + feed_forward(between), state
+
+
+@torch.no_grad()
 def block_step(block: ConditionalRoutedAutoregressiveBlock, x: Tensor, state: BlockState) -> Tensor:
     """The block's output (b, 1, dim) for the next token x (b, 1, dim); the state moves on."""
     x = x + attention_step(block.conditional_attn, x, state.attention)
@@ -72,9 +86,7 @@ def block_step(block: ConditionalRoutedAutoregressiveBlock, x: Tensor, state: Bl
 @torch.no_grad()
 def feed_forward_step(layer: ConditionalRoutedFeedForward, x: Tensor, state: RouterState) -> Tensor:
     """The causal feed-forward's output (b, 1, dim) for the next token x (b, 1, dim); the state moves on."""
-    router = layer.router
-    if not isinstance(router, CausalRouter):
-        raise ValueError("layer: a feed-forward with routing='topk' sees the whole sequence; build it with 'causal'")
+    router = _causal_router(layer)
     x = layer.norm(x)
     budget = layer.num_heavy_tokens
     admission = Admission(budget, min(budget, router.window_size), after_window=False)
@@ -130,7 +142,12 @@ def _finish_window(router: CausalRouter, state: RouterState, admissions: Sequenc
     """Take the window's scores among the past, and what they say about the next."""
     window = torch.stack(state.window, dim=-1).unsqueeze(2)
     state.window.clear()
-    past = window if state.past is None else torch.cat((state.past, window), dim=2)[:, :, -HISTORY:]
+    _set_past(router, state, window if state.past is None else torch.cat((state.past, window), dim=2), admissions)
+
+
+def _set_past(router: CausalRouter, state: RouterState, past: Tensor, admissions: Sequence[Admission]) -> None:
+    """past: raw scores (b, r, windows, w) of all windows or of the last ones."""
+    past = past[:, :, -HISTORY:]
     state.past = past
     state.num_admitted = torch.zeros(past.shape[0], dtype=torch.int64, device=past.device)
     num_tokens = admissions[0].num_tokens
@@ -141,11 +158,56 @@ def _finish_window(router: CausalRouter, state: RouterState, admissions: Sequenc
         state.duals = router.duals(past.flatten(2), admissions, past.shape[2])[..., -1]
 
 
+def _read_scores(router: CausalRouter, scores: Tensor, state: RouterState, admissions: Sequence[Admission]) -> None:
+    """The state after tokens of raw scores (b, r, n)."""
+    windows = scores.shape[-1] // router.window_size
+    whole = windows * router.window_size
+    rest = scores[..., whole:]
+    if windows:
+        _set_past(router, state, scores[..., :whole].unflatten(-1, (windows, -1)), admissions)
+        reached = torch.ones_like(rest[:, 0], dtype=torch.bool)
+        if state.threshold is not None:
+            reached = rest[:, 0] >= state.threshold.unsqueeze(-1)
+        state.num_admitted = reached.sum(dim=-1).clamp(max=admissions[0].num_places)
+    state.window = list(rest.unbind(dim=-1))
+
+
+def _read_attention(layer: ConditionalRoutedAutoregressiveAttention, x: Tensor) -> AttentionState:
+    """The state after the tokens x (b, n, dim), normalised as the routers see them."""
+    admissions = layer.admissions(layer.num_heavy_tokens_q, layer.num_heavy_tokens_kv)
+    state, length, width = AttentionState(position=x.shape[1]), x.shape[1], layer.heavy_window_size
+    _read_scores(layer.router, layer.router.raw_scores(x), state.router, admissions)
+    recent = x[:, -2 * layer.light_attn.radius :]
+    state.light = _light_projection(layer, recent, length - recent.shape[1])[1:]
+    state.window = [token.unsqueeze(1) for token in x[:, length // width * width :].unbind(dim=1)]
+    if length >= width:
+        # one token more opens a window that reads the last whole one
+        route = layer.router.admit(F.pad(x, (0, 0, 0, int(length % width == 0))), admissions)[1]
+        assert route.indices is not None and route.mask is not None
+        _keep(layer, state, gather_tokens(x, route.indices), route.indices, route.mask, route.scores)
+    return state
+
+
+def _causal_router(layer: ConditionalRoutedFeedForward) -> CausalRouter:
+    if not isinstance(layer.router, CausalRouter):
+        raise ValueError("layer: a feed-forward with routing='topk' sees the whole sequence; build it with 'causal'")
+    return layer.router
+
+
+def _light_projection(
+    layer: ConditionalRoutedAutoregressiveAttention, x: Tensor, position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Light queries, keys and values (b, heads, t, dim_head) of tokens x (b, t, dim), the first at `position`."""
+    light = layer.light_attn
+    places = torch.arange(position, position + x.shape[1], device=x.device)
+    angles = _angles_at(layer.light_rotary_emb, places, x)
+    return rotated_queries_and_keys(light.to_qkv(light.norm(x)), angles, light.heads)
+
+
 def _light_step(layer: ConditionalRoutedAutoregressiveAttention, x: Tensor, state: AttentionState) -> Tensor:
     """Light attention's output (b, 1, dim)."""
     light = layer.light_attn
-    angles = _angles_at(layer.light_rotary_emb, torch.tensor([state.position], device=x.device), x)
-    q, k, v = rotated_queries_and_keys(light.to_qkv(light.norm(x)), angles, light.heads)
+    q, k, v = _light_projection(layer, x, state.position)
     if state.light is not None:
         k, v = torch.cat((state.light[0], k), dim=2), torch.cat((state.light[1], v), dim=2)
     # the windows before the one before the token's own are out of sight
@@ -168,7 +230,7 @@ def _heavy_step(
     if heavy.null_kv is not None:
         null_k, null_v = heavy.null(k)
         k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
-        mask = torch.nn.functional.pad(mask, (1, 0), value=True)
+        mask = F.pad(mask, (1, 0), value=True)
     out = heavy.to_out(merge_heads(attend(q, k, v, mask=mask)))
     return out * score.to(out.dtype).unsqueeze(-1)
 
@@ -188,10 +250,23 @@ def _remember(layer: ConditionalRoutedAutoregressiveAttention, state: AttentionS
         duals = state.router.duals[:, 1:].unsqueeze(-1)
         scores = ((raw[..., -width:] + duals).clamp(max=0.0) / router.final_eps).exp()
     scores = scores.gather(-1, indices).masked_fill(~taken, 0.0)
-    tokens = torch.cat(state.window, dim=1)
-    angles = _angles_at(layer.rotary_emb, state.position - width + indices, tokens)
+    tokens = gather_tokens(torch.cat(state.window, dim=1), indices)
+    _keep(layer, state, tokens, state.position - width + indices, taken, scores)
+
+
+def _keep(
+    layer: ConditionalRoutedAutoregressiveAttention,
+    state: AttentionState,
+    tokens: Tensor,
+    positions: Tensor,
+    taken: Tensor,
+    scores: Tensor,
+) -> None:
+    """Add keys and values of tokens (b, r, m, dim) at positions (b, r, m) to the memory, which keeps the newest taken
+    ones."""
+    angles = _angles_at(layer.rotary_emb, positions, tokens)
     rotary = None if angles is None else (angles[:, 0, :1], angles)
-    _, k, v = layer.heavy_attn.project(tokens[:, :1], gather_tokens(tokens, indices), scores, None, rotary)
+    _, k, v = layer.heavy_attn.project(tokens[:, 0, :1], tokens, scores, None, rotary)
     mask = layer.heavy_attn.by_head(taken, taken.shape[1]).expand(-1, layer.heavy_attn.heads, -1)
     if state.memory is not None:
         k, v = torch.cat((state.memory[0], k), dim=2), torch.cat((state.memory[1], v), dim=2)

@@ -146,12 +146,13 @@ def test_routing_statistics():
     assert 0.15 < layer.key_value.mask.float().sum() / (3 * 80) < 0.35
 
 
-def test_decoding_equals_the_whole_pass():
+@pytest.mark.parametrize("prompt", [1, WINDOW - 1, WINDOW, 2 * WINDOW + 5, 80])
+def test_decoding_equals_the_whole_pass(prompt):
     model, ids = build().double(), tokens()
-    states, stepped = model.start_decoding(), []
-    for token in ids.unbind(1):
-        stepped.append(model.decode_step(token, states))
-    torch.testing.assert_close(torch.stack(stepped, dim=1), logits(model, ids), rtol=0, atol=1e-10)
+    first, states = model.start_decoding(ids[:, :prompt])
+    stepped = [first, *(model.decode_step(token, states) for token in ids[:, prompt:].unbind(1))]
+    expected = logits(model, ids)[:, prompt - 1 :]
+    torch.testing.assert_close(torch.stack(stepped, dim=1), expected, rtol=0, atol=1e-10)
 
 
 def test_generation_takes_the_likeliest_or_draws():

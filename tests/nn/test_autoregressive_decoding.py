@@ -17,6 +17,7 @@ from colt5dist.nn.autoregressive_decoding import (
     attention_step,
     block_step,
     feed_forward_step,
+    read_block,
 )
 
 D, WINDOW, N = 16, 8, 117
@@ -75,6 +76,29 @@ def test_feed_forward(straight_through, budget):
     x = tokens()
     stepped = decode(lambda token, state: feed_forward_step(layer, token, state), x, RouterState())
     torch.testing.assert_close(stepped, layer(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("budgets", [(3, 12, 3), (WINDOW, 40, WINDOW)])
+@pytest.mark.parametrize("prompt", [1, 5, WINDOW, 3 * WINDOW, 12 * WINDOW + 3])
+def test_a_prompt_is_read_in_one_pass(straight_through, budgets, prompt):
+    torch.manual_seed(0)
+    block = ConditionalRoutedAutoregressiveBlock(
+        D,
+        num_heavy_attn_tokens_q=budgets[0],
+        num_heavy_attn_tokens_kv=budgets[1],
+        num_heavy_ff_tokens=budgets[2],
+        num_routed_kv=2,
+        heavy_window_size=WINDOW,
+        router_straight_through=straight_through,
+        router_kwargs=ROUTER,
+        attention_kwargs={"rotary_emb": True, "light_rotary_emb": True},
+        **SIZES,
+    ).double()
+    x = tokens()
+    read, state = read_block(block, x[:, :prompt])
+    stepped = decode(lambda token, state: block_step(block, token, state), x[:, prompt:], state)
+    torch.testing.assert_close(torch.cat((read, stepped), dim=1), block(x), rtol=0, atol=1e-10)
 
 
 def test_what_is_kept_does_not_grow():
