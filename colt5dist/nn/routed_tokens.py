@@ -23,10 +23,10 @@ def _rows(x: Tensor, indices: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, _flat_positions(indices, x.shape[1]))
 
 
-def _copied(base: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
-    """base (b, n, d) with rows (b * m, d) in place of what is at indices (b, m); a new tensor."""
-    flat = _flat_positions(indices, base.shape[1])
-    return base.flatten(0, 1).index_copy(0, flat, rows).view(base.shape)
+def _copy_into(base: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
+    """base (b, n, d), made here and contiguous, with rows (b * m, d) written over what is at indices (b, m)."""
+    base.view(-1, base.shape[-1]).index_copy_(0, _flat_positions(indices, base.shape[1]), rows)
+    return base
 
 
 class _Gather(torch.autograd.Function):
@@ -41,12 +41,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
-        first, *others = range(indices.shape[1])
         grad_x = grads[0].new_zeros(indices.shape[0], ctx.length, grads[0].shape[-1])
-        grad_x = _copied(grad_x, grads[0][:, first].flatten(0, 1), indices[:, first])
-        for route in others:
-            there = _rows(grad_x, indices[:, route])
-            grad_x = _copied(grad_x, there + grads[0][:, route].flatten(0, 1), indices[:, route])
+        for route in range(indices.shape[1]):
+            rows = grads[0][:, route].flatten(0, 1)
+            rows = rows if route == 0 else rows + _rows(grad_x, indices[:, route])
+            _copy_into(grad_x, rows, indices[:, route])
         return grad_x, None
 
 
@@ -56,7 +55,8 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, tokens: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
-        return _copied(base, _rows(base, indices) + tokens.flatten(0, 1), indices)
+        rows = _rows(base, indices) + tokens.flatten(0, 1)
+        return _copy_into(base.clone(memory_format=torch.contiguous_format), rows, indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -70,13 +70,15 @@ class _AddOrFill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, tokens: Tensor, fill: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
-        return _copied(base + fill, _rows(base, indices) + tokens.flatten(0, 1), indices)
+        rows = _rows(base, indices) + tokens.flatten(0, 1)
+        return _copy_into((base + fill).contiguous(), rows, indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (indices,) = ctx.saved_tensors
         routed = _rows(grads[0], indices)
-        elsewhere = _copied(grads[0], torch.zeros_like(routed), indices)
+        elsewhere = grads[0].clone(memory_format=torch.contiguous_format)
+        _copy_into(elsewhere, torch.zeros_like(routed), indices)
         return grads[0], routed.view(*indices.shape, -1), elsewhere.sum((0, 1)), None
 
 

@@ -94,9 +94,17 @@ def conditional_attention(budgets, options, **settings):
 
 class TestAttention:
     @masked
-    @routed
+    @pytest.mark.parametrize("budgets", [(Q, KV), (N, N)], ids=["routed", "unrouted"])
     @all_options(*ATTENTION_OPTIONS)
     def test_all_options(self, assert_parity, options, budgets, masked):
+        ours, theirs = conditional_attention(budgets, options, router_kwargs=SHORT)
+        mask = MASK if masked else None
+        assert_parity(ours, theirs, lambda module, x: module(x, mask=mask), [random(B, N, D)])
+
+    @masked
+    @pytest.mark.parametrize("budgets", [(Q, N), (N, KV)], ids=["q routed", "kv routed"])
+    @one_option(*ATTENTION_OPTIONS)
+    def test_one_of_the_two_routed(self, assert_parity, options, budgets, masked):
         ours, theirs = conditional_attention(budgets, options, router_kwargs=SHORT)
         mask = MASK if masked else None
         assert_parity(ours, theirs, lambda module, x: module(x, mask=mask), [random(B, N, D)])

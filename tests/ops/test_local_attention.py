@@ -38,7 +38,7 @@ def assert_gradients(out, expected, inputs, tolerance):
 
 @each_implementation
 @pytest.mark.parametrize("radius", [1, 7, 127])
-@pytest.mark.parametrize("n", [1, 7, 128, 200])
+@pytest.mark.parametrize("n", [1, 7, 64, 100])
 def test_equals_dense_attention_with_band_mask(radius, n, implementation, dtype, tolerance):
     q, k, v = tensors(2, 2, n, 8, dtype)
     out = local_attention(q, k, v, radius=radius, implementation=implementation)
@@ -49,7 +49,7 @@ def test_equals_dense_attention_with_band_mask(radius, n, implementation, dtype,
 
 
 @each_implementation
-@pytest.mark.parametrize("n", [20, 61, 150])
+@pytest.mark.parametrize("n", [20, 61, 100])
 def test_mask(n, implementation, dtype, tolerance):
     q, k, v = tensors(2, 2, n, 8, dtype)
     # an eighth of the keys is masked, and never a whole neighbourhood
@@ -62,11 +62,10 @@ def test_mask(n, implementation, dtype, tolerance):
 
 
 @each_implementation
-@pytest.mark.parametrize(("radius", "n"), [(1, 5), (6, 61), (70, 150), (127, 40)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("radius", "n", "masked"), [(1, 5, False), (6, 50, True), (33, 70, False), (127, 40, True)])
 def test_relative_bias(radius, n, masked, implementation, dtype, tolerance):
-    q, k, v = tensors(2, 3, n, 8, dtype)
-    bias = torch.randn(3, 2 * radius + 1, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    q, k, v = tensors(2, 2, n, 8, dtype)
+    bias = torch.randn(2, 2 * radius + 1, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
     mask = torch.arange(n) < torch.tensor([[n], [n - 1]]) if masked else torch.ones(2, n, dtype=torch.bool)
     arguments = {"radius": radius, "mask": mask if masked else None, "bias": bias}
     if implementation == "windows":
@@ -78,6 +77,23 @@ def test_relative_bias(radius, n, masked, implementation, dtype, tolerance):
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
     # a distance's gradient is a sum over all positions
     assert_gradients(out, expected, (q, k, v, bias), 10 * tolerance)
+
+
+def test_kernels_in_16_bits():
+    """In float16: Triton's interpreter multiplies no bfloat16, which is tried on the GPU."""
+    q, k, v = tensors(2, 2, 100, 8, torch.float16)
+    bias = torch.randn(2, 15, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = torch.arange(100) < torch.tensor([[100], [97]])
+    out = local_attention(q, k, v, radius=7, mask=mask, bias=bias, implementation="triton")
+    expected = dense_local_attention(q, k, v, 7, mask, bias)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
+    upstream = torch.randn_like(out)
+    actual_grads = torch.autograd.grad(out, (q, k, v, bias), upstream)
+    for actual, wanted in zip(
+        actual_grads, torch.autograd.grad(expected, (q, k, v, bias), upstream.double()), strict=True
+    ):
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3 * scale)
 
 
 @each_implementation
@@ -105,23 +121,23 @@ def test_wholly_masked_sample_is_finite_forward_and_backward(implementation, dty
 
 @each_implementation
 def test_reaches_exactly_the_radius(implementation, dtype, tolerance):
-    q, k, v = tensors(1, 1, 300, 4, dtype)
+    q, k, v = tensors(1, 1, 280, 4, dtype)
     (grad,) = torch.autograd.grad(
-        local_attention(q, k, v, radius=127, implementation=implementation)[0, 0, 150].sum(), v
+        local_attention(q, k, v, radius=127, implementation=implementation)[0, 0, 140].sum(), v
     )
     reached = grad[0, 0].abs().sum(-1).nonzero().flatten()
-    assert reached.tolist() == list(range(150 - 127, 150 + 127 + 1))
+    assert reached.tolist() == list(range(140 - 127, 140 + 127 + 1))
 
 
 @each_implementation
 @pytest.mark.parametrize("dim", [5, 24])
 def test_heads_of_any_dimension_and_any_strides(implementation, dtype, tolerance, dim):
     """Projections lie as (b, n, heads, dim); of another tensor the numbers of a position are not side by side."""
-    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(2, 3, 70, dim, dtype))
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(2, 2, 50, dim, dtype))
     v = v.transpose(2, 3).contiguous().transpose(2, 3)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out = local_attention(q, k, v, radius=9, implementation=implementation)
-    expected = dense_local_attention(q, k, v, 9, torch.ones(2, 70, dtype=torch.bool))
+    expected = dense_local_attention(q, k, v, 9, torch.ones(2, 50, dtype=torch.bool))
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
     assert_gradients(out, expected, (q, k, v), tolerance)
 
@@ -140,8 +156,8 @@ def test_unread_memory_of_the_kernels_is_never_part_of_a_result():
 
 def test_registered_operators_keep_the_contract_of_torch():
     """Fake implementations, strides of results and gradients included, and the way to autograd."""
-    q, k, v = tensors(1, 2, 70, 8, torch.float32)
-    mask, bias = torch.arange(70)[None] < 60, torch.randn(2, 13, requires_grad=True)
+    q, k, v = tensors(1, 2, 20, 8, torch.float32)
+    mask, bias = torch.arange(20)[None] < 15, torch.randn(2, 13, requires_grad=True)
     torch.library.opcheck(torch.ops.colt5dist.local_attention.default, (q, k, v, mask, bias, 6))
 
 
@@ -188,7 +204,8 @@ def test_what_an_implementation_cannot_take_is_refused():
     ("n", "dim", "radius"), [(1000, 64, 127), (1024, 64, 64), (777, 128, 127), (300, 40, 5), (65, 256, 127)]
 )
 def test_on_the_gpu(implementation, dtype, masked, biased, n, dim, radius):
-    """To 1e-5 in float32, 1e-3 in 16 bits, of the largest value, beside the rounding of the result itself."""
+    """The kernels to 1e-5 in float32, 1e-3 in 16 bits, of the largest value, beside the rounding of the result itself;
+    the windows, which add up 16-bit gradients where they overlap, to 2e-2."""
     if implementation == "windows" and biased:
         pytest.skip("takes no bias")
     inputs = [t.detach().cuda().to(dtype).requires_grad_() for t in tensors(2, 4, n, dim)]
@@ -211,7 +228,7 @@ def test_on_the_gpu(implementation, dtype, masked, biased, n, dim, radius):
         torch.autograd.grad(expected, wide, upstream.double()),
         strict=True,
     )
-    closeness = 1e-5 if dtype == torch.float32 else 1e-3
+    closeness = 1e-5 if dtype == torch.float32 else 1e-3 if implementation == "triton" else 2e-2
     for actual, wanted in pairs:
         limit = closeness * max(1.0, wanted.abs().max().item())
         torch.testing.assert_close(actual.double(), wanted, rtol=torch.finfo(actual.dtype).eps, atol=limit)

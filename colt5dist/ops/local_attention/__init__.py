@@ -1,18 +1,15 @@
 """Attention of each position to its neighbours within a radius: the light branch of conditional attention."""
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from colt5dist.ops.implementation import HAS_TRITON, INTERPRETED
 from colt5dist.ops.local_attention.causal_windows import local_attention_causal_windows
 from colt5dist.ops.local_attention.reference import local_attention_causal_reference, local_attention_reference
 from colt5dist.ops.local_attention.windows import local_attention_windows
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from colt5dist.ops.local_attention.operator import MAX_DIM, local_attention_triton
-    from colt5dist.ops.local_attention.triton import INTERPRETED
 
 __all__ = ["IMPLEMENTATIONS", "local_attention"]
 

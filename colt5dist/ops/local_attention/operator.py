@@ -21,8 +21,11 @@ def _launch_settings(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> tup
     """Programs of a kernel and its constants; by rule, so that every rank runs the same."""
     batch, heads, n, dim = q.shape
     padded = max(16, triton.next_power_of_2(dim))
-    # tiles of keys, values and two more of their size have to fit on the chip
-    block = 64 if padded * q.element_size() <= 256 else 32
+    # the largest blocks whose tiles stay in registers; float32 products are made by the ordinary units, from registers
+    if q.dtype == torch.float32:
+        block, num_warps = 32 if padded <= 128 else 16, 8
+    else:
+        block, num_warps = 64 if padded <= 128 else 32, 4 if padded <= 64 else 8
     constants = {
         "BLOCK": block,
         "HEAD_DIM": dim,
@@ -30,7 +33,7 @@ def _launch_settings(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> tup
         "HAS_MASK": mask is not None,
         "HAS_BIAS": bias is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "num_warps": 4,
+        "num_warps": num_warps,
         "num_stages": 2,
     }
     return batch * heads * triton.cdiv(n, block), constants

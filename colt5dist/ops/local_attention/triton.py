@@ -58,6 +58,14 @@ def _scores(products, queries, keys, mask, bias, n, radius, scale, HAS_MASK: tl.
 
 
 @triton.jit
+def _place(n, heads, BLOCK: tl.constexpr):
+    """First position, sample and head of this program's block."""
+    blocks = tl.cdiv(n, BLOCK)
+    sample_and_head = (tl.program_id(0) // blocks).to(tl.int64)
+    return (tl.program_id(0) % blocks) * BLOCK, sample_and_head // heads, sample_and_head % heads
+
+
+@triton.jit
 def _head(pointer, sample, head, sample_stride, head_stride):
     return pointer + sample * sample_stride + head * head_stride
 
@@ -86,10 +94,8 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(n, BLOCK)
-    first = (tl.program_id(0) % blocks) * BLOCK
-    sample_and_head = (tl.program_id(0) // blocks).to(tl.int64)
-    sample, head = sample_and_head // heads, sample_and_head % heads
+    first, sample, head = _place(n, heads, BLOCK)
+    rows, mask, bias = (sample * heads + head) * n, mask + sample * n, bias + head * (2 * radius + 1)
     queries = first + tl.arange(0, BLOCK)
     q_tile = _tile(_head(q, sample, head, q_strides[0], q_strides[1]), queries, q_strides[2], n, HEAD_DIM, DIM)
     k_head = _head(k, sample, head, k_strides[0], k_strides[1])
@@ -101,18 +107,7 @@ def forward_kernel(
         keys = start + tl.arange(0, BLOCK)
         k_tile = _tile(k_head, keys, k_strides[2], n, HEAD_DIM, DIM)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        scores = _scores(
-            products,
-            queries[:, None],
-            keys[None, :],
-            mask + sample * n,
-            bias + head * (2 * radius + 1),
-            n,
-            radius,
-            scale,
-            HAS_MASK,
-            HAS_BIAS,
-        )
+        scores = _scores(products, queries[:, None], keys[None, :], mask, bias, n, radius, scale, HAS_MASK, HAS_BIAS)
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         # a row that has seen no key yet has nothing to compare with
         pivot = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -126,7 +121,7 @@ def forward_kernel(
     sees_none = total == 0.0
     total = tl.where(sees_none, 1.0, total)
     log_sum = tl.where(sees_none, 0.0, largest + tl.log2(total))
-    tl.store(row_log_sum + sample_and_head * n + queries, log_sum, mask=queries < n)
+    tl.store(row_log_sum + rows + queries, log_sum, mask=queries < n)
     out_head = _head(out, sample, head, out_strides[0], out_strides[1])
     _store_tile(out_head, queries, out_strides[2], n, result / total[:, None], HEAD_DIM, DIM)
 
@@ -162,19 +157,17 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """Writes delta (rows), dq, and, with a bias, this block's share of its gradient, (programs, 2 * radius + 1)."""
-    blocks = tl.cdiv(n, BLOCK)
-    first = (tl.program_id(0) % blocks) * BLOCK
-    sample_and_head = (tl.program_id(0) // blocks).to(tl.int64)
-    sample, head = sample_and_head // heads, sample_and_head % heads
+    first, sample, head = _place(n, heads, BLOCK)
+    rows, mask, bias = (sample * heads + head) * n, mask + sample * n, bias + head * (2 * radius + 1)
     queries = first + tl.arange(0, BLOCK)
     q_tile = _tile(_head(q, sample, head, q_strides[0], q_strides[1]), queries, q_strides[2], n, HEAD_DIM, DIM)
     grad_head = _head(grad, sample, head, grad_strides[0], grad_strides[1])
     grad_tile = _tile(grad_head, queries, grad_strides[2], n, HEAD_DIM, DIM)
     out_head = _head(out, sample, head, out_strides[0], out_strides[1])
     out_tile = _tile(out_head, queries, out_strides[2], n, HEAD_DIM, DIM)
-    log_sum = tl.load(row_log_sum + sample_and_head * n + queries, mask=queries < n, other=0.0)
+    log_sum = tl.load(row_log_sum + rows + queries, mask=queries < n, other=0.0)
     row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    tl.store(delta + sample_and_head * n + queries, row_delta, mask=queries < n)
+    tl.store(delta + rows + queries, row_delta, mask=queries < n)
     k_head = _head(k, sample, head, k_strides[0], k_strides[1])
     v_head = _head(v, sample, head, v_strides[0], v_strides[1])
     share = bias_shares + tl.program_id(0).to(tl.int64) * (2 * radius + 1)
@@ -187,18 +180,7 @@ def query_gradient_kernel(
         keys = start + tl.arange(0, BLOCK)
         k_tile = _tile(k_head, keys, k_strides[2], n, HEAD_DIM, DIM)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        scores = _scores(
-            products,
-            queries[:, None],
-            keys[None, :],
-            mask + sample * n,
-            bias + head * (2 * radius + 1),
-            n,
-            radius,
-            scale,
-            HAS_MASK,
-            HAS_BIAS,
-        )
+        scores = _scores(products, queries[:, None], keys[None, :], mask, bias, n, radius, scale, HAS_MASK, HAS_BIAS)
         weights = tl.exp2(scores - log_sum[:, None])
         v_tile = _tile(v_head, keys, v_strides[2], n, HEAD_DIM, DIM)
         grad_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -248,10 +230,8 @@ def key_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """Writes dk and dv, which have the same strides. Tiles of scores lie as (keys, queries)."""
-    blocks = tl.cdiv(n, BLOCK)
-    first = (tl.program_id(0) % blocks) * BLOCK
-    sample_and_head = (tl.program_id(0) // blocks).to(tl.int64)
-    sample, head = sample_and_head // heads, sample_and_head % heads
+    first, sample, head = _place(n, heads, BLOCK)
+    rows, mask, bias = (sample * heads + head) * n, mask + sample * n, bias + head * (2 * radius + 1)
     keys = first + tl.arange(0, BLOCK)
     k_tile = _tile(_head(k, sample, head, k_strides[0], k_strides[1]), keys, k_strides[2], n, HEAD_DIM, DIM)
     v_tile = _tile(_head(v, sample, head, v_strides[0], v_strides[1]), keys, v_strides[2], n, HEAD_DIM, DIM)
@@ -263,21 +243,10 @@ def key_gradient_kernel(
         queries = start + tl.arange(0, BLOCK)
         q_tile = _tile(q_head, queries, q_strides[2], n, HEAD_DIM, DIM)
         grad_tile = _tile(grad_head, queries, grad_strides[2], n, HEAD_DIM, DIM)
-        log_sum = tl.load(row_log_sum + sample_and_head * n + queries, mask=queries < n, other=0.0)
-        row_delta = tl.load(delta + sample_and_head * n + queries, mask=queries < n, other=0.0)
+        log_sum = tl.load(row_log_sum + rows + queries, mask=queries < n, other=0.0)
+        row_delta = tl.load(delta + rows + queries, mask=queries < n, other=0.0)
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        scores = _scores(
-            products,
-            queries[None, :],
-            keys[:, None],
-            mask + sample * n,
-            bias + head * (2 * radius + 1),
-            n,
-            radius,
-            scale,
-            HAS_MASK,
-            HAS_BIAS,
-        )
+        scores = _scores(products, queries[None, :], keys[:, None], mask, bias, n, radius, scale, HAS_MASK, HAS_BIAS)
         weights = tl.exp2(scores - log_sum[None, :])
         v_result = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_result, input_precision=PRECISION)
         grad_weights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
@@ -287,7 +256,3 @@ def key_gradient_kernel(
     grad_v_head = _head(grad_v, sample, head, grad_k_strides[0], grad_k_strides[1])
     _store_tile(grad_k_head, keys, grad_k_strides[2], n, k_result * scale, HEAD_DIM, DIM)
     _store_tile(grad_v_head, keys, grad_k_strides[2], n, v_result, HEAD_DIM, DIM)
-
-
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-"""Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this module was imported."""
