@@ -1,4 +1,4 @@
-"""The files that prepare reads: found by globs and folders, each once, in an order that is the same on every machine."""
+"""The files that prepare reads: found by globs and folders, each once, in an order that is the same everywhere."""
 
 import glob
 import hashlib
@@ -97,7 +97,7 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[Inpu
         kind = Path(_bare_name(path)).suffix
         if kind in FOREIGN_SUFFIXES:
             raise ConfigError(
-                f"--input: {path} is a {kind} file; give text, jsonl or parquet files (the first two plain, .gz or .zst)"
+                f"--input: {path} is a {kind} file; give text, jsonl or parquet files (text and jsonl also .gz, .zst)"
             )
         if kind == PARQUET_SUFFIX and _bare_name(path) != path.name.lower():
             raise ConfigError(f"--input: {path} is a compressed parquet file, which is not read; unpack it")
