@@ -1,6 +1,7 @@
 """The DeepSpeed engine: model, optimizer and ZeRO behind the four calls that the loop makes."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,19 @@ class Engine:
         )
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
+
+    def change_lengths(self, stage: RunConfig) -> None:
+        """Go on with the micro-batches and the share of routed tokens of another stage of the run."""
+        world_size = self.deepspeed.world_size
+        self._num_micro_batches = stage.gradient_accumulation_steps(world_size)
+        # DeepSpeed steps when the micro-batches that it has counted are a multiple of the accumulation steps
+        self.deepspeed.micro_steps = 0
+        self.deepspeed.set_train_micro_batch_size(stage.micro_batch_size(world_size))
+        self.deepspeed.set_train_batch_size(stage.train.global_batch_size)
+        if hasattr(self.deepspeed.optimizer, "gradient_accumulation_steps"):
+            self.deepspeed.optimizer.gradient_accumulation_steps = self._num_micro_batches
+        model_config: Any = self.module.config
+        model_config.num_heavy_tokens = stage.model.num_heavy_tokens
 
     @property
     def module(self) -> nn.Module:
@@ -131,7 +145,8 @@ class Engine:
 def build_model(config: RunConfig) -> nn.Module:
     """The model of a configuration, freshly initialised."""
     kind = CausalCoLT5 if config.model.architecture == "causal" else CoLT5
-    return kind(config.model, activation_checkpointing=config.train.activation_checkpointing, seed=config.seed)
+    # a copy: its share of routed tokens may change with the lengths
+    return kind(replace(config.model), activation_checkpointing=config.train.activation_checkpointing, seed=config.seed)
 
 
 def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
