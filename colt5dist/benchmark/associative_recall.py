@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
         ("values", 8, "different values"),
         ("queries", 2, "routed queries of a window"),
         ("admitted", 2, "keys/values of a window that are admitted in the mean"),
-        ("memory", 24, "keys/values that a window sees"),
+        ("memory", 32, "keys/values that a window sees"),
         ("dim", 48, "width, a multiple of 8"),
         ("layers", 1, "layers"),
         ("batch", 32, "sequences a step"),
