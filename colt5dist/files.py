@@ -1,10 +1,19 @@
-"""Whole files only: temporary name, fsync, rename; and a lock between processes."""
+"""Whole files only: temporary name, fsync, rename; a lock between processes; and where the cache lies."""
 
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where colt5dist keeps what it can make again."""
+    if cache := os.environ.get("COLT5DIST_CACHE"):
+        return Path(cache).absolute()
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache).absolute() / "colt5dist"
+    return Path.home() / ".cache" / "colt5dist"
 
 
 def fsync_path(path: Path) -> None:

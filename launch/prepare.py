@@ -1,86 +1,90 @@
 """Make shards from text: `python launch/prepare.py --input 'docs/**/*.jsonl.gz' --output shards`.
 
 Can be stopped at any moment and started again with the same command.
+
+`prepare.py verify SHARDS` reads everything and names what is damaged; `prepare.py info SHARDS` says what is inside;
+`prepare.py show SHARDS --config FILE --sample N` shows a sample as the model sees it. Each has its own `--help`.
 """
 
-import argparse
 import io
 import sys
-from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from colt5dist.data.corpus import CorpusWriter
-from colt5dist.data.prepare import PrepareConfig, prepare, summary_lines
+from colt5dist.data import prepare_arguments, shards
+from colt5dist.data.lengths import check_plot, plot_lengths
+from colt5dist.data.prepare import prepare
+from colt5dist.data.progress import progress
+from colt5dist.data.report import info_lines, summary_lines
+from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error is said."""
+def run_prepare(arguments: list[str]) -> int:
+    """Prepare the shards and say what they hold."""
+    config, histogram = prepare_arguments.parse_prepare(arguments, __doc__)
+    check_plot(histogram)
+    try:
+        with progress() as report:
+            prepared = prepare(config, report)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {config.output}", file=sys.stderr)
+        return 130
+    print("\n".join(summary_lines(prepared.manifest, prepared.validation, prepared.problems)))
+    if histogram:
+        plot_lengths(prepared.manifest.source["document_lengths"], histogram)
+    print(f"{'was already there' if prepared.was_there else 'written'}: {config.output}")
+    return 0
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"error: {message}; see --help\n")
+
+def run_verify(arguments: list[str]) -> int:
+    """Name what is damaged: status 1 if anything is."""
+    options = prepare_arguments.parse_verify(arguments)
+    verified = verify(options.shards, workers=options.workers)
+    for line in verified.damage:
+        print(f"damaged: {line}")
+    for line in verified.notes:
+        print(f"note: {line}")
+    print(f"{verified.num_files} files, {verified.num_bytes:,} bytes: {'damaged' if verified.damage else 'whole'}")
+    return 1 if verified.damage else 0
 
 
-def parse_arguments(arguments: list[str]) -> PrepareConfig:
-    """The settings that the command line gives."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="GLOB", help="text files (a document each) or .jsonl, plain or .gz"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to be made")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
-    parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=PrepareConfig.validation_fraction,
-        metavar="SHARE",
-        help="share of the documents to hold out; at least one is (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--text-key",
-        default=PrepareConfig.text_key,
-        metavar="KEY",
-        help="key of the text in a jsonl line (%(default)s)",
-    )
-    parser.add_argument(
-        "--shard-bytes",
-        type=int,
-        default=PrepareConfig.shard_bytes,
-        metavar="BYTES",
-        help="largest size of a shard (default: %(default)s)",
-    )
-    parser.add_argument("--strict", action="store_true", help="stop at the first document that cannot be read")
-    return PrepareConfig(**vars(parser.parse_args(arguments)))
+def run_info(arguments: list[str]) -> int:
+    """Say what is inside."""
+    options = prepare_arguments.parse_info(arguments)
+    check_plot(options.histogram)
+    opened = shards.open_shards(options.shards)
+    print("\n".join(info_lines(opened)))
+    if options.histogram:
+        plot_lengths(opened.manifest.source["document_lengths"], options.histogram)
+    return 0
+
+
+def run_show(arguments: list[str]) -> int:
+    """Show one sample."""
+    from colt5dist.train.show import show_sample  # late: it needs the trainer's configuration
+
+    options = prepare_arguments.parse_show(arguments)
+    colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
+    settings = [*options.settings, *([f"data.shards={options.shards}", "data.sources=[]"] if options.shards else [])]
+    lines = show_sample(options.config, settings, options.sample, world_size=options.world_size, colour=colour)
+    print("\n".join(lines))
+    return 0
+
+
+VERBS = {"verify": run_verify, "info": run_info, "show": run_show}
 
 
 def main(arguments: list[str]) -> int:
-    """Prepare the shards and say what they hold; the exit status."""
-    config = parse_arguments(arguments)
+    """Do what the first argument names, or prepare; the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be UTF-8
-    console = Console(stderr=True)
-    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}% {task.description}"), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-            task = bar.add_task("", total=None)
-
-            def report(done: int, total: int, writer: CorpusWriter) -> None:
-                counts = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens"
-                bar.update(task, completed=done, total=total, description=counts)
-
-            prepared = prepare(config, report if console.is_terminal else None)
+        if arguments and arguments[0] in VERBS:
+            return VERBS[arguments[0]](arguments[1:])
+        return run_prepare(arguments)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with {config.output}", file=sys.stderr)
-        return 130
-    print("\n".join(summary_lines(prepared)))
-    print(f"{'was already there' if prepared.was_there else 'written'}: {config.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> int:
     )
     bias = torch.zeros(options.heads, 2 * options.radius + 1, device=device)
 
-    def ours(implementation: str, **more: Tensor) -> Attention:
-        return partial(local_attention, radius=options.radius, implementation=implementation, **more)
+    def ours(implementation: str, bias: Tensor | None = None) -> Attention:
+        return partial(local_attention, radius=options.radius, implementation=implementation, bias=bias)
 
     candidates: dict[str, Attention] = {
         "Triton": ours("triton"),

@@ -9,21 +9,26 @@ from colt5dist.data.checks import data_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.held_out import held_out_batches, unigram_entropy
 from colt5dist.data.loader import training_batches
-from colt5dist.data.objectives import OBJECTIVE_NAMES, length_notes, required_sentinels
+from colt5dist.data.mixture import length_notes, parse_mixture, required_sentinels
 from colt5dist.data.shards import ShardSet, open_shards
+from colt5dist.data.skip import SkipList
+from colt5dist.data.sources import Sources, open_sources
 from colt5dist.data.standard_library import STANDARD_LIBRARY, ensure_standard_library_shards
 
 __all__ = [
-    "OBJECTIVE_NAMES",
     "STANDARD_LIBRARY",
     "Batch",
     "DataConfig",
     "ShardSet",
+    "SkipList",
+    "Sources",
     "data_problems",
     "ensure_standard_library_shards",
     "held_out_batches",
     "length_notes",
     "open_shards",
+    "open_sources",
+    "parse_mixture",
     "required_sentinels",
     "training_batches",
     "unigram_entropy",

@@ -23,11 +23,11 @@ class Batch(TypedDict):
     decoder_input_ids: Tensor
     """(b, t) int64; the targets shifted right by one, with the pad id as start."""
     target_ids: Tensor
-    """(b, t) int64; the last valid token is the end token, pads follow."""
+    """(b, t) int64; the last valid token is the end token (but of causal text, which goes on), pads follow."""
     target_mask: Tensor
     """(b, t) bool; True at valid tokens."""
     objective: Tensor
-    """(b,) int64; index into OBJECTIVE_NAMES[mixture]."""
+    """(b,) int64; index into the names of the mixture's objectives."""
     sample_index: Tensor
     """(b,) int64; number of the sample in the run, -1 for a row that only fills the batch (its masks are False)."""
     target_bytes: Tensor

@@ -3,30 +3,38 @@
 import numpy as np
 
 from colt5dist.data.config import DataConfig
-from colt5dist.data.objectives import required_sentinels
+from colt5dist.data.mixture import parse_mixture, required_sentinels
 from colt5dist.data.shards import ShardSet
+from colt5dist.data.sources import Sources, as_sources
 
 VOCABULARY_MULTIPLE = 128
 
 
-def data_problems(config: DataConfig, shards: ShardSet, vocab_size: int) -> list[str]:
+def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: int) -> list[str]:
     """Everything that does not fit, one line each, the key first.
 
     Args:
         config: settings without problems of their own.
-        shards: the opened training set.
+        shards: the opened training set, or several.
         vocab_size: rows of the model's embedding (model.vocab_size).
     """
     problems = []
     num_sentinels = required_sentinels(config) if config.num_sentinels is None else config.num_sentinels
-    needed = shards.tokenizer.vocab_size + num_sentinels
+    sources = as_sources(shards)
+    num_modes = parse_mixture(config.mixture).num_modes
+    needed = sources.tokenizer.vocab_size + num_modes + num_sentinels
     if vocab_size < needed:
         padded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         problems.append(
-            f"model.vocab_size: {vocab_size} is too small for {shards.tokenizer.vocab_size} ids of the tokenizer of "
-            f"{shards.folder} and {num_sentinels} sentinels; set {padded} or more"
+            f"model.vocab_size: {vocab_size} is too small for {sources.tokenizer.vocab_size} ids of the tokenizer of "
+            f"{sources.parts[0].folder}{f', {num_modes} mode tokens' if num_modes else ''} and {num_sentinels} "
+            f"sentinels; set {padded} or more"
         )
-    for name, part in (("training", shards), ("held-out", shards.validation)):
+    for name, part in (
+        (name, part)
+        for name, group in (("training", sources), ("held-out", sources.validation))
+        for part in group.parts
+    ):
         longest = int(np.diff(part.index.document_ends, prepend=0).max())
         if longest < config.min_document_tokens:
             problems.append(

@@ -1,8 +1,39 @@
 """The settings of the data room."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from colt5dist.data.objectives import MIXTURES, lengths_of_mixture
+from colt5dist.data.mixture import lengths_of_mixture, parse_mixture
+from colt5dist.errors import ConfigError
+
+SMALLEST = {"input_length": 16, "target_length": 4}
+"""Tokens."""
+
+
+@dataclass
+class SourceConfig:
+    """One of several shard sets."""
+
+    shards: str = ""
+    """As data.shards."""
+    weight: float = 1.0
+    """Parts of the samples that come from it."""
+
+
+@dataclass
+class LengthConfig:
+    """Lengths from some step on; what is null stays as it was at the start."""
+
+    step: int = 0
+    """First optimizer step that has them, 2 or more."""
+    input_length: int | None = None
+    """As data.input_length."""
+    target_length: int | None = None
+    """As data.target_length."""
+    micro_batch_size: int | None = None
+    """As train.micro_batch_size."""
+    num_heavy_tokens: float | None = None
+    """As model.num_heavy_tokens."""
 
 
 @dataclass
@@ -10,42 +41,113 @@ class DataConfig:
     """Which text is read and how it is cut into samples."""
 
     shards: str = "python-stdlib"
-    """Folder written by launch/prepare.py, or "python-stdlib": built from the running Python's own standard library."""
+    """Folder written by launch/prepare.py, its http(s)://, s3:// or gs:// address, or "python-stdlib": built from the
+    running Python's own standard library."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several shard sets, mixed by weight, instead of data.shards: [{shards: DIR, weight: 2}, ...]. One tokenizer."""
     input_length: int = 4096
-    """Tokens of an encoder input, end token included (16 or more)."""
+    """Tokens of an encoder input, end token included (16 or more; 0 with mixture causal, which has none)."""
     target_length: int = 910
     """Largest number of tokens of a decoder target, end token included (4 or more)."""
+    length_schedule: list[LengthConfig] = field(default_factory=list)
+    """Other lengths from later steps on: [{step: 1000, input_length: 16384, micro_batch_size: 2}, ...]. The global
+    batch in samples stays; each entry has an order of the text of its own."""
     num_workers: int = 1
     """Reader processes of a rank (0: the training process reads itself)."""
-    mixture: str = "colt5"
-    """The objectives: "colt5" is prefix-LM and noise spans of mean length 3, 8 and 64, a quarter of samples each."""
+    mixture: Any = "colt5"
+    """The objectives, a name or a list of names (colt5dist/data/mixture.py): colt5, ul2, causal, prefix_lm(rate),
+    span_corruption(mean, rate)."""
     num_sentinels: int | None = None
     """Sentinel ids reserved above the tokenizer's vocabulary (null: as many as the mixture needs)."""
     min_document_tokens: int = 0
     """Documents of fewer tokens are left out (0: none)."""
+    skip: list[list[int]] = field(default_factory=list)
+    """Ranges of sample numbers that training passes over: [[a, b], ...] leaves out a to b - 1 (after a loss spike)."""
+    max_bad_records: int = 16
+    """Damaged records of the shards that are passed over, each named, before the run stops (0: it stops at one)."""
+    cache_gb: float = 100.0
+    """Disk space, in 10^9 bytes, for shards that are fetched from an address."""
+
+    def stages(self) -> list["DataConfig"]:
+        """These settings, and what each entry of the length schedule makes of them; without a schedule of their own."""
+        first = replace(self, length_schedule=[])
+        return [first] + [
+            replace(
+                first,
+                input_length=entry.input_length or self.input_length,
+                target_length=entry.target_length or self.target_length,
+            )
+            for entry in self.length_schedule
+        ]
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one line each, the key first."""
-        problems = []
+        problems = self._mixture_problems()
+        causal = not problems and parse_mixture(self.mixture).is_causal
+        if causal and (self.input_length or any(entry.input_length for entry in self.length_schedule)):
+            problems.append(f"data.input_length: {self.input_length} has no use with data.mixture=causal; set 0")
         for key, smallest in (
-            ("input_length", 16),
-            ("target_length", 4),
+            *SMALLEST.items(),
             ("num_workers", 0),
             ("min_document_tokens", 0),
+            ("max_bad_records", 0),
         ):
-            if getattr(self, key) < smallest:
+            if getattr(self, key) < smallest and not (causal and key == "input_length"):
                 problems.append(f"data.{key}: {getattr(self, key)} is too small; give {smallest} or more")
         if not self.shards:
             problems.append("data.shards: is empty; give a folder written by launch/prepare.py, or python-stdlib")
-        if self.mixture not in MIXTURES:
-            problems.append(f"data.mixture: {self.mixture!r} is unknown; choose one of {', '.join(MIXTURES)}")
+        if not self.cache_gb > 0:
+            problems.append(f"data.cache_gb: {self.cache_gb} is not positive; give a number of 10^9 bytes")
+        problems += self._source_problems() + self._schedule_problems() + self._skip_problems()
         if problems or self.num_sentinels is None:
             return problems
-        lengths = lengths_of_mixture(self.mixture, self.input_length, self.target_length)
-        needed = max(length.num_spans for length in lengths)
-        if self.num_sentinels < needed:
-            problems.append(
-                f"data.num_sentinels: {self.num_sentinels} are too few, the mixture {self.mixture} needs {needed} at "
-                f"data.input_length={self.input_length}; raise it to {needed} or set null"
-            )
+        for stage in self.stages():
+            lengths = lengths_of_mixture(self.mixture, stage.input_length, stage.target_length)
+            needed = max(length.num_spans for length in lengths)
+            if self.num_sentinels < needed:
+                problems.append(
+                    f"data.num_sentinels: {self.num_sentinels} are too few, the mixture {self.mixture} needs {needed} "
+                    f"at data.input_length={stage.input_length}; raise it to {needed} or set null"
+                )
         return problems
+
+    def _mixture_problems(self) -> list[str]:
+        if not isinstance(self.mixture, str | list):
+            return [f"data.mixture: {self.mixture!r} is neither a name nor a list of names; write for instance colt5"]
+        try:
+            parse_mixture(self.mixture)
+        except ConfigError as error:
+            return str(error).splitlines()
+        return []
+
+    def _source_problems(self) -> list[str]:
+        problems = []
+        for number, source in enumerate(self.sources):
+            if not source.shards:
+                problems.append(f"data.sources[{number}].shards: is empty; give a folder written by launch/prepare.py")
+            if not 0 < source.weight < float("inf"):
+                problems.append(
+                    f"data.sources[{number}].weight: {source.weight} is not positive; give a number above 0"
+                )
+        return problems
+
+    def _schedule_problems(self) -> list[str]:
+        problems = []
+        last = 1
+        for number, entry in enumerate(self.length_schedule):
+            key = f"data.length_schedule[{number}]"
+            if entry.step <= last:
+                problems.append(f"{key}.step: {entry.step} is not after step {last}; give {last + 1} or more")
+            last = max(last, entry.step)
+            for name, smallest in (*SMALLEST.items(), ("micro_batch_size", 1)):
+                value = getattr(entry, name)
+                if value is not None and value < smallest:
+                    problems.append(f"{key}.{name}: {value} is too small; give {smallest} or more")
+        return problems
+
+    def _skip_problems(self) -> list[str]:
+        return [
+            f"data.skip: {part} is no range; give [first sample, sample after the last], as [12800, 13056]"
+            for part in self.skip
+            if len(part) != 2 or not 0 <= part[0] < part[1]
+        ]

@@ -5,13 +5,13 @@ copies of one text always land on the same side, and neither order nor number of
 one text is held out: the one with the smallest hash so far waits until all are seen.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from colt5dist.data.encoding import HASH_BITS, Document, encode_document
 from colt5dist.data.manifest import Manifest, TokenizerEntry
 from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 from colt5dist.data.writer import ShardSetWriter
@@ -23,8 +23,12 @@ TOKENIZER_NAME = "tokenizer.json"
 WAITING_PATTERN = "waiting-*"
 LENGTH_BINS = 48  # documents by the power of two of their length
 
-HASH_BITS = 64
 CUT_TOKENS = 4096
+
+
+def held_out_below(validation_fraction: float) -> int:
+    """Documents whose hash is below this are held out."""
+    return int(validation_fraction * (1 << HASH_BITS))
 
 
 class CorpusWriter:
@@ -46,7 +50,7 @@ class CorpusWriter:
         self.folder = folder
         self._tokenizer = tokenizer
         self._fraction = validation_fraction
-        self._threshold = int(validation_fraction * (1 << HASH_BITS))
+        self._threshold = held_out_below(validation_fraction)
         self._sets = {
             name: ShardSetWriter(
                 folder / name, tokenizer.dtype, shard_bytes=shard_bytes, state=state["sets"][name] if state else None
@@ -77,12 +81,16 @@ class CorpusWriter:
         Raises:
             UnicodeEncodeError: the text holds half of a surrogate pair.
         """
-        encoded = text.encode()
-        tokens = self._tokenizer.encode(text)
+        document = encode_document(self._tokenizer, text)
+        self.add_document(document)
+        return len(document.tokens)
+
+    def add_document(self, document: Document) -> None:
+        """Add a tokenized document; one without tokens adds nothing."""
+        tokens, hash_value = document.tokens, document.hash_value
         if not len(tokens):
-            return 0
+            return
         self.length_counts[len(tokens).bit_length()] += 1
-        hash_value = int.from_bytes(hashlib.blake2b(encoded, digest_size=HASH_BITS // 8).digest(), "big")
         if self._waiting is None or hash_value < self._waiting[0]:
             self._release()
             self._waiting = hash_value, tokens, 1
@@ -90,7 +98,6 @@ class CorpusWriter:
             self._waiting = hash_value, tokens, self._waiting[2] + 1
         else:
             self._set_of(hash_value).add(tokens)
-        return len(tokens)
 
     def _set_of(self, hash_value: int) -> ShardSetWriter:
         return self._sets[VALIDATION_FOLDER if hash_value < self._threshold else ""]

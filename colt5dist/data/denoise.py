@@ -1,13 +1,15 @@
-"""From raw tokens to inputs and targets: span corruption and prefix-LM, vectorised.
+"""From raw tokens to inputs and targets: span corruption, prefix-LM and next-token, vectorised.
 
 The spans follow T5's random segmentation: of all masks with n noise tokens in s spans that begin with a kept token
 and end with a noise token, each is equally likely. So the first token is never noise and the last one always is.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from colt5dist.data.objectives import Objective, largest_suffix, span_counts
+from colt5dist.data.objectives import MODES, Objective, largest_suffix, span_counts
 from colt5dist.data.philox import below, subset
 
 Tokens = NDArray[np.integer]
@@ -101,17 +103,30 @@ def denoise(
     """Write one sample of `objective`.
 
     Args:
-        tokens: (L,) the text, 2 <= L <= sample_lengths(objective, len(inputs), len(targets)).raw_tokens.
+        tokens: (L,) the text, L at least 2 (next-token: 1) and at most the objective's
+            sample_lengths(objective, len(inputs), len(targets)).raw_tokens.
         objective: what to do with it.
         bits: the random numbers of the sample.
         first_sentinel: id of sentinel 0.
         eos_id: the end token, last of inputs and targets.
-        inputs: (input_length,) its first tokens are written.
+        inputs: (input_length,) its first tokens are written (next-token: one at most).
         targets: (target_length,) its first tokens are written.
 
     Returns:
         The number of tokens written to inputs and to targets.
     """
+    if objective.is_next_token:
+        inputs[:1] = eos_id
+        targets[: len(tokens)] = tokens
+        return len(inputs[:1]), len(tokens)
+    if objective.mode is not None:
+        # the modes' ids stand before the sentinels'
+        inputs[0] = first_sentinel - len(MODES) + MODES.index(objective.mode)
+        rest = replace(objective, mode=None)
+        num_inputs, num_targets = denoise(
+            tokens, rest, bits, first_sentinel=first_sentinel, eos_id=eos_id, inputs=inputs[1:], targets=targets
+        )
+        return num_inputs + 1, num_targets
     if objective.mean_span is None:
         suffix = 1 + below(bits, largest_suffix(len(tokens), objective, len(targets)))
         return cut_prefix(tokens, suffix, eos_id=eos_id, inputs=inputs, targets=targets)

@@ -1,57 +1,15 @@
-"""Documents out of text and jsonl files, plain or gzipped, with what is wrong counted by kind."""
+"""Documents out of text, jsonl and parquet files, plain or compressed, with what is wrong counted by kind."""
 
-import glob
-import gzip
-import hashlib
 import json
-import os
-import stat
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from colt5dist.data.manifest import holds_shards
-from colt5dist.errors import ConfigError
+from colt5dist.data.compressed import DAMAGE, open_compressed
+from colt5dist.data.inputs import InputFile
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-FOREIGN_SUFFIXES = (".parquet", ".zst", ".tar", ".tgz", ".zip", ".xz", ".bz2", ".pdf")
-HASHED_BYTES = 1 << 16
 EXAMPLES = 5
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file to read."""
-
-    path: Path
-    """Where it lies."""
-    name: str
-    """Path below the folder that all inputs share: the same on every machine."""
-    bytes: int
-    """Size of the file."""
-
-    @property
-    def content_key(self) -> str:
-        """Hash of name, size, and the first and last 64 KiB: the same on every machine."""
-        digest = hashlib.sha256(os.fsencode(self.name) + b"\0%d\0" % self.bytes)
-        with open(self.path, "rb") as file:
-            digest.update(file.read(HASHED_BYTES))
-            file.seek(max(self.bytes - HASHED_BYTES, 0))
-            digest.update(file.read(HASHED_BYTES))
-        return digest.hexdigest()
-
-    @property
-    def is_gzip(self) -> bool:
-        """Whether it is compressed."""
-        return self.path.suffix == ".gz"
-
-    @property
-    def is_jsonl(self) -> bool:
-        """Whether each line is a JSON object with one document; otherwise the whole file is one document."""
-        return self.path.name.removesuffix(".gz").endswith(JSONL_SUFFIXES)
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -63,9 +21,9 @@ class Item:
     problem: str
     """Kind of the problem, or empty."""
     line: int
-    """Line of a jsonl file, from 1; of a text file 0."""
+    """Line of a jsonl file or row of a parquet file, from 1; of a text file 0."""
     offset: int
-    """Bytes of the (decompressed) file up to here: where to go on."""
+    """Bytes of the (decompressed) file up to here, where to go on; 0 in a parquet file."""
     ends_file: bool
     """Whether nothing of the file is left to read: a text file is one item, and damage ends any file."""
     file_position: int
@@ -77,7 +35,9 @@ class Problems:
     """Documents that were left out, by kind."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    """Number by kind."""
+    """Number by kind of what is wrong with them."""
+    unwanted: dict[str, int] = field(default_factory=dict)
+    """Number by kind of good documents that the settings leave out."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """`file:line` of the first few, by kind."""
 
@@ -88,6 +48,10 @@ class Problems:
         if len(places) < EXAMPLES:
             places.append(f"{file.path}:{line}" if line else str(file.path))
 
+    def leave_out(self, kind: str) -> None:
+        """Count a good document that the settings leave out."""
+        self.unwanted[kind] = self.unwanted.get(kind, 0) + 1
+
     def lines(self) -> list[str]:
         """One line a kind, for the terminal."""
         lines = []
@@ -96,77 +60,20 @@ class Problems:
             more = ", ..." if count > len(places) else ""
             line = f"left out, {kind}: {count}" + (f" ({', '.join(places)}{more})" if places else "")
             lines.append(line.encode(errors="backslashreplace").decode())  # a file's name need not be UTF-8
+        lines += [f"left out, {kind}: {count:,}" for kind, count in self.unwanted.items()]
         return lines
-
-
-def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[InputFile]:
-    """The files of all glob patterns, each once, in an order that is the same on every machine.
-
-    Folders of shards, and those of `made`, are no input: they may lie among the texts that they are made from.
-
-    Raises:
-        ConfigError: a pattern matches no file, or a file cannot be reached or is of a kind that is not read.
-    """
-    made_folders = {Path(os.path.realpath(folder)) for folder in made}
-
-    @cache
-    def is_made(folder: Path) -> bool:
-        folder = Path(os.path.realpath(folder))
-        return folder in made_folders or holds_shards(folder) or (folder != folder.parent and is_made(folder.parent))
-
-    found: dict[tuple[int, int], tuple[Path, int]] = {}
-    for pattern in patterns:
-        matches = {Path(match).absolute(): _status(match) for match in glob.glob(pattern, recursive=True)}
-        files = {path: status for path, status in matches.items() if status and stat.S_ISREG(status.st_mode)}
-        texts = {path: status for path, status in files.items() if not is_made(path.parent)}
-        if not texts:
-            raise ConfigError(f"--input: {pattern!r} {_why_no_text(pattern, matches, files)}")
-        # of the names of one file the shortest way counts
-        for path in sorted(texts, key=lambda path: (len(path.parts), path)):
-            status = texts[path]
-            found.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
-    for path, _ in sorted(found.values()):
-        kind = Path(path.name.lower().removesuffix(".gz")).suffix
-        if kind in FOREIGN_SUFFIXES:
-            raise ConfigError(f"--input: {path} is a {kind} file; give text or jsonl files, plain or .gz")
-    common = os.path.commonpath([path.parent for path, _ in found.values()])
-    inputs = [InputFile(path, path.relative_to(common).as_posix(), size) for path, size in found.values()]
-    return sorted(inputs, key=lambda file: file.name)
-
-
-Statuses = Mapping[Path, os.stat_result | None]
-
-
-def _status(path: str) -> os.stat_result | None:
-    """What a path is; None for a link that leads nowhere, or a file that was just removed."""
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"--input: {path} cannot be read ({error.strerror}); mend its rights") from None
-
-
-def _why_no_text(pattern: str, matches: Statuses, files: Statuses) -> str:
-    """What is wrong with a pattern that gives no text, and the mend."""
-    if not pattern:
-        return "is an empty pattern; name text or jsonl files"
-    if files:
-        return "matches only shards; name the text that they were made from"
-    kinds = {path: status.st_mode for path, status in matches.items() if status}
-    if pipes := [path for path, mode in kinds.items() if not stat.S_ISDIR(mode)]:
-        return f"matches no file, {pipes[0]} is a pipe or device; write what it gives to a file and name that"
-    mend = f"give its files, as {os.path.join(pattern, '**', '*.txt')}" if kinds else "name text or jsonl files"
-    return f"matches no file; {mend}"
 
 
 def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0) -> Iterator[Item]:
     """Read a file from `offset` on, after `line` lines; what cannot be read is a problem, never an exception."""
+    if file.is_parquet:
+        yield from _read_rows(file, text_key, line)
+        return
     position = 0
     try:
         with open(file.path, "rb") as raw:
-            stream: Any = gzip.GzipFile(fileobj=raw) if file.is_gzip else raw
-            if file.is_gzip and line:
+            stream: Any = open_compressed(raw, file.compression) if file.compression else raw
+            if file.compression:
                 # not seek: where a damaged file breaks off depends on how it is read
                 for _ in range(line):
                     stream.readline()
@@ -175,8 +82,37 @@ def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0
             for text, problem, size in _parts(file, stream, text_key):
                 offset, line, position = offset + size, line + file.is_jsonl, raw.tell()
                 yield Item(text, problem, line, offset, not file.is_jsonl, position)
-    except (OSError, EOFError, zlib.error):
+    except (OSError, *DAMAGE):
         yield Item(None, "unreadable", line + file.is_jsonl, offset, True, position)
+
+
+def _read_rows(file: InputFile, text_key: str, first: int) -> Iterator[Item]:
+    """The rows of a parquet file from number `first` (from 0) on; whole row groups before it are not read."""
+    import pyarrow  # late: wanted for these files only
+    from pyarrow import parquet
+
+    row = first
+    try:
+        table = parquet.ParquetFile(file.path)
+        num_rows = table.metadata.num_rows
+        if text_key not in table.schema_arrow.names:
+            yield Item(None, f"no text under {text_key!r}", 0, 0, True, file.bytes)
+            return
+        group, skipped = 0, 0
+        while group < table.num_row_groups and skipped + table.metadata.row_group(group).num_rows <= first:
+            skipped += table.metadata.row_group(group).num_rows
+            group += 1
+        groups = list(range(group, table.num_row_groups))
+        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_key], row_groups=groups):
+            for value in batch.column(0):
+                if skipped < first:
+                    skipped += 1
+                    continue
+                text, problem = _check_text(value.as_py(), text_key)
+                row += 1
+                yield Item(text, problem, row, 0, row == num_rows, row * file.bytes // num_rows)
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError):
+        yield Item(None, "unreadable", row + 1, 0, True, file.bytes)
 
 
 def _parts(file: InputFile, stream: BinaryIO, text_key: str) -> Iterator[tuple[str | None, str, int]]:
@@ -208,7 +144,11 @@ def _decode_line(content: bytes, text_key: str) -> tuple[str | None, str]:
         return None, "not UTF-8"
     except (ValueError, RecursionError):
         return None, "not JSON"
-    text = entry.get(text_key) if isinstance(entry, dict) else None
+    return _check_text(entry.get(text_key) if isinstance(entry, dict) else None, text_key)
+
+
+def _check_text(text: Any, text_key: str) -> tuple[str | None, str]:
+    """The text that stands under a key, or what is wrong with it."""
     if not isinstance(text, str):
         return None, f"no text under {text_key!r}"
     try:

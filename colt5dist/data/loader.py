@@ -1,9 +1,17 @@
-"""The training samples of one rank, step by step, read ahead by worker processes."""
+"""The training samples of one rank, step by step, read ahead by worker processes.
+
+What is wrong with the data crosses from a worker as an item, in its place in the order, and reaches the trainer at the
+step that it belongs to, so that all ranks can stop together.
+"""
 
 import atexit
 import signal
+import threading
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,11 +21,13 @@ from colt5dist.data.batch import Batch, make_batch
 from colt5dist.data.config import DataConfig
 from colt5dist.data.samples import Samples
 from colt5dist.data.shards import ShardSet
+from colt5dist.data.skip import SkipList
+from colt5dist.data.sources import Sources
 from colt5dist.errors import ConfigError
 
 
 def training_batches(
-    shards: ShardSet,
+    shards: ShardSet | Sources,
     config: DataConfig,
     *,
     seed: int,
@@ -26,35 +36,52 @@ def training_batches(
     rank: int,
     world_size: int,
     first_sample: int,
+    first_step: int = 1,
     pin_memory: bool = False,
 ) -> "TrainingBatches":
     """The micro-batches of one rank, without end.
 
-    The samples of the run are numbered from 0; each global batch takes the next global_batch_size of them. Rank r of W
-    gets samples r, r + W, ... of it, in order, cut into micro-batches.
+    The samples of the run are numbered from 0; each global batch takes the next global_batch_size of them that
+    data.skip does not leave out. Rank r of W gets samples r, r + W, ... of it, in order, cut into micro-batches. From
+    the steps of the length schedule on they have other lengths.
 
     Args:
         shards: the training set.
-        config: lengths, mixture, workers.
+        config: lengths and their schedule, mixture, samples to skip, workers.
         seed: seed of the order and of the masks.
         global_batch_size: samples of a step; a multiple of micro_batch_size * world_size.
-        micro_batch_size: samples of a micro-batch.
+        micro_batch_size: samples of a micro-batch, where the schedule says nothing else.
         rank: number of this rank.
         world_size: number of ranks.
-        first_sample: samples of the run that earlier steps have used up.
+        first_sample: number of the first sample that earlier steps have not used up.
+        first_step: number of the first optimizer step, for the schedule.
         pin_memory: put the tensors in page-locked memory (needs a GPU).
 
     Returns:
         An iterator over steps; each is the list of this rank's micro-batches. Its `close` stops the worker processes.
     """
-    assert global_batch_size % (micro_batch_size * world_size) == 0, (global_batch_size, micro_batch_size, world_size)
-    sampler = RankSampler(first_sample + rank, world_size, micro_batch_size, global_batch_size)
+    share = global_batch_size // world_size
+    sizes = [micro_batch_size] + [
+        min(entry.micro_batch_size or micro_batch_size, share) for entry in config.length_schedule
+    ]
+    assert global_batch_size % world_size == 0, (global_batch_size, world_size)
+    assert all(share % size == 0 for size in sizes), (share, sizes)
+    first_steps = [1, *(entry.step for entry in config.length_schedule)]
+    sampler = RankSampler(
+        SkipList(config.skip),
+        first_sample=first_sample,
+        first_step=first_step,
+        stages=list(zip(first_steps, sizes, strict=True)),
+        rank=rank,
+        world_size=world_size,
+        global_batch_size=global_batch_size,
+    )
     workers: dict[str, Any] = {}
     if config.num_workers:
         # fork: the mapped index is shared, and nothing has to be pickled
         workers = {"multiprocessing_context": "fork", "worker_init_fn": ignore_stop_signals, "prefetch_factor": 4}
     loader = DataLoader(
-        MicroBatches(Samples(shards, config, seed=seed)),
+        MicroBatches(shards, config, seed=seed, stage=sampler.stage_at(first_step)),
         batch_size=None,
         sampler=sampler,
         num_workers=config.num_workers,
@@ -64,65 +91,161 @@ def training_batches(
         generator=torch.Generator(),
         **workers,
     )
-    return TrainingBatches(loader, global_batch_size // (micro_batch_size * world_size))
+    return TrainingBatches(loader, rank)
 
 
-class RankSampler(Sampler[list[int]]):
-    """Yields the sample numbers of one rank's micro-batches, without end."""
+@dataclass(frozen=True)
+class Order:
+    """What a worker is to make."""
 
-    def __init__(self, first: int, stride: int, micro_batch_size: int, global_batch_size: int) -> None:
-        """Begin at sample `first` and take every stride-th."""
-        assert global_batch_size % (stride * micro_batch_size) == 0
-        self._first = first
-        self._stride = stride
-        self._micro_batch_size = micro_batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        # as the stride divides the global batch, it goes on over the end of a step
-        first, length = self._first, self._stride * self._micro_batch_size
-        while True:
-            yield list(range(first, first + length, self._stride))
-            first += length
+    stage: int
+    """Entry of the length schedule; 0 before the first."""
+    numbers: list[int]
+    """Numbers of the samples of one micro-batch."""
+    ends_step: bool
+    """Whether it is the rank's last of a step."""
 
 
-Item = Batch | ConfigError
+class RankSampler(Sampler[Order]):
+    """Yields what one rank needs, micro-batch after micro-batch, without end."""
+
+    def __init__(
+        self,
+        skip: SkipList,
+        *,
+        first_sample: int,
+        first_step: int,
+        stages: list[tuple[int, int]],
+        rank: int,
+        world_size: int,
+        global_batch_size: int,
+    ) -> None:
+        """Begin a step at sample `first_sample`; `stages` are pairs of a first step and a micro-batch size."""
+        self._skip = skip
+        self._first_sample = first_sample
+        self._first_step = first_step
+        self._stages = stages
+        self._rank = rank
+        self._world_size = world_size
+        self._global_batch_size = global_batch_size
+
+    def stage_at(self, step: int) -> int:
+        """Number of the stage that a step belongs to."""
+        return bisect_right([first for first, _ in self._stages], step) - 1
+
+    def __iter__(self) -> Iterator[Order]:
+        first = self._first_sample
+        for step in count(self._first_step):
+            stage = self.stage_at(step)
+            size = self._stages[stage][1]
+            numbers = self._skip.take(first, self._global_batch_size)
+            first = int(numbers[-1]) + 1
+            mine = numbers[self._rank :: self._world_size].tolist()
+            for begin in range(0, len(mine), size):
+                yield Order(stage, mine[begin : begin + size], begin + size == len(mine))
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a worker made."""
+
+    batch: Batch | ConfigError
+    """The micro-batch, or what is wrong with the data."""
+    ends_step: bool
+    """Whether it is the rank's last of a step."""
+    bad_records: list[str]
+    """Damaged records of the shards that the worker met for the first time, and replaced."""
+
+    def pin_memory(self) -> "Item":
+        """The same in page-locked memory; the loader calls it."""
+        if isinstance(self.batch, ConfigError):
+            return self
+        pinned: Any = {name: tensor.pin_memory() for name, tensor in dict(self.batch).items()}  # type: ignore[attr-defined]
+        return replace(self, batch=pinned)
 
 
 class MicroBatches(Dataset[Item]):
     """Micro-batches by their sample numbers; an error is an item, so that it crosses from a worker as it is."""
 
-    def __init__(self, samples: Samples) -> None:
-        """Make batches of `samples`."""
-        self._samples = samples
+    def __init__(self, shards: ShardSet | Sources, config: DataConfig, *, seed: int, stage: int) -> None:
+        """Make batches of `shards`, of `stage` first: what it needs is shared by all workers."""
+        self._shards = shards
+        self._configs = config.stages()
+        self._seed = seed
+        self._samples = {stage: self._plan(stage)}
 
-    def __getitem__(self, numbers: list[int]) -> Item:
+    def __getitem__(self, order: Order) -> Item:
+        if order.stage not in self._samples:
+            self._samples = {order.stage: self._plan(order.stage)}
+        samples = self._samples[order.stage]
+        batch: Batch | ConfigError
         try:
-            return make_batch(self._samples, numbers)
+            batch = make_batch(samples, order.numbers)
         except ConfigError as error:
-            return error
+            batch = error
+        return Item(batch, order.ends_step, samples.new_bad_records())
+
+    def _plan(self, stage: int) -> Samples:
+        return Samples(self._shards, self._configs[stage], seed=self._seed, stage=stage)
+
+
+class DataWorkerError(RuntimeError):
+    """A reader process of this rank ended by itself."""
 
 
 class TrainingBatches(Iterator[list[Batch]]):
     """An iterator over the steps of one rank."""
 
-    def __init__(self, loader: DataLoader[Item], micro_batches: int) -> None:
-        """Take `micro_batches` items of `loader` a step."""
+    def __init__(self, loader: DataLoader[Item], rank: int) -> None:
+        """Take the items of `loader`."""
+        # torch would raise from a signal handler, anywhere in the trainer, when a worker dies; it looks at the workers
+        # while it waits for one, too, and so the error comes where it is expected
+        handler = signal.getsignal(signal.SIGCHLD)
         self._iterator: Iterator[Item] | None = iter(loader)
-        self._micro_batches = micro_batches
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        self._rank = rank
+        self._bad_records: dict[str, None] = {}
+        self._new_bad_records: list[str] = []
         # the workers ignore SIGTERM, so an interpreter that ends with them alive would wait for ever
         atexit.register(_close_if_alive, weakref.ref(self))
 
     def __next__(self) -> list[Batch]:
+        """The micro-batches of the next step.
+
+        Raises:
+            ConfigError: the data is damaged beyond what is allowed, or cannot be read.
+            DataWorkerError: a reader process was killed.
+        """
         if self._iterator is None:
             raise StopIteration
-        step = []
-        for _ in range(self._micro_batches):
-            item = next(self._iterator)
-            if isinstance(item, ConfigError):
+        step: list[Batch] = []
+        while True:
+            try:
+                item = next(self._iterator)
+            except RuntimeError as error:
                 self.close()
-                raise item
-            step.append(item)
-        return step
+                if "DataLoader worker" not in str(error):
+                    raise
+                reason = str(error).splitlines()[0].rstrip(".")
+                raise DataWorkerError(
+                    f"a reader process of rank {self._rank} ended ({reason}); if it was killed for want of memory, "
+                    "lower data.num_workers"
+                ) from error
+            new = [record for record in item.bad_records if record not in self._bad_records]
+            self._bad_records.update(dict.fromkeys(new))
+            self._new_bad_records += new
+            if isinstance(item.batch, ConfigError):
+                self.close()
+                raise item.batch
+            step.append(item.batch)
+            if item.ends_step:
+                return step
+
+    def new_bad_records(self) -> list[str]:
+        """Damaged records that this rank met, and replaced, since the last call; one line each."""
+        found, self._new_bad_records = self._new_bad_records, []
+        return found
 
     def close(self) -> None:
         """Stop the worker processes; further calls do nothing."""

@@ -1,4 +1,4 @@
-"""The denoising objectives, their mixtures, and how long their samples are.
+"""The denoising objectives, and how long their samples are.
 
 A sample starts as `raw_tokens` consecutive tokens of text. Span corruption (Raffel et al. 2020, arXiv 1910.10683)
 replaces spans of them by sentinels and lets the decoder write sentinel and span in turn; prefix-LM cuts the text in
@@ -11,15 +11,15 @@ two. The lengths follow from the objective, so that an input is filled exactly a
 - prefix-LM: the suffix is drawn uniform in 1..min(target_length - 1, 2 * rate * L - 1), and L is input_length - 1
   plus the mean suffix. A prefix longer than input_length - 1 loses its first tokens; a shorter one is padded.
   (Filling both sides exactly would fix the suffix, which is not the paper's objective.)
+- next-token: target_length tokens of text as they stand are the target, without an end token of its own, as the text
+  goes on. A decoder-only model has no input; where other objectives have one, this one's is the end token alone.
+
+A mode token is the first token of the input, which has one place less for the rest.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from colt5dist.data.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,19 @@ class Objective:
     """Name in logs and metrics."""
     noise_rate: float
     """Share of the raw tokens that the decoder writes (prefix-LM: in the mean, where target_length allows it)."""
-    mean_span: int | None
-    """Mean tokens of a noise span; None is prefix-LM: one span, at the end, without a sentinel."""
+    mean_span: float | None
+    """Mean tokens of a noise span; None: one span, at the end, without a sentinel (prefix-LM), or all (next-token)."""
+    mode: str | None = None
+    """The mode token that the input begins with, one of MODES."""
+
+    @property
+    def is_next_token(self) -> bool:
+        """Whether the decoder writes all of the text: there is no input."""
+        return self.noise_rate == 1
+
+
+MODES = ("R", "S", "X")
+"""UL2's mode tokens (Tay et al. 2022, arXiv 2205.05131): ordinary spans, sequential, extreme."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +54,11 @@ class SampleLengths:
     noise_tokens: int
     """Tokens that the decoder writes, without sentinels and end token (prefix-LM: the most)."""
     num_spans: int
-    """Noise spans, which is the number of sentinels (prefix-LM: 0)."""
+    """Noise spans, which is the number of sentinels (prefix-LM and next-token: 0)."""
     input_tokens: int
     """Tokens of the encoder input, end token included (prefix-LM: the most)."""
     target_tokens: int
     """Tokens of the decoder target, end token included (prefix-LM: the most)."""
-
-
-MIXTURES: dict[str, tuple[Objective, ...]] = {
-    # Ainslie et al. 2023, arXiv 2303.09752, section 4.1: four objectives in equal parts
-    "colt5": (
-        Objective("prefix_lm", 0.5, None),
-        Objective("span_3", 0.15, 3),
-        Objective("span_8", 0.15, 8),
-        Objective("span_64", 0.15, 64),
-    ),
-}
-
-OBJECTIVE_NAMES: dict[str, tuple[str, ...]] = {
-    mixture: tuple(objective.name for objective in objectives) for mixture, objectives in MIXTURES.items()
-}
 
 
 @lru_cache(maxsize=1024)
@@ -88,6 +84,11 @@ def largest_suffix(raw_tokens: int, objective: Objective, target_length: int) ->
 
 def sample_lengths(objective: Objective, input_length: int, target_length: int) -> SampleLengths:
     """Lengths of a full sample: as many raw tokens as an input of `input_length` tokens can be made from."""
+    if objective.is_next_token:
+        return SampleLengths(target_length, target_length, 0, min(1, input_length), target_length)
+    if objective.mode is not None:
+        rest = sample_lengths(replace(objective, mode=None), input_length - 1, target_length)
+        return replace(rest, input_tokens=rest.input_tokens + 1)
     if objective.mean_span is None:
         # a text of `raw` tokens fills the input when the suffix has its mean length
         def fits_prefix(raw_tokens: int) -> bool:
@@ -106,35 +107,6 @@ def sample_lengths(objective: Objective, input_length: int, target_length: int) 
     )
     noise_tokens, num_spans = span_counts(raw_tokens, objective, target_length)
     return SampleLengths(raw_tokens, noise_tokens, num_spans, num_inputs(raw_tokens), noise_tokens + num_spans + 1)
-
-
-def lengths_of_mixture(mixture: str, input_length: int, target_length: int) -> tuple[SampleLengths, ...]:
-    """Lengths of a full sample of every objective of a mixture, in the mixture's order."""
-    return tuple(sample_lengths(objective, input_length, target_length) for objective in MIXTURES[mixture])
-
-
-def required_sentinels(config: "DataConfig") -> int:
-    """Sentinel ids that the mixture needs at the configured lengths."""
-    return max(
-        length.num_spans for length in lengths_of_mixture(config.mixture, config.input_length, config.target_length)
-    )
-
-
-def length_notes(config: "DataConfig") -> list[str]:
-    """A line for every objective whose noise is lowered because data.target_length is short; to be said at start."""
-    notes = []
-    lengths = lengths_of_mixture(config.mixture, config.input_length, config.target_length)
-    for objective, length in zip(MIXTURES[config.mixture], lengths, strict=True):
-        if objective.mean_span is None:
-            share = (1 + length.noise_tokens) / 2 / length.raw_tokens
-        else:
-            share = length.noise_tokens / length.raw_tokens
-        if share < 0.98 * objective.noise_rate:
-            notes.append(
-                f"data.target_length: {config.target_length} target tokens lower the noise of {objective.name} from "
-                f"{objective.noise_rate:.0%} to {share:.1%} of the text"
-            )
-    return notes
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:

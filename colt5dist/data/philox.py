@@ -19,6 +19,7 @@ class Stream(IntEnum):
     CHUNKS = 4
     OFFSET = 5
     SURPLUS = 6
+    SOURCES = 7
 
 
 def random_bits(seed: int, item: int, stream: Stream, part: int = 0) -> np.random.Philox:

@@ -39,6 +39,8 @@ class PlannedSample:
     """Number of the block in the shard set."""
     chunk: Chunk
     """Where its tokens are."""
+    source: int = 0
+    """Number of the shard set among the sources."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,20 @@ class Plan:
         raw_lengths: Sequence[int],
         *,
         seed: int,
+        weights: Sequence[int] | None = None,
         min_document_tokens: int = 0,
     ) -> None:
         """Plan the samples of a shard set.
 
         Args:
             document_ends: (documents,) ends of the documents on the set's axis.
-            raw_lengths: raw tokens of a full sample, an objective each; the objectives share the samples equally.
+            raw_lengths: raw tokens of a full sample, an objective each.
+            weights: parts of the samples that each objective gets; None: equal parts.
             seed: another seed is another order.
             min_document_tokens: documents of fewer tokens are left out.
         """
         self._seed = seed
+        self._weights = np.array(weights or [1] * len(raw_lengths), dtype=np.int64)
         self.raw_lengths = tuple(raw_lengths)
         size = block_tokens(max(raw_lengths), int(document_ends[-1]))
         self.blocks = Blocks(document_ends, size, self.raw_lengths, min_document_tokens=min_document_tokens)
@@ -150,12 +155,14 @@ class Plan:
         for slot, block in enumerate(blocks):
             offered = np.where(block[:, None] >= 0, self.blocks.counts[block], 0)
             # half of the block counts with it: else objectives with many samples a block would get too many
-            objective = np.argmin(2 * totals + offered, axis=1)
+            objective = np.argmin((2 * totals + offered) / self._weights, axis=1)
             objectives[slot] = objective
             counts[slot] = offered[every_window, objective]
             totals[every_window, objective] += counts[slot]
         if len(self._surplus) == number + 1:
-            self._surplus.append(totals - totals.min(axis=1, keepdims=True))
+            # what all have alike is taken away, which keeps the numbers small
+            alike = (totals // self._weights).min(axis=1, keepdims=True)
+            self._surplus.append(totals - alike * self._weights)
         return Deal(blocks.T, objectives.T, counts.T)
 
     def _make_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -16,7 +16,7 @@ from colt5dist.data.corpus import CorpusWriter
 from colt5dist.data.manifest import FORMAT, VERSION
 from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.errors import ConfigError
-from colt5dist.files import fsync_path, fsync_tree, locked
+from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked
 
 STANDARD_LIBRARY = "python-stdlib"
 """The value of data.shards that stands for these shards."""
@@ -55,15 +55,6 @@ def ensure_standard_library_shards() -> Path:
             "in it, or give data.shards"
         ) from None
     return output
-
-
-def cache_folder() -> Path:
-    """Where colt5dist keeps what it can make again."""
-    if cache := os.environ.get("COLT5DIST_CACHE"):
-        return Path(cache).absolute()
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache).absolute() / "colt5dist"
-    return Path.home() / ".cache" / "colt5dist"
 
 
 def read_sources() -> dict[str, bytes]:

@@ -4,6 +4,7 @@ import io
 import os
 import zlib
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -16,10 +17,37 @@ from colt5dist.data.writer import FIELD, member_key
 from colt5dist.errors import ConfigError
 
 OPEN_FILES = 32
+MEND = "copy or prepare the shards again"
 
 
 class DamagedShardError(ConfigError):
     """A part of a shard is not what was written; the message names file, place and mend."""
+
+
+class UnreadableShardError(DamagedShardError):
+    """A shard cannot be read at all just now."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Tokens of the set's axis that are lost."""
+
+    start: int
+    """Position of the first."""
+    stop: int
+    """Position after the last."""
+    message: str
+    """What was found where, and the mend."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member in memory."""
+
+    tokens: NDArray[np.integer]
+    """(tokens,) its ids; what is damaged has any value."""
+    damage: tuple[Damage, ...]
+    """The parts of it that must not be used."""
 
 
 class TokenReader:
@@ -31,21 +59,25 @@ class TokenReader:
         self._index = shards.index
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._members: OrderedDict[int, NDArray[np.integer]] = OrderedDict()
+        self._members: OrderedDict[int, Member] = OrderedDict()
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
         """Tokens start..stop-1 of the set's axis.
 
         Raises:
-            DamagedShardError: they cannot be read, or are not what was written.
+            DamagedShardError: some of them are not what was written.
+            UnreadableShardError: the shard cannot be read.
         """
         parts = []
         while start < stop:
             number = self._index.member_at(start)
             first, member = self._index.member_start(number), self._member(number)
-            parts.append(member[start - first : stop - first])
-            start = first + len(member)
+            for damage in member.damage:
+                if damage.start < stop and start < damage.stop:
+                    raise DamagedShardError(damage.message)
+            parts.append(member.tokens[start - first : stop - first])
+            start = first + len(member.tokens)
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, dtype=self._shards.dtype)])
 
     def read_chunk(self, chunk: Chunk) -> NDArray[np.integer]:
@@ -65,57 +97,72 @@ class TokenReader:
         text[~is_text] = self._shards.tokenizer.eos_id
         return text
 
-    def _member(self, number: int) -> NDArray[np.integer]:
-        """Tokens of a member."""
+    def damage_of(self, number: int) -> list[str]:
+        """What is damaged in a member, one line a record; raises UnreadableShardError as `read` does."""
+        return [damage.message for damage in self._member(number).damage]
+
+    def _member(self, number: int) -> Member:
+        """A member, from memory or the disk."""
         if number in self._members:
             self._members.move_to_end(number)
             return self._members[number]
-        tokens = self._load(number)
-        self._members[number] = tokens
-        self._cached_bytes += tokens.nbytes
+        member = self._load(number)
+        self._members[number] = member
+        self._cached_bytes += member.tokens.nbytes
         while self._cached_bytes > self._cache_bytes and len(self._members) > 1:
-            self._cached_bytes -= self._members.popitem(last=False)[1].nbytes
-        return tokens
+            self._cached_bytes -= self._members.popitem(last=False)[1].tokens.nbytes
+        return member
 
-    def _load(self, number: int) -> NDArray[np.integer]:
+    def _load(self, number: int) -> Member:
         """Read a member and compare it with the index: its name, the lengths of its records, their checksums."""
         entry = self._index.members[number]
         shard = int(entry["shard"])
-        path = self._shards.folder / self._shards.manifest.shards[shard].file
+        path = self._shards.shard_name(shard)
         place = f"{path}: at byte {int(entry['offset'])}"
-        mend = "copy or prepare the shards again"
         try:
             content = os.pread(self._file(shard).fileno(), int(entry["size"]), int(entry["offset"]))
-            source = {"stream": io.BytesIO(content), "url": str(path)}
-            samples = list(group_by_keys(tar_file_expander([source])))
         except OSError as error:
-            raise DamagedShardError(f"{place}: cannot be read ({error.strerror or error}); {mend}") from None
-        except Exception as error:  # tarfile and webdataset raise many kinds
-            raise DamagedShardError(f"{place}: is no tar member ({type(error).__name__}); {mend}") from None
-        if len(samples) != 1 or samples[0]["__key__"] != member_key(number) or FIELD not in samples[0]:
-            raise DamagedShardError(f"{place}: is not member {member_key(number)}; {mend}")
-        payload = samples[0][FIELD]
+            raise UnreadableShardError(f"{place}: cannot be read ({error.strerror or error}); {MEND}") from None
         lengths = self._index.record_lengths(number)
         header = np.concatenate(([len(lengths)], lengths)).astype("<u4").tobytes()
         size = len(header) + int(lengths.sum()) * self._shards.dtype.itemsize
-        if len(payload) != size or payload[: len(header)] != header:
-            raise DamagedShardError(f"{place}: has other record lengths than the index; {mend}")
+        payload, problem = _payload(content, path, number)
+        if not problem and (len(payload) != size or payload[: len(header)] != header):
+            problem = "has other record lengths than the index"
+        start = self._index.member_start(number)
+        if problem:
+            lost = Damage(start, start + int(lengths.sum()), f"{place}: {problem}; {MEND}")
+            return Member(np.zeros(int(lengths.sum()), dtype=self._shards.dtype), (lost,))
         records = memoryview(payload)[len(header) :]
+        damage = []
         begin = 0
         for record, (length, checksum) in enumerate(
             zip(lengths.tolist(), self._index.record_checksums(number), strict=True)
         ):
             end = begin + length * self._shards.dtype.itemsize
             if zlib.crc32(records[begin:end]) != checksum:
-                raise DamagedShardError(f"{place}: record {record} of member {member_key(number)} is damaged; {mend}")
-            begin = end
-        return np.frombuffer(payload, dtype=self._shards.dtype, offset=len(header))
+                message = f"{place}: record {record} of member {member_key(number)} is damaged; {MEND}"
+                damage.append(Damage(start, start + length, message))
+            begin, start = end, start + length
+        return Member(np.frombuffer(payload, dtype=self._shards.dtype, offset=len(header)), tuple(damage))
 
     def _file(self, shard: int) -> BinaryIO:
         """The open file of a shard; positions are given with each read, so processes may share it."""
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-            self._files[shard] = open(self._shards.folder / self._shards.manifest.shards[shard].file, "rb")  # noqa: SIM115
+            self._files[shard] = self._shards.open_shard(shard)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def _payload(content: bytes, path: str, number: int) -> tuple[bytes, str]:
+    """What webdataset's parser finds in the bytes of a member, and what is wrong with it."""
+    source = {"stream": io.BytesIO(content), "url": path}
+    try:
+        samples = list(group_by_keys(tar_file_expander([source])))
+    except Exception as error:  # tarfile and webdataset raise many kinds
+        return b"", f"is no tar member ({type(error).__name__})"
+    if len(samples) != 1 or samples[0]["__key__"] != member_key(number) or FIELD not in samples[0]:
+        return b"", f"is not member {member_key(number)}"
+    return samples[0][FIELD], ""

@@ -10,7 +10,7 @@ from colt5dist.nn.attention import Attention
 from colt5dist.nn.heavy_branch import attend_routed, check_sets, put_back
 from colt5dist.nn.local_self_attention import LocalSelfAttention
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.rotary import RotaryEmbedding, branch_angles
 from colt5dist.nn.router import NO_KWARGS, CoordinateDescentRouter, Route
 
 
@@ -136,7 +136,7 @@ class ConditionalRoutedAttention(nn.Module):
         query, key_value = self.router.route(x, budgets=(budget_q, budget_kv), mask=mask, sample_index=sample_index)
         light = None
         if self.light_attn is not None:
-            light = self.light_attn(x, mask=mask, rotary_angles=_angles(self.light_rotary_emb, x, rotary_angles))
+            light = self.light_attn(x, mask=mask, rotary_angles=branch_angles(self.light_rotary_emb, x, rotary_angles))
         heavy = attend_routed(
             self.heavy_attn,
             x,
@@ -144,14 +144,7 @@ class ConditionalRoutedAttention(nn.Module):
             query,
             key_value,
             multiply_queries_by_score=self.multiply_queries_by_score,
-            angles=_angles(self.rotary_emb, x, rotary_angles),
+            angles=branch_angles(self.rotary_emb, x, rotary_angles),
         )
         out = put_back(x, heavy, query, light=light, null_token=self.null_q_token)
         return (out, query, key_value) if return_route else out
-
-
-def _angles(rotary: RotaryEmbedding | None, x: Tensor, given: Tensor | None) -> Tensor | None:
-    """Angles of the positions of x (b, n, dim) for a branch with rotary positions."""
-    if rotary is None or given is not None:
-        return None if rotary is None else given
-    return rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))

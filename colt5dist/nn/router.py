@@ -196,7 +196,7 @@ class CoordinateDescentRouter(nn.Module):
             group = slice(first, first + size)
             first += size
             if length <= budget:
-                routes.append(_take_all(x, size, mask, touch))
+                routes.append(take_all(x, size, mask, touch))
                 continue
             if self.routing == "static" and not random_route:
                 indices = torch.arange(budget, device=x.device) * length // budget
@@ -347,7 +347,7 @@ class CoordinateDescentRouter(nn.Module):
         return Route(indices, scores, routed_mask, soft.detach())
 
 
-def _take_all(x: Tensor, size: int, mask: Tensor | None, touch: Tensor | None) -> Route:
+def take_all(x: Tensor, size: int, mask: Tensor | None, touch: Tensor | None) -> Route:
     """The route that takes every token, masked ones too, with score 1."""
     ones = torch.ones(x.shape[0], size, x.shape[1], dtype=x.dtype, device=x.device)
     scores = ones if touch is None else ones + touch.to(x.dtype)

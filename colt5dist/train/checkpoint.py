@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,17 @@ class TrainerState:
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
     samples_consumed: int = 0
-    """Samples of the run's order that training has read: the position in the data."""
+    """Number of the next sample in the run's order: the position in the data. data.skip counts as read."""
     optimizer_step: int = 0
     """Steps that were applied."""
     skipped_steps: int = 0
     """Steps that were dropped because a gradient was not finite."""
     data_fingerprint: str = ""
     """Fingerprint of the shards' manifest."""
+    skipped_samples: list[list[int]] = field(default_factory=list)
+    """Ranges of samples that data.skip left out on the way here."""
+    bad_records: int = 0
+    """Damaged records that were replaced, counted by each rank and each start that met them."""
     first_held_out_loss: float | None = None
     """Held-out loss before the first step, nats a token."""
 

@@ -5,10 +5,12 @@ A message begins with the key, says what is wrong, and ends with the mend.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from colt5dist.data.config import DataConfig
+from colt5dist.data.mixture import parse_mixture
 from colt5dist.model.config import CoLT5Config
 from colt5dist.train.deepspeed_sections import deepspeed_problems
 
@@ -252,15 +254,11 @@ class RunConfig:
             found.append("run_dir: is empty; name a folder, or null for runs/<name of the config file>")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} is outside [0, 2**32); use for instance 0")
-        if not any(line.startswith(("model.", "data.input_length")) for line in found):
-            multiple = self.model.input_multiple
-            if self.data.input_length % multiple:
-                lower = self.data.input_length // multiple * multiple
-                choices = " or ".join(str(n) for n in (lower, lower + multiple) if n)
-                found.append(
-                    f"data.input_length: {self.data.input_length} is not a multiple of {multiple}, which "
-                    f"model.num_heavy_tokens {self.model.num_heavy_tokens} needs; use {choices}"
-                )
+        if not any(line.startswith(("model.", "data.", "train.")) for line in found):
+            found += self._architecture_problems() + self._input_multiple_problems()
+            for number, stage in enumerate(self.stages[1:]):
+                later = stage.model.problems() + stage.train.problems() + stage._input_multiple_problems()
+                found += [f"data.length_schedule[{number}]: {line}" for line in later]
         found.extend(deepspeed_problems(self.deepspeed))
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(
@@ -269,8 +267,63 @@ class RunConfig:
             )
         return found
 
+    def _architecture_problems(self) -> list[str]:
+        found = []
+        causal = self.model.architecture == "causal"
+        if causal != parse_mixture(self.data.mixture).is_causal:
+            found.append(
+                f"data.mixture: {self.data.mixture} does not go with model.architecture {self.model.architecture}; "
+                f"set data.mixture={'causal' if causal else 'colt5'}"
+            )
+        if causal and self.train.eval_shuffled_inputs:
+            found.append("train.eval_shuffled_inputs: model.architecture causal has no inputs to shuffle; set false")
+        if causal and any(entry.num_heavy_tokens for entry in self.data.length_schedule):
+            found.append(
+                "data.length_schedule: num_heavy_tokens is a share of a window with model.architecture causal, which "
+                "no length changes; leave it out"
+            )
+        return found
+
+    def _input_multiple_problems(self) -> list[str]:
+        multiple = self.model.input_multiple
+        if self.data.input_length % multiple == 0:
+            return []
+        lower = self.data.input_length // multiple * multiple
+        choices = " or ".join(str(n) for n in (lower, lower + multiple) if n)
+        return [
+            f"data.input_length: {self.data.input_length} is not a multiple of {multiple}, which "
+            f"model.num_heavy_tokens {self.model.num_heavy_tokens} needs; use {choices}"
+        ]
+
+    @cached_property
+    def stages(self) -> list["RunConfig"]:
+        """This run's configuration before the first entry of data.length_schedule, and from each of them on."""
+        entries = self.data.length_schedule
+        return [
+            replace(
+                self,
+                data=data,
+                train=replace(self.train, micro_batch_size=size or self.train.micro_batch_size),
+                model=replace(self.model, num_heavy_tokens=share or self.model.num_heavy_tokens),
+            )
+            for data, size, share in zip(
+                self.data.stages(),
+                [None, *(entry.micro_batch_size for entry in entries)],
+                [None, *(entry.num_heavy_tokens for entry in entries)],
+                strict=True,
+            )
+        ]
+
+    def stage_at(self, step: int) -> "RunConfig":
+        """The configuration that an optimizer step is taken with."""
+        return self.stages[sum(entry.step <= step for entry in self.data.length_schedule)]
+
     def batch_problems(self, world_size: int) -> list[str]:
-        """What is wrong with the batch sizes on `world_size` devices."""
+        """What is wrong with the batch sizes on `world_size` devices, at any length of the schedule."""
+        problems = [problem for stage in self.stages for problem in stage._batch_problems(world_size)]
+        return list(dict.fromkeys(problems))
+
+    def _batch_problems(self, world_size: int) -> list[str]:
         train = self.train
         if train.global_batch_size % world_size:
             mend = f"use a multiple of {world_size}, or another number of devices"

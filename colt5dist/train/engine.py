@@ -1,12 +1,14 @@
 """The DeepSpeed engine: model, optimizer and ZeRO behind the four calls that the loop makes."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from colt5dist.data.batch import Batch
+from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config import RunConfig
 from colt5dist.train.deepspeed_config import deepspeed_config, engine_stage, uses_bf16
@@ -14,7 +16,7 @@ from colt5dist.train.optimizer import build_optimizer
 
 
 class Engine:
-    """A CoLT5 under DeepSpeed.
+    """A CoLT5, or CausalCoLT5, under DeepSpeed.
 
     The order of calls in a step: `forward` and `backward` for each micro-batch, then `step` once.
 
@@ -44,6 +46,19 @@ class Engine:
         )
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
+
+    def change_lengths(self, stage: RunConfig) -> None:
+        """Go on with the micro-batches and the share of routed tokens of another stage of the run."""
+        world_size = self.deepspeed.world_size
+        self._num_micro_batches = stage.gradient_accumulation_steps(world_size)
+        # DeepSpeed steps when the micro-batches that it has counted are a multiple of the accumulation steps
+        self.deepspeed.micro_steps = 0
+        self.deepspeed.set_train_micro_batch_size(stage.micro_batch_size(world_size))
+        self.deepspeed.set_train_batch_size(stage.train.global_batch_size)
+        if hasattr(self.deepspeed.optimizer, "gradient_accumulation_steps"):
+            self.deepspeed.optimizer.gradient_accumulation_steps = self._num_micro_batches
+        model_config: Any = self.module.config
+        model_config.num_heavy_tokens = stage.model.num_heavy_tokens
 
     @property
     def module(self) -> nn.Module:
@@ -127,9 +142,11 @@ class Engine:
         return finite, value
 
 
-def build_model(config: RunConfig) -> CoLT5:
+def build_model(config: RunConfig) -> nn.Module:
     """The model of a configuration, freshly initialised."""
-    return CoLT5(config.model, activation_checkpointing=config.train.activation_checkpointing, seed=config.seed)
+    kind = CausalCoLT5 if config.model.architecture == "causal" else CoLT5
+    # a copy: its share of routed tokens may change with the lengths
+    return kind(replace(config.model), activation_checkpointing=config.train.activation_checkpointing, seed=config.seed)
 
 
 def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from torch.profiler import record_function
 
-from colt5dist.data import OBJECTIVE_NAMES, Batch, ShardSet, held_out_batches, training_batches
+from colt5dist.data import Batch, SkipList, Sources, held_out_batches, parse_mixture, training_batches
 from colt5dist.data.loader import TrainingBatches
+from colt5dist.errors import ConfigError
+from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import TrainerState, save_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, to_device
@@ -15,8 +17,9 @@ from colt5dist.train.losses import LossMeans, LossSums, count_target_tokens
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor, Record
 from colt5dist.train.profile import Profile
+from colt5dist.train.read_ahead import ReadAhead
 from colt5dist.train.routing import record_routing
-from colt5dist.train.runtime import Ranks
+from colt5dist.train.runtime import Ranks, raise_together
 from colt5dist.train.schedule import learning_rate
 from colt5dist.train.stop import StopReason, StopRequests
 
@@ -28,7 +31,7 @@ class Run:
     config: RunConfig
     run_dir: Path
     ranks: Ranks
-    shards: ShardSet
+    shards: Sources
     engine: Engine
     state: TrainerState
     monitor: Monitor
@@ -38,7 +41,7 @@ class Run:
     @property
     def objectives(self) -> tuple[str, ...]:
         """Names of the denoising objectives."""
-        return OBJECTIVE_NAMES[self.config.data.mixture]
+        return parse_mixture(self.config.data.mixture).names
 
 
 def train(run: Run) -> StopReason | None:
@@ -48,22 +51,26 @@ def train(run: Run) -> StopReason | None:
         Why the run stopped before the last step; None when it is finished.
     """
     config, state, meter = run.config, run.state, run.meter
-    held_out = read_held_out(run)
+    stage = config.stage_at(state.step + 1)
+    held_out = begin_stage(run, stage)
     if state.first_held_out_loss is None:
         state.first_held_out_loss = evaluate(run.engine, held_out, run.objectives)["eval/loss"]
-    stream = read_training(run)
+    stream = ReadAhead(read_training(run), run.ranks)
+    stream.stop_together()
     profile = Profile(config.profile, run.run_dir, run.ranks)
     reason: StopReason | None = None
     while state.step < config.train.steps and reason is None:
         step = state.step + 1
+        if config.stage_at(step) is not stage:
+            stage = config.stage_at(step)
+            held_out = begin_stage(run, stage)
         with meter.step(), profile.step(step):
-            with meter.waiting_for_data(), record_function("data"):
-                micro_batches = next(stream)
-            outcome = run_micro_batches(run, step, micro_batches)
+            outcome = run_micro_batches(run, step, stream)
             with record_function("optimizer"):
                 rate = learning_rate(step, config.optimizer, config.schedule)
                 applied, gradient_norm = run.engine.step(rate)
-        advance(state, applied, config.train.global_batch_size)
+        advance(state, applied, config)
+        state.bad_records += outcome.bad_records
         meter.count(outcome.means)
         reason = outcome.reason
         last = step == config.train.steps or reason is not None
@@ -76,10 +83,12 @@ def train(run: Run) -> StopReason | None:
             run.monitor.record(step, record)
             run.monitor.say(console_line(step, config.train.steps, record, meter.slowest))
         run.monitor.advance(step)
-        if last or outcome.save_requested or is_due(step, config.checkpoint.every_steps):
+        if last or outcome.data_failed or outcome.save_requested or is_due(step, config.checkpoint.every_steps):
             run.monitor.flush()
             save_checkpoint(run.run_dir / "checkpoints", run.engine, state, config.checkpoint.keep_last)
             run.stop.obeyed("SAVE")
+        if outcome.data_failed:
+            stream.stop_together(bad_records=state.bad_records, allowed=config.data.max_bad_records)
     stream.close()
     profile.close()
     return reason
@@ -99,12 +108,21 @@ class StepOutcome:
     """Whether the routers' statistics are recorded at this step."""
     routing: Record
     """Those statistics; rank 0 only."""
+    bad_records: int
+    """Damaged records that the ranks met in the data of the next step, and replaced."""
+    data_failed: bool
+    """Whether some rank has no data for the next step, or too much of it is damaged."""
 
 
-def run_micro_batches(run: Run, step: int, micro_batches: list[Batch]) -> StepOutcome:
-    """Forward and backward over this rank's micro-batches, then the host read on which all ranks agree."""
+def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
+    """Forward and backward over this rank's micro-batches, then the host read on which all ranks agree.
+
+    The next step's samples are read before that, while a GPU still works on this step's: so all ranks learn in time of
+    one that has none.
+    """
     engine = run.engine
     sums = LossSums(run.objectives, engine.device)
+    micro_batches = stream.take()
     num_targets = count_target_tokens(micro_batches, engine.device)
     routing_due = is_due(step, run.config.train.routing_every)
     for batch in micro_batches:
@@ -115,25 +133,36 @@ def run_micro_batches(run: Run, step: int, micro_batches: list[Batch]) -> StepOu
         with record_function("backward"):
             engine.backward(loss)
         sums.add(on_device, output)
-    routing = record_routing(run.monitor, step, output.routing, on_device["input_mask"])
+    routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
+    routing = record_routing(run.monitor, step, output.routing, routed_mask)
+    if step < run.config.train.steps:
+        with run.meter.waiting_for_data(), record_function("data"):
+            stream.read()
     wanted = run.stop.reason()
-    flags = [float(wanted is reason) for reason in StopReason] + [float(run.stop.save_requested())]
+    flags = [float(wanted is reason) for reason in StopReason]
+    flags += [float(run.stop.save_requested()), float(stream.count_bad_records()), float(stream.failure is not None)]
     with record_function("agree"):
         means = sums.read(extra=flags)
-    *reasons, save = means.extra
+    *reasons, save, bad_records, failed = means.extra
+    too_many = bad_records > 0 and run.state.bad_records + bad_records > run.config.data.max_bad_records
     return StepOutcome(
         means=means,
         reason=next((reason for reason, count in zip(StopReason, reasons, strict=True) if count), None),
         save_requested=bool(save),
         routing_due=routing_due,
         routing=routing,
+        bad_records=int(bad_records),
+        data_failed=bool(failed) or too_many,
     )
 
 
-def advance(state: TrainerState, applied: bool, global_batch_size: int) -> None:
+def advance(state: TrainerState, applied: bool, config: RunConfig) -> None:
     """Count one finished step."""
+    skip = SkipList(config.data.skip)
+    first = state.samples_consumed
     state.step += 1
-    state.samples_consumed += global_batch_size
+    state.samples_consumed = int(skip.take(first, config.train.global_batch_size)[-1]) + 1
+    state.skipped_samples += skip.passed(first, state.samples_consumed)
     state.optimizer_step += applied
     state.skipped_steps += not applied
 
@@ -150,6 +179,7 @@ def step_record(run: Run, outcome: StepOutcome, gradient_norm: float, rate: floa
         **run.meter.read(),
         "skipped_steps": run.state.skipped_steps,
         "z_loss": means.z_loss,
+        "bad_records": run.state.bad_records,
     }
     record.update({f"loss/{name}": loss for name, loss in means.by_objective.items()})
     record.update(outcome.routing)
@@ -171,6 +201,36 @@ def console_line(step: int, num_steps: int, record: Record, slowest: str) -> str
     return " | ".join([*parts, slowest] if slowest else parts)
 
 
+def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
+    """Change to the lengths of a stage; returns this rank's part of the samples that its evaluations use.
+
+    Raises:
+        ConfigError: on all ranks, if some rank cannot read its part.
+    """
+    run.engine.change_lengths(stage)
+    run.meter.step_flops = step_flops(stage)
+    if len(run.config.stages) > 1:
+        run.monitor.say(
+            f"from step {run.state.step + 1} on: {stage.data.input_length} input and {stage.data.target_length} target "
+            f"tokens, {stage.micro_batch_size(run.ranks.world_size)} samples a micro-batch"
+        )
+    held_out: list[Batch] = []
+    problem = None
+    try:
+        held_out = held_out_batches(
+            run.shards,
+            stage.data,
+            num_samples=stage.train.eval_samples,
+            micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
+            rank=run.ranks.rank,
+            world_size=run.ranks.world_size,
+        )
+    except ConfigError as error:
+        problem = str(error)
+    raise_together(problem)
+    return held_out
+
+
 def read_training(run: Run) -> TrainingBatches:
     """This rank's micro-batches, step after step, from where the state stands."""
     return training_batches(
@@ -182,19 +242,8 @@ def read_training(run: Run) -> TrainingBatches:
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
         first_sample=run.state.samples_consumed,
+        first_step=run.state.step + 1,
         pin_memory=run.engine.device.type == "cuda",
-    )
-
-
-def read_held_out(run: Run) -> list[Batch]:
-    """This rank's part of the samples that every evaluation uses."""
-    return held_out_batches(
-        run.shards,
-        run.config.data,
-        num_samples=run.config.train.eval_samples,
-        micro_batch_size=run.config.micro_batch_size(run.ranks.world_size),
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
     )
 
 

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from colt5dist.data import (
-    STANDARD_LIBRARY,
-    ShardSet,
+    Sources,
     data_problems,
-    ensure_standard_library_shards,
     length_notes,
-    open_shards,
+    open_sources,
     unigram_entropy,
 )
 from colt5dist.errors import ConfigError
@@ -50,7 +48,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     shapes = parameter_shapes(config)
     plan = run_directory.plan_start(config, shards.fingerprint, shapes)
     run_dir = Path(str(config.run_dir))
-    entropy = unigram_entropy(shards, config.data, num_samples=config.train.eval_samples)
+    last_stage = config.stage_at(config.train.steps)
+    entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
     if plan.is_finished(config):
         if ranks.is_first:
             print(f"nothing to do: the run is finished; train.steps above {plan.state.step} would go on")
@@ -71,7 +70,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         meter = Meter(device, hosts, step_flops(config))
         monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
         with monitor:
-            for line in (*plan.notes, *length_notes(config.data), *describe(config, ranks, engine, shapes)):
+            notes = [note for stage in config.stages for note in length_notes(stage.data)]
+            for line in (*plan.notes, *dict.fromkeys(notes), *describe(config, ranks, engine, shapes)):
                 monitor.say(line)
             run = Run(
                 config=config,
@@ -125,14 +125,13 @@ def check_devices(config: RunConfig, ranks: Ranks) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def open_run_shards(config: RunConfig) -> ShardSet:
+def open_run_shards(config: RunConfig) -> Sources:
     """Open the shards, built first if they are the standard library's.
 
     Raises:
         ConfigError: they are missing or damaged, or do not go with the model.
     """
-    standard = config.data.shards == STANDARD_LIBRARY
-    shards = open_shards(ensure_standard_library_shards() if standard else Path(config.data.shards))
+    shards = open_sources(config.data)
     problems = data_problems(config.data, shards, config.model.vocab_size)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -46,7 +46,11 @@ MAY_CHANGE = (
     "resume_allow",
     "init_from",
     "data.shards",  # its fingerprint is compared
+    "data.sources",  # likewise
     "data.num_workers",
+    "data.skip",  # what was passed over stands in the checkpoints
+    "data.max_bad_records",
+    "data.cache_gb",
     "train.steps",
     "train.micro_batch_size",
     "train.log_every",
@@ -110,8 +114,7 @@ def plan_start(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int,
         state = read_state(whole[-1])
         if state.data_fingerprint != fingerprint:
             problems.append(
-                f"data.shards: {config.data.shards} is not what this run was trained on; name the same shards, "
-                "or another run_dir"
+                f"{_shards_name(config)} is not what this run was trained on; name the same shards, or another run_dir"
             )
         if not problems:
             return StartPlan(whole[-1], None, state, (*notes, f"going on from {whole[-1]}"))
@@ -123,6 +126,12 @@ def plan_start(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int,
     if problems:
         raise ConfigError("\n".join(problems))
     return StartPlan(None, init_from, TrainerState(data_fingerprint=fingerprint), tuple(notes))
+
+
+def _shards_name(config: RunConfig) -> str:
+    if not config.data.sources:
+        return f"data.shards: {config.data.shards}"
+    return f"data.sources: {', '.join(f'{source.weight:g} x {source.shards}' for source in config.data.sources)}"
 
 
 def agree_on_start(plan: StartPlan) -> None:

@@ -110,18 +110,18 @@ def broadcast_from_first(value: object) -> object:
     return box[0]
 
 
-def raise_together(problem: str | None) -> None:
-    """Raise the first rank's problem on all ranks, so that none waits for the others.
+def raise_together(problem: str | None, kind: type[Exception] = ConfigError) -> None:
+    """Raise the problems of all ranks on all of them, so that none waits for the others.
 
     Raises:
-        ConfigError: if any rank brought a problem.
+        ConfigError: (or `kind`) if any rank brought a problem.
     """
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     found = list(dict.fromkeys(p for p in problems if p))
     if found:
         finish_process_group()
-        raise ConfigError("\n".join(found))
+        raise kind("\n".join(found))
 
 
 def exit_for_wrong_input(error: ConfigError, ranks: Ranks) -> int:

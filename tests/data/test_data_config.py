@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from colt5dist.data.checks import data_problems
 from colt5dist.data.config import DataConfig
-from colt5dist.data.objectives import required_sentinels
+from colt5dist.data.mixture import required_sentinels
 from colt5dist.data.shards import ShardSet
 
 
@@ -25,7 +25,7 @@ def test_the_default_is_right() -> None:
         ({"num_workers": -1}, "data.num_workers: -1 is too small; give 0 or more"),
         ({"min_document_tokens": -5}, "data.min_document_tokens: -5 is too small; give 0 or more"),
         ({"shards": ""}, "data.shards: is empty"),
-        ({"mixture": "ul3"}, "data.mixture: 'ul3' is unknown; choose one of colt5"),
+        ({"mixture": "ul3"}, "data.mixture: 'ul3' is unknown; choose some of colt5, ul2, causal, prefix_lm"),
         ({"num_sentinels": 100}, "data.num_sentinels: 100 are too few, the mixture colt5 needs 227"),
     ],
 )

@@ -5,15 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colt5dist.data.config import DataConfig
-from colt5dist.data.objectives import (
-    MIXTURES,
-    OBJECTIVE_NAMES,
-    Objective,
-    length_notes,
-    lengths_of_mixture,
-    required_sentinels,
-    sample_lengths,
-)
+from colt5dist.data.mixture import MIXTURES, length_notes, lengths_of_mixture, parse_mixture, required_sentinels
+from colt5dist.data.objectives import Objective, sample_lengths
 
 UNLIMITED = 1 << 30
 
@@ -44,7 +37,7 @@ def test_lengths_of_t5(input_length: int, mean_span: int, raw: int, targets: int
 
 def test_colt5_at_4096() -> None:
     """CoLT5's 910 targets hold all of its span corruption, and cap the suffix of prefix-LM."""
-    assert OBJECTIVE_NAMES["colt5"] == ("prefix_lm", "span_3", "span_8", "span_64")
+    assert parse_mixture("colt5").names == ("prefix_lm", "span_3", "span_8", "span_64")
     prefix, *spans = lengths_of_mixture("colt5", 4096, 910)
     assert (prefix.raw_tokens, prefix.target_tokens) == (4095 + 455, 910)
     assert [length.target_tokens for length in spans] == [910, 796, 733]

@@ -17,9 +17,11 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from colt5dist.data.corpus import CorpusWriter
-from colt5dist.data.documents import Problems, find_inputs
+from colt5dist.data.documents import Problems
+from colt5dist.data.inputs import find_inputs
 from colt5dist.data.manifest import Manifest
-from colt5dist.data.prepare import PrepareConfig, prepare
+from colt5dist.data.prepare import prepare
+from colt5dist.data.prepare_config import PrepareConfig
 from colt5dist.data.shards import open_shards
 from colt5dist.data.stream import TokenReader
 from colt5dist.errors import ConfigError
@@ -230,15 +232,22 @@ def test_a_tokenizer_file(inputs: Path, tmp_path: Path) -> None:
 
 def test_wrong_inputs_are_named(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Each is one line with the argument and the mend, and leaves nothing behind."""
-    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    for name in ("table.pdf", "table.parquet.gz", "other/table.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"PAR1")
     (tmp_path / "empty.jsonl").write_text("\n\n{}\n")
     (tmp_path / "file").write_text("x")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep this")
     wrong: list[tuple[dict[str, object], str]] = [
         ({"input": [str(tmp_path / "*.none")]}, r"--input: .* matches no file; name text or jsonl files"),
-        ({"input": [str(inputs)]}, r"--input: .* matches no file; give its files, as .*\*\.txt"),
-        ({"input": [str(tmp_path / "*.parquet")]}, r"--input: .*table\.parquet is a \.parquet file"),
+        ({"input": [str(tmp_path / "m*")]}, r"--input: .* matches no file; give its files, as .*\*\.txt"),
+        ({"input": [str(tmp_path / "other")]}, r"--input: .* holds no file of a kind that is read \(\.txt, .*\)"),
+        ({"input": [str(tmp_path / "*.pdf")]}, r"--input: .*table\.pdf is a \.pdf file; give text, jsonl or parquet"),
+        ({"input": [str(tmp_path / "*.gz")]}, r"--input: .*table\.parquet\.gz is a compressed parquet file"),
+        ({"tokenizer": tmp_path / "t.json", "train_tokenizer": 300}, "--train-tokenizer: makes a tokenizer, --token"),
+        ({"train_tokenizer": 258}, "--train-tokenizer: 258 ids are too few; give 259 or more"),
+        ({"workers": -1}, "--workers: -1 is negative"),
         (
             {"input": [str(tmp_path / "*.jsonl")]},
             r"--input: 1 files hold no document; left out, no text under 'text': 1",
@@ -453,7 +462,7 @@ def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.Monke
             raise PermissionError(13, "Permission denied", path)
         return look(path, **settings)
 
-    monkeypatch.setattr("colt5dist.data.documents.os.stat", refuse)
+    monkeypatch.setattr("colt5dist.data.inputs.os.stat", refuse)
     with pytest.raises(ConfigError, match=r"--input: .*closed/a\.txt cannot be read \(Permission denied\); mend"):
         find_inputs([str(tmp_path / "closed/*")])
 

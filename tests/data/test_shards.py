@@ -253,4 +253,4 @@ def test_the_cache_is_bounded(shards: ShardSet) -> None:
     plan = Plan(shards.index.document_ends, [500], seed=0)
     for number in range(300):
         reader.read_chunk(plan.sample(number).chunk)
-        assert sum(member.nbytes for member in reader._members.values()) <= 1 << 19
+        assert sum(member.tokens.nbytes for member in reader._members.values()) <= 1 << 19

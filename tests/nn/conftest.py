@@ -1,6 +1,6 @@
-"""Comparison of a layer with the peer's, package colt5-attention: outputs and every gradient."""
+"""Comparison of a layer with the peer's, package colt5-attention: outputs and every gradient; causality to the bit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -82,3 +82,24 @@ def compare_with_peer(
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+AssertCausal = Callable[[Callable[[Tensor], Tensor], Tensor, Iterable[int]], None]
+
+
+@pytest.fixture
+def assert_causal() -> AssertCausal:
+    """See `change_later_tokens`."""
+    return change_later_tokens
+
+
+@torch.no_grad()
+def change_later_tokens(layer: Callable[[Tensor], Tensor], x: Tensor, positions: Iterable[int]) -> None:
+    """Other tokens from each position on move no output before it by one bit, and some output at it."""
+    first = layer(x)
+    for position in positions:
+        changed = x.clone()
+        changed[:, position:] = 3 * torch.randn_like(changed[:, position:])
+        second = layer(changed)
+        assert torch.equal(first[:, :position], second[:, :position]), position
+        assert not torch.equal(first[:, position], second[:, position])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import run_layer
 from colt5dist.nn import (
+    ConditionalRoutedAutoregressiveBlock,
     ConditionalRoutedCrossAttention,
     ConditionalRoutedImageAttention,
     ConditionalRoutedTransformerBlock,
@@ -27,7 +28,8 @@ ROUTER = {"router_kwargs": {"eps": 1.0}, "router_straight_through": False}
 
 
 class Layers(nn.Module):
-    """Two blocks, cross-attention to what stands before them, and image attention on the tokens as a map."""
+    """Two blocks, cross-attention to what stands before them, image attention on the tokens as a map, and a decoder's
+    block."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
@@ -42,6 +44,7 @@ class Layers(nn.Module):
         self.image = ConditionalRoutedImageAttention(
             D, num_heavy_tokens_q=8, num_heavy_tokens_kv=8, light_window_size=4, **HEADS, **ROUTER
         )
+        self.causal = ConditionalRoutedAutoregressiveBlock(D, **budgets, **HEADS, **ROUTER, light_window_size=16)
 
     def forward(self, context: Tensor) -> Tensor:
         """context (b, N, D) -> (b, N, D)."""
@@ -52,7 +55,10 @@ class Layers(nn.Module):
         # longer budgets than tokens: nothing is routed, and the null token is not used
         short = run_layer(self.blocks[0], x[:, :4], activation_checkpointing=self.mode)
         x = x + run_layer(self.image, x.unflatten(1, (8, 8)), activation_checkpointing=self.mode).flatten(1, 2)
-        return x + short.mean(1, keepdim=True)
+        # a single window has no heavy branch
+        for tokens in (x[:, :16], x):
+            short = short.mean(1, keepdim=True) + run_layer(self.causal, tokens, activation_checkpointing=self.mode)
+        return x + short
 
 
 def gradients(module: nn.Module, loss: Tensor, full: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:

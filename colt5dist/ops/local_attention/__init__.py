@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from colt5dist.ops.implementation import HAS_TRITON, INTERPRETED
-from colt5dist.ops.local_attention.reference import local_attention_reference
+from colt5dist.ops.local_attention.causal_windows import local_attention_causal_windows
+from colt5dist.ops.local_attention.reference import local_attention_causal_reference, local_attention_reference
 from colt5dist.ops.local_attention.windows import local_attention_windows
 
 if HAS_TRITON:
@@ -21,6 +22,7 @@ def local_attention(
     v: Tensor,
     *,
     radius: int,
+    causal: bool = False,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     implementation: str = "auto",
@@ -32,6 +34,9 @@ def local_attention(
     type of q. A masked or too distant key has weight exactly 0 wherever at least one key within the radius is valid;
     elsewhere the output is finite and without meaning. Positions are the caller's: rotate q and k before. CoLT5's
     radius is 127 (arXiv 2303.09752, section 3.1).
+
+    causal: the sequence lies in windows of `radius` tokens, and i sees the valid j <= i of its own window and of the
+    one before, as the package local-attention has it; without bias, by the implementations reference and windows.
 
     implementation: "reference" (the package local-attention), "windows" (PyTorch's fused kernels over windows; no
     bias), "triton" (CUDA tensors, CPU tensors under TRITON_INTERPRET=1; float32 and 16-bit, heads of up to 256), or
@@ -55,8 +60,15 @@ def local_attention(
         raise ValueError(f"implementation: {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}")
     obstacle = _obstacle_to_triton(q)
     if implementation == "auto":
-        implementation = "reference" if not q.is_cuda else "triton" if obstacle is None else "windows"
+        implementation = "reference" if not q.is_cuda else "triton" if obstacle is None and not causal else "windows"
         implementation = "reference" if implementation == "windows" and bias is not None else implementation
+    if causal:
+        if bias is not None or implementation == "triton":
+            raise ValueError("causal: takes no bias, and no implementation 'triton'; use 'reference' or 'windows'")
+        causal_form = (
+            local_attention_causal_reference if implementation == "reference" else local_attention_causal_windows
+        )
+        return causal_form(q, k, v, radius=radius, mask=mask)
     if implementation == "triton":
         if obstacle is not None:
             raise ValueError(f"implementation: 'triton' {obstacle}; use 'reference'")

@@ -5,13 +5,13 @@ from local_attention import LocalAttention
 from torch import Tensor
 
 
-def _attention_of_radius(radius: int) -> LocalAttention:
+def _attention_of_radius(radius: int, causal: bool = False) -> LocalAttention:
     return LocalAttention(
         window_size=radius,
-        causal=False,
+        causal=causal,
         look_backward=1,
-        look_forward=1,
-        exact_windowsize=True,
+        look_forward=0 if causal else 1,
+        exact_windowsize=not causal,
         autopad=True,
         use_rotary_pos_emb=False,
     )
@@ -32,3 +32,8 @@ def local_attention_reference(
         key = torch.arange(-radius, 2 * radius, device=q.device)
         window_bias = bias[:, (key - query + radius).clamp(0, 2 * radius)].to(q.dtype)
     return _attention_of_radius(radius)(q, k, v, mask=mask, attn_bias=window_bias)
+
+
+def local_attention_causal_reference(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None) -> Tensor:
+    """The causal form; the padding that the package adds stands at the end, where no query sees it."""
+    return _attention_of_radius(radius, causal=True)(q, k, v, mask=mask)

@@ -1,0 +1,58 @@
+"""Compressed input files as streams: gzip, and zstandard where a file that breaks off is an error as it is for gzip."""
+
+import gzip
+import io
+import zlib
+from typing import BinaryIO
+
+import zstandard
+
+DAMAGE = (EOFError, zlib.error, zstandard.ZstdError)
+"""What a damaged stream raises, beside OSError."""
+
+READ_BYTES = 1 << 17
+
+
+def open_compressed(raw: BinaryIO, suffix: str) -> BinaryIO:
+    """The content of an open file with the suffix .gz or .zst; reading raises OSError or one of DAMAGE."""
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    assert suffix == ".zst", suffix
+    return io.BufferedReader(_ZstdStream(raw), READ_BYTES)  # type: ignore[type-var]
+
+
+class _ZstdStream(io.RawIOBase):
+    """Frames of zstandard one after the other. The package's own reader takes a file that breaks off for whole."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False  # whether a frame has begun that has not ended
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while not self._content:
+            block = self._raw.read(READ_BYTES)
+            if not block:
+                if self._begun:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._content = memoryview(self._decompress(block))
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+    def _decompress(self, block: bytes) -> bytes:
+        parts = []
+        while block:
+            parts.append(self._frame.decompress(block))
+            self._begun = not self._frame.eof
+            if self._begun:
+                break
+            block = self._frame.unused_data
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        return b"".join(parts)
