@@ -137,7 +137,9 @@ def test_next_token_beside_others(shards: ShardSet) -> None:
     assert alone["input_ids"].shape == (2, 0) and alone["target_mask"].all()
 
 
-@pytest.mark.parametrize("entries", [["colt5"], ["ul2"], ["prefix_lm", "prefix_lm", "prefix_lm", "span_corruption(8, 0.15)"]])
+@pytest.mark.parametrize(
+    "entries", [["colt5"], ["ul2"], ["prefix_lm", "prefix_lm", "prefix_lm", "span_corruption(8, 0.15)"]]
+)
 def test_shares(make_shards: Callable[..., ShardSet], shards: ShardSet, entries: list[str]) -> None:
     """The samples of an epoch are divided by weight (chi-square of what is left to the balancing, far below chance)."""
     config = DataConfig(input_length=64, target_length=40, mixture=entries)

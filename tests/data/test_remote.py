@@ -179,5 +179,3 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("colt5dist.data.remote.find_spec", lambda name: None if name == "s3fs" else name)
     with pytest.raises(ConfigError, match="needs the package s3fs; pip install s3fs"):
         is_remote("s3://bucket/shards")
-
-

@@ -65,9 +65,11 @@ def test_samples_come_from_their_sets(three: list[ShardSet]) -> None:
         assert planned.source == source
         assert np.array_equal(planned.chunk.starts, expected.chunk.starts) and planned.block == expected.block
     assert len(make_batch(samples, range(64))["objective"].unique()) == 4
-    assert held_out_batches(sources, mixed, num_samples=12, micro_batch_size=12, rank=0, world_size=1)[0][
-        "input_mask"
-    ].any(dim=1).all()
+    assert (
+        held_out_batches(sources, mixed, num_samples=12, micro_batch_size=12, rank=0, world_size=1)[0]["input_mask"]
+        .any(dim=1)
+        .all()
+    )
 
 
 def test_the_fingerprint_knows_sets_and_weights(three: list[ShardSet]) -> None:
@@ -78,9 +80,7 @@ def test_the_fingerprint_knows_sets_and_weights(three: list[ShardSet]) -> None:
     assert len(prints) == 3
 
 
-def test_wrong_sources_are_named(
-    three: list[ShardSet], make_shards: Callable[..., ShardSet], tmp_path: Path
-) -> None:
+def test_wrong_sources_are_named(three: list[ShardSet], make_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
     """Each with its place in the list."""
     tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a")).save(str(tmp_path / "t.json"))
     other = make_shards(["a", "b", "a b a"], tokenizer=JsonTokenizer(tmp_path / "t.json"))
