@@ -1,12 +1,13 @@
 """Recomputing a layer's activations in the backward pass, with or without its routing decisions."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from colt5dist.nn.routing_memory import keep_routing_decisions
+from colt5dist.nn.routing_memory import compiled_routing_policy, keep_routing_decisions
 
 ACTIVATION_CHECKPOINTING = ("none", "full", "full_keep_routing")
 
@@ -17,10 +18,14 @@ def run_layer(layer: Callable[..., Any], *args: Any, activation_checkpointing: s
     none: all are kept. full: none are, the layer runs again in the backward pass. full_keep_routing: the same, but the
     soft scores and the picked positions are those of the first run, for a near-tie that falls the other way in the
     second would give silently wrong gradients. The three give the same gradients, bit for bit, wherever the operators
-    are deterministic.
+    are deterministic. They do so inside `torch.compile` too; around a compiled layer, full_keep_routing does what full
+    does, and the second run is the same compiled code on the same numbers.
     """
     if activation_checkpointing == "none" or not torch.is_grad_enabled():
         return layer(*args)
     if activation_checkpointing == "full_keep_routing":
+        if torch.compiler.is_compiling():
+            context_fn = partial(create_selective_checkpoint_contexts, compiled_routing_policy)
+            return checkpoint(layer, *args, use_reentrant=False, context_fn=context_fn)
         return checkpoint(layer, *args, use_reentrant=False, context_fn=keep_routing_decisions)
     return checkpoint(layer, *args, use_reentrant=False)

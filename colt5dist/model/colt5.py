@@ -16,7 +16,7 @@ from colt5dist.nn.embedding import Embedding
 class CoLT5Output(NamedTuple):
     """token_loss (b, t): cross-entropy in nats; z_loss (b, t): squared logsumexp of the logits; both 0 where masked.
 
-    routing: one entry an encoder layer if it was asked for, else empty (and empty for the dense encoder).
+    routing: one entry a conditional layer if it was asked for, else empty (and empty for the dense encoder).
     """
 
     token_loss: Tensor
@@ -36,7 +36,10 @@ class CoLT5(nn.Module):
         if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
             allowed = ", ".join(ACTIVATION_CHECKPOINTING)
             raise ValueError(f"activation_checkpointing: {activation_checkpointing!r}; use one of {allowed}")
-        if problems := config.problems():
+        problems = config.problems()
+        if config.architecture != "encoder_decoder":
+            problems.append(f"model.architecture: {config.architecture!r}; CoLT5 is 'encoder_decoder'")
+        if problems:
             raise ValueError("\n".join(problems))
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)

@@ -7,7 +7,9 @@ from fractions import Fraction
 from colt5dist.nn.router import ROUTINGS
 from colt5dist.ops.soft_topk import soft_topk_problems
 
+ARCHITECTURES = ("encoder_decoder", "causal")
 ENCODERS = ("conditional", "dense")
+LIGHT_POSITIONS = ("rotary", "relative")
 # of the fractions for which num_heavy_tokens and heavy_key_value_ratio stand
 MAX_DENOMINATOR = 4096
 
@@ -16,12 +18,14 @@ MAX_DENOMINATOR = 4096
 class CoLT5Config:
     """Sizes and routing of a CoLT5 (arXiv 2303.09752, tables 6 and 7); the defaults are CoLT5-Base in pre-training."""
 
+    architecture: str = "encoder_decoder"
+    """encoder_decoder: CoLT5; causal: decoder-only (CausalCoLT5), num_decoder_layers conditional layers, no encoder."""
     vocab_size: int = 32128
     """Rows of the embeddings: the tokenizer's tokens, the sentinels, and padding to a multiple of 128."""
     d_model: int = 768
     """Width of the residual stream."""
     num_encoder_layers: int = 12
-    """Encoder layers."""
+    """Encoder layers; 0 with architecture=causal."""
     num_decoder_layers: int = 12
     """Decoder layers."""
     head_dim: int = 64
@@ -48,6 +52,13 @@ class CoLT5Config:
     """Routed keys/values for one routed query."""
     light_radius: int = 127
     """Light attention reaches this many tokens to either side."""
+    window_size: int = 128
+    """Causal: tokens of a window. Light attention sees the token's own window and the one before; a window admits
+    num_heavy_tokens of its tokens to the heavy branches, in the mean heavy_key_value_ratio times as many as keys."""
+    memory_size: int = 1024
+    """Causal: admitted keys/values of earlier windows, the newest ones, that heavy attention sees."""
+    light_positions: str = "rotary"
+    """Positions in light attention: rotary, or relative: T5's learned bias of the distance."""
     fetch_k_ratio: float = 1.125
     """Sum of the soft scores for one routed token, 1 or more."""
     router_eps: float = 1.0
@@ -73,8 +84,8 @@ class CoLT5Config:
         """What is wrong, one line a key: the key, what is wrong, and the mend. Empty if nothing is."""
         found = []
         positive = (
-            "d_model num_encoder_layers num_decoder_layers head_dim num_heads num_light_heads num_heavy_heads "
-            "light_ff_dim heavy_ff_dim ff_dim light_radius"
+            "d_model num_decoder_layers head_dim num_heads num_light_heads num_heavy_heads "
+            "light_ff_dim heavy_ff_dim ff_dim light_radius window_size memory_size"
         )
         for name in positive.split():
             if getattr(self, name) < 1:
@@ -82,8 +93,20 @@ class CoLT5Config:
         for name in ("rope_theta", "norm_eps", "initializer_range", "heavy_key_value_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 found.append(f"model.{name}: {getattr(self, name)}; use a number above 0")
-        choices = {
+        if self.architecture == "causal" and self.num_encoder_layers:
+            found.append(
+                f"model.num_encoder_layers: {self.num_encoder_layers}; architecture=causal has no encoder, use 0"
+            )
+        if self.architecture == "causal" and self.encoder == "dense":
+            found.append("model.encoder: dense, but architecture=causal has no encoder; leave it at conditional")
+        if self.architecture == "causal" and self.light_positions == "relative":
+            found.append("model.light_positions: relative has no form for architecture=causal; use rotary")
+        if self.architecture != "causal" and self.num_encoder_layers < 1:
+            found.append(f"model.num_encoder_layers: {self.num_encoder_layers}; use 1 or more")
+        choices: dict[str, tuple[str, ...]] = {
+            "architecture": ARCHITECTURES,
             "encoder": ENCODERS,
+            "light_positions": LIGHT_POSITIONS,
             "routing": ROUTINGS,
         }
         for name, allowed in choices.items():
@@ -124,6 +147,13 @@ class CoLT5Config:
             return [
                 f"model.heavy_key_value_ratio: {self.heavy_key_value_ratio} routes more keys than there are; {mend}"
             ]
+        multiple = math.lcm(query.denominator, key_value.denominator)
+        if self.architecture == "causal" and self.window_size % multiple:
+            mend = f"use {max(self.window_size // multiple, 1) * multiple}"
+            return [
+                f"model.window_size: {self.window_size} is not a multiple of {multiple}, which num_heavy_tokens "
+                f"{self.num_heavy_tokens:g} needs; {mend}"
+            ]
         return []
 
     def _shares(self) -> tuple[Fraction, Fraction]:
@@ -141,7 +171,7 @@ class CoLT5Config:
         return math.lcm(query.denominator, key_value.denominator)
 
     def num_routed(self, input_length: int) -> tuple[int, int, int]:
-        """Tokens of an input that are routed to the heavy feed-forward, as queries, and as keys/values.
+        """Tokens of an input (or a window) that are routed to the heavy feed-forward, as queries, and as keys/values.
 
         Raises ValueError where input_length is not a multiple of `input_multiple`.
         """

@@ -1,19 +1,16 @@
 """The encoders: CoLT5's conditional one, and T5's dense one as its baseline."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import run_layer
+from colt5dist.model.conditional_layer import routed_tokens, router_settings
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.dense_layer import dense_feed_forward, dense_self_attention, weight_settings
-from colt5dist.model.routing_statistics import LayerRouting, RoutedTokens
+from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
-from colt5dist.nn.router import Route
 
 
 class ConditionalEncoderLayer(nn.Module):
@@ -21,25 +18,14 @@ class ConditionalEncoderLayer(nn.Module):
 
     Scores multiply (no straight-through), those of keys/values the heavy branch's input; gated GELU without bias; no
     null tokens; one RMSNorm before each of the two. Our choice where the paper is silent: rotary positions in both
-    branches of attention, those of the tokens in the whole input.
+    branches of attention, those of the tokens in the whole input; in the light one T5's relative bias if the
+    configuration asks for it.
     """
 
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
         super().__init__()
         self.config = config
-        router: dict[str, Any] = {
-            "n_iters": config.router_n_iters,
-            "fetch_k_ratio": config.fetch_k_ratio,
-            "eps": config.router_eps,
-            "eps_init": config.router_eps_init,
-            "eps_decay": config.router_eps_decay,
-            "routing": config.routing,
-            "solver": config.router_solver,
-            "implementation": config.router_implementation,
-            # the routers read normalised tokens: their scores start with variance 1
-            "std": config.d_model**-0.5,
-            "random_seed": seed,
-        }
+        router = router_settings(config, seed)
         weights = weight_settings(config, config.num_encoder_layers)
         # a layer's three routers draw from three streams
         self.attention = ConditionalRoutedAttention(
@@ -49,7 +35,8 @@ class ConditionalEncoderLayer(nn.Module):
             light_dim_head=config.head_dim,
             light_heads=config.num_light_heads,
             light_radius=config.light_radius,
-            light_rotary_emb=True,
+            light_rotary_emb=config.light_positions == "rotary",
+            light_relative_bias=config.light_positions == "relative",
             heavy_dim_head=config.head_dim,
             heavy_heads=config.num_heavy_heads,
             router_straight_through=False,
@@ -104,18 +91,7 @@ class ConditionalEncoderLayer(nn.Module):
         x = x + fed_forward
         if not collect_routing:
             return x, None
-        return x, LayerRouting(_routed_tokens(feed_forward), _routed_tokens(query), _routed_tokens(key_value))
-
-
-def _routed_tokens(route: Route) -> RoutedTokens:
-    """The only route of a group, without gradient."""
-    soft_scores = route.soft_scores[:, 0]
-    if route.indices is None:
-        indices = torch.arange(soft_scores.shape[-1], device=soft_scores.device).expand_as(soft_scores)
-    else:
-        indices = route.indices[:, 0]
-    mask = torch.ones_like(indices, dtype=torch.bool) if route.mask is None else route.mask[:, 0]
-    return RoutedTokens(indices, mask, soft_scores)
+        return x, LayerRouting(routed_tokens(feed_forward), routed_tokens(query), routed_tokens(key_value))
 
 
 class DenseEncoderLayer(nn.Module):

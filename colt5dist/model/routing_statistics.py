@@ -10,7 +10,8 @@ ROUTER_NAMES = ("feed_forward", "query", "key_value")
 
 
 class RoutedTokens(NamedTuple):
-    """What one router picked: indices (b, m) int64, mask (b, m) bool (False: a masked token), soft_scores (b, n)."""
+    """What one router picked: indices (b, m) int64, mask (b, m) bool (False: a masked token, or none), soft_scores (b,
+    n)."""
 
     indices: Tensor
     mask: Tensor
@@ -18,7 +19,7 @@ class RoutedTokens(NamedTuple):
 
 
 class LayerRouting(NamedTuple):
-    """The three routers of one encoder layer."""
+    """The three routers of one conditional layer."""
 
     feed_forward: RoutedTokens
     query: RoutedTokens

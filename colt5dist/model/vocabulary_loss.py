@@ -69,6 +69,10 @@ class VocabularyLoss(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(normal_(torch.empty(vocab_size, d_model), std))
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., d_model) -> (..., vocab_size), at least float32; for generation, outside of ZeRO-3."""
+        return _wide(hidden @ self.weight.to(hidden.dtype).t())
+
     def forward(self, hidden: Tensor, target_ids: Tensor, target_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden (b, t, d_model), target_ids (b, t) int64, target_mask (b, t) bool, True = counts.
 

@@ -7,9 +7,10 @@ from torch import Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v.
 
-    q (b, h, i, dim), k and v (b, h, j, dim); mask (b, j), (b, 1, j) or (b, h, j) bool, True = valid key; causal
-    (without a mask): query i sees the keys up to i. Returns (b, h, i, dim). A masked key has weight exactly 0. Where a
-    row of the mask has no valid key the output is exactly 0, and so are its gradients.
+    q (b, h, i, dim), k and v (b, h, j, dim); mask (b, j), (b, 1, j) or (b, h, j) bool, True = valid key, or (b, 1, i,
+    j) or (b, h, i, j), query by query; causal (without a mask): query i sees the keys up to i. Returns (b, h, i, dim).
+    A masked key has weight exactly 0. Where a row of the mask has no valid key the output is exactly 0, and so are its
+    gradients.
 
     On CUDA, flash attention takes no mask: it can serve only without one. With one, PyTorch chooses between its
     memory-efficient kernel and cuDNN's. Where no fused kernel takes the types and shapes, as for float64, PyTorch
@@ -19,7 +20,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if causal:
         raise ValueError("causal attention takes no mask; let the padding stand at the end")
-    mask = mask[:, None, None, :] if mask.dim() == 2 else mask.unsqueeze(2)
+    if mask.dim() < 4:
+        mask = mask[:, None, None, :] if mask.dim() == 2 else mask.unsqueeze(2)
     has_key = mask.any(dim=-1, keepdim=True)
     # a row without any valid key attends to all of them, for softmax over nothing is NaN in some kernels, and is then
     # erased

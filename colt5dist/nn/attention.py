@@ -86,6 +86,26 @@ class Attention(nn.Module):
         dim_head), and of the keys, (n, dim_head), (b, n, dim_head) or (b, r, n, dim_head); the null key is not
         rotated.
         """
+        q, k, v = self.project(x, context, normalized_scores_kv, normalized_scores_q, rotary_emb)
+        num_routes = 1 if mask is None or mask.dim() == 2 else mask.shape[1]
+        if mask is not None and mask.dim() == 3:
+            mask = self.by_head(mask, num_routes)
+        if self.null_kv is not None:
+            null_k, null_v = self.null(k)
+            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        return self.to_out(merge_heads(attend(q, k, v, mask=mask)))
+
+    def project(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        normalized_scores_kv: Tensor | None,
+        normalized_scores_q: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, heads, i, dim_head), keys and values (b, heads, n, dim_head), weighed and rotated; arguments of
+        `forward`."""
         x = self.norm(x)
         context = x if context is None else self.norm(context)
         context = context.unsqueeze(1) if context.dim() == 3 else context
@@ -99,20 +119,19 @@ class Attention(nn.Module):
         k, v = self.to_kv(context).unbind(dim=-2)
         if normalized_scores_kv is not None:
             scores = normalized_scores_kv.unsqueeze(1) if normalized_scores_kv.dim() == 2 else normalized_scores_kv
-            scores = self._by_head(scores, num_routes).to(v.dtype).unsqueeze(-1)
+            scores = self.by_head(scores, num_routes).to(v.dtype).unsqueeze(-1)
             k, v = k * scores if self.multiply_keys_by_score else k, v * scores
         if rotary_emb is not None:
             q = apply_rotary(q, rotary_emb[0].unsqueeze(-3))
             angles = rotary_emb[1]
-            k = apply_rotary(k, self._by_head(angles, num_routes) if angles.dim() == 4 else angles.unsqueeze(-3))
-        if mask is not None and mask.dim() == 3:
-            mask = self._by_head(mask, num_routes)
-        if self.null_kv is not None:
-            null_k, null_v = self.null_kv.to(k.dtype)[:, None, :, None, :].expand(-1, k.shape[0], -1, -1, -1)
-            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
-            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-        return self.to_out(merge_heads(attend(q, k, v, mask=mask)))
+            k = apply_rotary(k, self.by_head(angles, num_routes) if angles.dim() == 4 else angles.unsqueeze(-3))
+        return q, k, v
 
-    def _by_head(self, of_routes: Tensor, num_routes: int) -> Tensor:
+    def null(self, like: Tensor) -> Tensor:
+        """The null key and value, (2, b, heads, 1, dim_head), for keys (b, heads, ..., dim_head)."""
+        assert self.null_kv is not None
+        return self.null_kv.to(like.dtype)[:, None, :, None, :].expand(-1, like.shape[0], -1, -1, -1)
+
+    def by_head(self, of_routes: Tensor, num_routes: int) -> Tensor:
         """(b, r, n, ...) -> what broadcasts against (b, heads, n, ...): each route once for each of its heads."""
         return of_routes if num_routes == 1 else of_routes.repeat_interleave(self.heads // num_routes, dim=1)

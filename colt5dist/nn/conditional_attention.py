@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from colt5dist.nn.attention import Attention
+from colt5dist.nn.heavy_branch import attend_routed, check_sets, put_back
 from colt5dist.nn.local_self_attention import LocalSelfAttention
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
-from colt5dist.nn.routed_tokens import add_routed, gather_positions, gather_tokens, replace_routed
+from colt5dist.nn.rotary import RotaryEmbedding, branch_angles
 from colt5dist.nn.router import NO_KWARGS, CoordinateDescentRouter, Route
 
 
@@ -26,9 +26,10 @@ class ConditionalRoutedAttention(nn.Module):
     kernels serve wherever the shapes allow.
 
     Keyword-only, beyond the seed: light_radius: the light branch's radius itself. light_rotary_emb: rotary positions
-    there too. use_null_kv: a learned null key and value in the heavy branch. shared_norm: one RMSNorm before the
-    routers and both branches, in place of a LayerNorm in the light one, a RMSNorm in the heavy one and none before the
-    routers. rope_theta: base of the rotary frequencies. norm_eps, std, output_std: as in `FeedForward`.
+    there too. light_relative_bias: T5's relative bias there. use_null_kv: a learned null key and value in the heavy
+    branch. shared_norm: one RMSNorm before the routers and both branches, in place of a LayerNorm in the light one, a
+    RMSNorm in the heavy one and none before the routers. rope_theta: base of the rotary frequencies. norm_eps, std,
+    output_std: as in `FeedForward`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ConditionalRoutedAttention(nn.Module):
         rotary_emb: bool = False,
         light_radius: int | None = None,
         light_rotary_emb: bool = False,
+        light_relative_bias: bool = False,
         use_null_kv: bool = True,
         shared_norm: bool = False,
         rope_theta: float = 10000,
@@ -62,8 +64,7 @@ class ConditionalRoutedAttention(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
-        if heavy_heads % num_routed_kv:
-            raise ValueError(f"num_routed_kv: {num_routed_kv} sets cannot share {heavy_heads} heavy heads evenly")
+        check_sets("num_routed_kv", num_routed_kv, heavy_heads)
         if has_light_attn and light_radius is None and light_window_size < 2:
             raise ValueError(f"light_window_size: {light_window_size} is twice the radius; use 2 or more")
         if has_light_attn and light_radius is not None and light_radius < 1:
@@ -90,6 +91,7 @@ class ConditionalRoutedAttention(nn.Module):
                 heads=light_heads,
                 radius=light_window_size // 2 if light_radius is None else light_radius,
                 prenorm=not shared_norm,
+                relative_bias=light_relative_bias,
                 std=std,
                 output_std=output_std,
             )
@@ -134,53 +136,15 @@ class ConditionalRoutedAttention(nn.Module):
         query, key_value = self.router.route(x, budgets=(budget_q, budget_kv), mask=mask, sample_index=sample_index)
         light = None
         if self.light_attn is not None:
-            light = self.light_attn(x, mask=mask, rotary_angles=_angles(self.light_rotary_emb, x, rotary_angles))
-        heavy = self._heavy(x, query, key_value, _angles(self.rotary_emb, x, rotary_angles))
-        out = self._scatter(x, light, heavy, query)
-        return (out, query, key_value) if return_route else out
-
-    def _heavy(self, x: Tensor, query: Route, key_value: Route, angles: Tensor | None) -> Tensor:
-        """The heavy branch's outputs of the routed queries (b, m, dim), times their scores."""
-        indices_q = None if query.indices is None else query.indices.squeeze(1)
-        indices_kv = key_value.indices
-        tokens_q = x if indices_q is None else gather_tokens(x, indices_q)
-        if indices_kv is None:
-            context = x.unsqueeze(1).expand(-1, key_value.scores.shape[1], -1, -1)
-        else:
-            context = gather_tokens(x, indices_kv)
-        rotary = None
-        if angles is not None:
-            rotary = (
-                angles if indices_q is None else gather_positions(angles, indices_q),
-                angles if indices_kv is None else gather_positions(angles, indices_kv),
-            )
-        scores_q = query.scores.squeeze(1)
-        heavy = self.heavy_attn(
-            tokens_q,
-            context=context,
-            mask=key_value.mask,
-            normalized_scores_kv=key_value.scores,
-            normalized_scores_q=scores_q if self.multiply_queries_by_score else None,
-            rotary_emb=rotary,
+            light = self.light_attn(x, mask=mask, rotary_angles=branch_angles(self.light_rotary_emb, x, rotary_angles))
+        heavy = attend_routed(
+            self.heavy_attn,
+            x,
+            x,
+            query,
+            key_value,
+            multiply_queries_by_score=self.multiply_queries_by_score,
+            angles=branch_angles(self.rotary_emb, x, rotary_angles),
         )
-        return heavy * scores_q.to(heavy.dtype).unsqueeze(-1)
-
-    def _scatter(self, x: Tensor, light: Tensor | None, heavy: Tensor, query: Route) -> Tensor:
-        """The heavy outputs (b, m, dim) at their positions, with the null token elsewhere, and the light branch
-        added."""
-        if query.indices is None:
-            out = heavy if light is None else light + heavy
-            # the null token is unused here and must still have a gradient: see CoordinateDescentRouter._scores
-            return out if self.null_q_token is None else out + (0.0 * self.null_q_token).to(out.dtype)
-        indices = query.indices.squeeze(1)
-        if self.null_q_token is None:
-            return add_routed(torch.zeros_like(x) if light is None else light, heavy, indices)
-        routed = replace_routed(self.null_q_token.to(heavy.dtype).expand(x.shape), heavy, indices)
-        return routed if light is None else light + routed
-
-
-def _angles(rotary: RotaryEmbedding | None, x: Tensor, given: Tensor | None) -> Tensor | None:
-    """Angles of the positions of x (b, n, dim) for a branch with rotary positions."""
-    if rotary is None or given is not None:
-        return None if rotary is None else given
-    return rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        out = put_back(x, heavy, query, light=light, null_token=self.null_q_token)
+        return (out, query, key_value) if return_route else out

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colt5dist.nn.causal_router import Admission, CausalRouter
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.routed_tokens import add_routed, gather_tokens
@@ -17,7 +18,10 @@ class ConditionalRoutedFeedForward(nn.Module):
     num_heavy_tokens: how many tokens the heavy branch sees. light_ff_mult, heavy_ff_mult: hidden sizes in multiples of
     dim. router_straight_through, router_kwargs, use_triton: of `CoordinateDescentRouter`.
 
-    Keyword-only, beyond the seed: light_hidden_dim, heavy_hidden_dim: exact hidden sizes. gated, bias: of both
+    Keyword-only, beyond the seed: routing: "topk": the seed's, of the whole sequence; "causal": for decoders, the
+    sequence lies in windows of window_size tokens, num_heavy_tokens are of a window, and a token is admitted by a
+    threshold that the windows before it set (`CausalRouter`), so that no output depends on a later token by one bit; in
+    the first window nothing is routed. light_hidden_dim, heavy_hidden_dim: exact hidden sizes. gated, bias: of both
     `FeedForward` branches. shared_norm: one RMSNorm before the router and both branches, in place of one in each
     branch and none before the router. norm_eps, std, output_std: as in `FeedForward`.
     """
@@ -32,6 +36,8 @@ class ConditionalRoutedFeedForward(nn.Module):
         router_straight_through: bool = True,
         router_kwargs: Mapping[str, Any] = NO_KWARGS,
         use_triton: bool = False,
+        routing: str = "topk",
+        window_size: int = 128,
         light_hidden_dim: int | None = None,
         heavy_hidden_dim: int | None = None,
         gated: bool = False,
@@ -53,7 +59,15 @@ class ConditionalRoutedFeedForward(nn.Module):
             "output_std": output_std,
         }
         self.norm = RMSNorm(dim, eps=norm_eps) if shared_norm else nn.Identity()
-        self.router = CoordinateDescentRouter(dim, straight_through=router_straight_through, **router_kwargs)
+        self.router: CoordinateDescentRouter
+        if routing == "causal":
+            self.router = CausalRouter(
+                dim, window_size=window_size, straight_through=router_straight_through, **router_kwargs
+            )
+        elif routing == "topk":
+            self.router = CoordinateDescentRouter(dim, straight_through=router_straight_through, **router_kwargs)
+        else:
+            raise ValueError(f"routing: {routing!r}; use topk or causal")
         self.light_ff = FeedForward(dim, light_ff_mult, hidden_dim=light_hidden_dim, **branch)
         self.heavy_ff = FeedForward(dim, heavy_ff_mult, hidden_dim=heavy_hidden_dim, **branch)
 
@@ -69,11 +83,19 @@ class ConditionalRoutedFeedForward(nn.Module):
         """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the routing.
 
         num_heavy_tokens: in place of the constructor's. sample_index (b,) int64: the samples' numbers, for random
-        routing.
+        routing. With routing="causal" padding has to stand at the end, and a mask is refused.
         """
         budget = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
         x = self.norm(x)
-        route = self.router.route(x, budgets=(budget,), mask=mask, sample_index=sample_index)[0]
+        if isinstance(self.router, CausalRouter):
+            if mask is not None:
+                raise ValueError(
+                    "mask: causal routing has none; let the padding stand at the end, where nothing sees it"
+                )
+            places = min(budget, self.router.window_size)
+            route = self.router.admit(x, (Admission(budget, places, False),), sample_index=sample_index)[0]
+        else:
+            route = self.router.route(x, budgets=(budget,), mask=mask, sample_index=sample_index)[0]
         scores = route.scores.squeeze(1).unsqueeze(-1)
         out = self.light_ff(x)
         if route.indices is None:

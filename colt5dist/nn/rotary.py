@@ -24,11 +24,17 @@ class RotaryEmbedding(nn.Module):
         self, seq_len: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Angles (seq_len, dim) of the positions 0 .. seq_len - 1; `dtype` is float32 or float64."""
-        exponent = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
-        frequencies = (1.0 / self.theta**exponent).to(dtype)
-        position = torch.arange(seq_len, device=device, dtype=dtype)
-        angles = position.unsqueeze(-1) * frequencies
+        return self.at(torch.arange(seq_len, device=device, dtype=dtype))
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Angles (..., dim) of positions (...), float32 or float64."""
+        angles = positions.unsqueeze(-1) * self.frequencies(positions.device).to(positions.dtype)
         return torch.cat((angles, angles), dim=-1)
+
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """Angle (dim / 2,) float32 by which each pair turns from one position to the next."""
+        exponent = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
+        return 1.0 / self.theta**exponent
 
 
 class _Rotation(torch.autograd.Function):
@@ -78,3 +84,10 @@ def rotated_queries_and_keys(qkv: Tensor, angles: Tensor | None, num_heads: int)
 def angle_dtype(x: Tensor) -> torch.dtype:
     """Type in which the angles for x are computed: float64 stays, everything else is float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def branch_angles(rotary: RotaryEmbedding | None, x: Tensor, given: Tensor | None) -> Tensor | None:
+    """Angles of the positions of x (b, n, dim) for a branch with rotary positions; None for one without."""
+    if rotary is None or given is not None:
+        return None if rotary is None else given
+    return rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))

@@ -108,6 +108,8 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError("route_block_size: static routing cuts the sequence itself; leave one of the two out")
         if routing not in ROUTINGS:
             raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTINGS)}")
+        if num_routing_tokens < 1:
+            raise ValueError(f"num_routing_tokens: {num_routing_tokens} routes; use 1 or more")
         self.route_groups = (num_routing_tokens,) if route_groups is None else tuple(route_groups)
         if sum(self.route_groups) != num_routing_tokens:
             raise ValueError(f"route_groups: {self.route_groups} do not sum to num_routing_tokens {num_routing_tokens}")
@@ -194,7 +196,7 @@ class CoordinateDescentRouter(nn.Module):
             group = slice(first, first + size)
             first += size
             if length <= budget:
-                routes.append(_take_all(x, size, mask, touch))
+                routes.append(take_all(x, size, mask, touch))
                 continue
             if self.routing == "static" and not random_route:
                 indices = torch.arange(budget, device=x.device) * length // budget
@@ -217,6 +219,10 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError("routing_tokens: needed, because the router was built with learned_routing_tokens")
         if not self.takes_routing_tokens and routing_tokens is not None:
             raise ValueError("routing_tokens: this router has no use for them; build it with learned_routing_tokens")
+        if routing_tokens is not None:
+            b, r, dim = x.shape[0], self.num_routing_tokens, x.shape[-1]
+            if routing_tokens.shape != (b, r, dim) and not (r == 1 and routing_tokens.shape == (b, dim)):
+                raise ValueError(f"routing_tokens: {tuple(routing_tokens.shape)}; use {(b, r, dim)}, a vector a route")
 
     def _scores(self, x: Tensor, routing_tokens: Tensor | None, routed: bool) -> tuple[Tensor, Tensor | None]:
         """Raw scores (b, r, n), and a zero that depends on the learned vectors.
@@ -341,7 +347,7 @@ class CoordinateDescentRouter(nn.Module):
         return Route(indices, scores, routed_mask, soft.detach())
 
 
-def _take_all(x: Tensor, size: int, mask: Tensor | None, touch: Tensor | None) -> Route:
+def take_all(x: Tensor, size: int, mask: Tensor | None, touch: Tensor | None) -> Route:
     """The route that takes every token, masked ones too, with score 1."""
     ones = torch.ones(x.shape[0], size, x.shape[1], dtype=x.dtype, device=x.device)
     scores = ones if touch is None else ones + touch.to(x.dtype)

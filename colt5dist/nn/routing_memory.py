@@ -4,6 +4,10 @@ The routers enter `routing_decision()` around the operators that decide. PyTorch
 same with a Python call for every operator of the layer, which on a GPU takes several times as long as the layer
 itself; here only the deciding operators pass through Python. The `reference` implementation of the soft top-k is no
 operator of this package: `keep_value` keeps its scores, while their gradient goes through the second run's iterations.
+
+Inside `torch.compile` there is no second run, only a backward graph that computes some of the forward's nodes again;
+there `compiled_routing_policy` names the deciding operators to PyTorch's selective checkpointing, whose price is paid
+once, at compilation. What the `reference` implementation decides is computed again there.
 """
 
 import threading
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy
 
 _thread = threading.local()
 
@@ -96,6 +101,16 @@ def keep_routing_decisions() -> tuple[AbstractContextManager, AbstractContextMan
     `context_fn`."""
     kept: list[tuple[Any, Any]] = []
     return _During(_Record(kept)), _During(_Replay(kept))
+
+
+def compiled_routing_policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """For `create_selective_checkpoint_contexts` inside `torch.compile`: the routing operators' results are kept."""
+    decides = (
+        isinstance(operator, torch._ops.OpOverload)
+        and operator.namespace == "colt5dist"
+        and not operator.name().startswith("colt5dist::local_attention")
+    )
+    return CheckpointPolicy.MUST_SAVE if decides else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def routing_decision() -> AbstractContextManager:

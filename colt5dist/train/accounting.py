@@ -31,14 +31,24 @@ def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: 
 
     Counted are the matrix products (CoLT5 2303.09752, tables 1 and 2, with gated feed-forward layers and the output
     embedding); local attention by its 2 * radius + 1 keys, causal self-attention whole; routing itself is left out.
+    The causal architecture: light attention by the keys of two windows, what is routed by the budgets, heavy attention
+    by the memory once it is full.
     """
     n, t, d, dh = input_length, target_length, model.d_model, model.head_dim
+    head = t * d * model.vocab_size
+    light, heavy = model.num_light_heads * dh, model.num_heavy_heads * dh
+    if model.architecture == "causal":
+        num_ff, num_q, num_kv = (t * share // model.window_size for share in model.num_routed(model.window_size))
+        light_attention = 4 * t * d * light + 2 * t * min(2 * model.window_size, t) * light
+        seen = min(model.memory_size, num_kv)
+        heavy_attention = 2 * num_q * d * heavy + 2 * num_kv * d * heavy + 2 * num_q * seen * heavy
+        feed_forward = 3 * d * (t * model.light_ff_dim + num_ff * model.heavy_ff_dim)
+        return model.num_decoder_layers * (light_attention + heavy_attention + feed_forward) + head
     if model.encoder == "dense":
         width = model.num_heads * dh
         encoder_layer = 4 * n * d * width + 2 * n * n * width + 3 * n * d * model.ff_dim
     else:
         num_ff, num_q, num_kv = model.num_routed(n)
-        light, heavy = model.num_light_heads * dh, model.num_heavy_heads * dh
         light_attention = 4 * n * d * light + 2 * n * min(2 * model.light_radius + 1, n) * light
         heavy_attention = 2 * num_q * d * heavy + 2 * num_kv * d * heavy + 2 * num_q * num_kv * heavy
         feed_forward = 3 * d * (n * model.light_ff_dim + num_ff * model.heavy_ff_dim)
@@ -47,7 +57,6 @@ def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: 
     self_attention = 4 * t * d * width + 2 * t * t * width
     cross_attention = 2 * t * d * width + 2 * n * d * dh + 2 * t * n * width
     decoder_layer = self_attention + cross_attention + 3 * t * d * model.ff_dim
-    head = t * d * model.vocab_size
     return model.num_encoder_layers * encoder_layer + model.num_decoder_layers * decoder_layer + head
 
 

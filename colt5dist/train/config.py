@@ -258,6 +258,14 @@ class RunConfig:
             for number, stage in enumerate(self.stages[1:]):
                 later = stage.model.problems() + stage.train.problems() + stage._input_multiple_problems()
                 found += [f"data.length_schedule[{number}]: {line}" for line in later]
+        if (self.model.architecture == "causal") != self.data.is_causal:
+            wanted = "causal" if self.model.architecture == "causal" else "colt5"
+            found.append(
+                f"data.mixture: {self.data.mixture} does not go with model.architecture {self.model.architecture}; "
+                f"set data.mixture={wanted}"
+            )
+        if self.model.architecture == "causal" and self.train.eval_shuffled_inputs:
+            found.append("train.eval_shuffled_inputs: model.architecture causal has no inputs to shuffle; set false")
         found.extend(deepspeed_problems(self.deepspeed))
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from colt5dist.data.batch import Batch
+from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config import RunConfig
 from colt5dist.train.deepspeed_config import deepspeed_config, engine_stage, uses_bf16
@@ -15,7 +16,7 @@ from colt5dist.train.optimizer import build_optimizer
 
 
 class Engine:
-    """A CoLT5 under DeepSpeed.
+    """A CoLT5, or CausalCoLT5, under DeepSpeed.
 
     The order of calls in a step: `forward` and `backward` for each micro-batch, then `step` once.
 
@@ -141,12 +142,12 @@ class Engine:
         return finite, value
 
 
-def build_model(config: RunConfig) -> CoLT5:
+def build_model(config: RunConfig) -> nn.Module:
     """The model of a configuration, freshly initialised."""
+    kind = CausalCoLT5 if config.model.architecture == "causal" else CoLT5
     # a copy: its share of routed tokens may change with the lengths
-    return CoLT5(
-        replace(config.model), activation_checkpointing=config.train.activation_checkpointing, seed=config.seed
-    )
+    model = replace(config.model)
+    return kind(model, activation_checkpointing=config.train.activation_checkpointing, seed=config.seed)
 
 
 def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:

@@ -133,7 +133,8 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
         with record_function("backward"):
             engine.backward(loss)
         sums.add(on_device, output)
-    routing = record_routing(run.monitor, step, output.routing, on_device["input_mask"])
+    routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
+    routing = record_routing(run.monitor, step, output.routing, routed_mask)
     if step < run.config.train.steps:
         with run.meter.waiting_for_data(), record_function("data"):
             stream.read()

@@ -7,7 +7,7 @@ from colt5dist.model.routing_statistics import routed_position_histograms, routi
 from colt5dist.train.monitor import Monitor, Record
 
 
-def record_routing(monitor: Monitor, step: int, routing: tuple[LayerRouting, ...], input_mask: torch.Tensor) -> Record:
+def record_routing(monitor: Monitor, step: int, routing: tuple[LayerRouting, ...], mask: torch.Tensor) -> Record:
     """Statistics of rank 0's last micro-batch of the step; the histograms go to TensorBoard at once.
 
     Returns:
@@ -15,7 +15,7 @@ def record_routing(monitor: Monitor, step: int, routing: tuple[LayerRouting, ...
     """
     if not monitor.is_first or not routing:
         return {}
-    monitor.histograms(step, routed_position_histograms(routing, input_mask))
-    statistics = routing_statistics(routing, input_mask)
+    monitor.histograms(step, routed_position_histograms(routing, mask))
+    statistics = routing_statistics(routing, mask)
     values = torch.stack([value.double() for value in statistics.values()]).tolist()  # one host read
     return dict(zip(statistics, values, strict=True))

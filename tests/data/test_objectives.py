@@ -1,12 +1,15 @@
 """Lengths of samples: the published table, exactness, and the lowering of the noise."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from colt5dist.data.config import DataConfig
+from colt5dist.data.denoise import denoise
 from colt5dist.data.mixture import MIXTURES, length_notes, lengths_of_mixture, parse_mixture, required_sentinels
 from colt5dist.data.objectives import Objective, sample_lengths
+from colt5dist.data.philox import Stream, random_bits
 
 UNLIMITED = 1 << 30
 
@@ -78,3 +81,27 @@ def test_notes_name_the_objectives_that_are_lowered() -> None:
     notes = length_notes(DataConfig(input_length=16384, target_length=910))
     assert len(notes) == 4
     assert "span_3 from 15% to 4.1%" in notes[1]
+
+
+def test_next_token_takes_the_text_as_it_stands():
+    config = DataConfig(mixture="causal", input_length=0, target_length=64)
+    assert config.problems() == [] and length_notes(config) == [] and required_sentinels(config) == 0
+    (length,) = lengths_of_mixture("causal", 0, 64)
+    assert (length.raw_tokens, length.input_tokens, length.target_tokens, length.num_spans) == (64, 0, 64, 0)
+    text, inputs, targets = np.arange(3, 60), np.zeros(0, dtype=np.int64), np.zeros(64, dtype=np.int64)
+    written = denoise(
+        text,
+        MIXTURES["causal"][0],
+        random_bits(0, 0, Stream.DENOISE),
+        first_sentinel=256,
+        eos_id=1,
+        inputs=inputs,
+        targets=targets,
+    )
+    assert written == (0, 57) and targets[:57].tolist() == text.tolist() and not targets[57:].any()
+
+
+def test_next_token_has_no_input():
+    (problem,) = DataConfig(mixture="causal", target_length=64).problems()
+    assert problem == "data.input_length: 4096 has no use with data.mixture=causal; set 0"
+    assert DataConfig(input_length=0).problems()

@@ -39,6 +39,7 @@ def losses_and_gradients(model, batch):
         {"routing": "static"},
         {"routing": "random"},
         {"encoder": "dense"},
+        {"light_positions": "relative"},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

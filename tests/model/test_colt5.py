@@ -4,7 +4,8 @@ import pytest
 import torch
 
 ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"heavy_key_value_ratio": 8.0}, {"encoder": "dense"}]
-NAMES = ["learned", "static", "random", "all keys", "dense"]
+ENCODERS.append({"light_positions": "relative"})
+NAMES = ["learned", "static", "random", "all keys", "dense", "relative bias"]
 each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=NAMES)
 
 

@@ -82,6 +82,7 @@ def test_budgets_are_whole_numbers(fields, multiple, length, routed):
         ("head_dim", 63),
         ("num_heavy_heads", -1),
         ("encoder", "sparse"),
+        ("light_positions", "alibi"),
         ("routing", "hash"),
         ("num_heavy_tokens", 0.0),
         ("num_heavy_tokens", 1e-5),

@@ -1,4 +1,4 @@
-"""Attention layers against attention written out, and against the peer's."""
+"""Attention layers against attention written out; against the peer's: test_parity_parts.py."""
 
 import pytest
 import torch
@@ -49,16 +49,6 @@ def test_rotary_embedding_is_the_peers_and_relative():
         RotaryEmbedding(7)
 
 
-@pytest.mark.parametrize("prenorm", [False, True])
-def test_self_attention_is_the_peers(prenorm):
-    ours, theirs = (
-        module(DIM, HEAD_DIM, HEADS, prenorm=prenorm).double() for module in (SelfAttention, peer.SelfAttention)
-    )
-    ours.load_state_dict(theirs.state_dict())
-    x = random(2, 9, DIM)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
-
-
 def test_causal_self_attention_sees_nothing_later():
     module, x = SelfAttention(DIM, HEAD_DIM, HEADS, prenorm=True, causal=True).double(), random(1, 12, DIM)
     angles = RotaryEmbedding(HEAD_DIM)(12, dtype=torch.float64)
@@ -68,34 +58,6 @@ def test_causal_self_attention_sees_nothing_later():
     shifted = module(x[:, :3], rotary_angles=angles[:3])
     torch.testing.assert_close(shifted, module(x[:, :3], rotary_angles=angles[5:8]))
     assert not torch.allclose(shifted, module(x[:, :3], rotary_angles=angles[:1].expand(3, -1)))
-
-
-@pytest.mark.parametrize("multiply_keys", [False, True])
-@pytest.mark.parametrize("routes", [1, 2])
-@pytest.mark.parametrize("masked", [False, True])
-def test_heavy_attention_is_the_peers(multiply_keys, routes, masked):
-    arguments = (DIM, HEAD_DIM, HEADS, multiply_keys)
-    ours, theirs = Attention(*arguments).double(), peer.Attention(*arguments).double()
-    ours.load_state_dict(theirs.state_dict())
-    x, context = random(2, 5, DIM).requires_grad_(), random(2, routes, 7, DIM, seed=1).requires_grad_()
-    if routes == 1:
-        context = context.squeeze(1)
-    rows = context.shape[:-1]
-    scores_kv, scores_q = random(*rows, seed=2).sigmoid(), random(2, 5, seed=3).sigmoid()
-    mask = (torch.rand(rows, generator=torch.Generator().manual_seed(4)) > 0.3) if masked else None
-    angles_q, angles_kv = random(2, 5, HEAD_DIM // 2, seed=5), random(*rows, HEAD_DIM // 2, seed=6)
-    angles_q, angles_kv = (torch.cat((angles, angles), dim=-1) for angles in (angles_q, angles_kv))
-    out = ours(x, context, mask, scores_kv, scores_q, (angles_q, angles_kv))
-    expected = theirs(x, context, mask, scores_kv, scores_q, (angles_q.unsqueeze(1), angles_kv.unsqueeze(-3)))
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    upstream = random(*out.shape, seed=7)
-    inputs = (x, context, *ours.parameters()), (x, context, *theirs.parameters())
-    names = [name for name, _ in ours.named_parameters()]
-    assert names == [name for name, _ in theirs.named_parameters()]
-    for actual, wanted in zip(
-        torch.autograd.grad(out, inputs[0], upstream), torch.autograd.grad(expected, inputs[1], upstream), strict=True
-    ):
-        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-11)
 
 
 def test_heavy_attention_refuses_heads_that_routes_cannot_share():

@@ -1,10 +1,9 @@
-"""Conditional attention against a loop over tokens, and against the peer's."""
+"""Conditional attention against a loop over tokens; against the peer's: test_parity.py."""
 
 import math
 
 import pytest
 import torch
-from colt5_attention import ConditionalRoutedAttention as PeerAttention
 
 from colt5dist.nn import ConditionalRoutedAttention
 from colt5dist.ops.soft_topk import soft_topk
@@ -149,65 +148,6 @@ def test_every_parameter_has_a_gradient(routing, budgets):
     out.square().sum().backward()
     assert [name for name, p in layer.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert layer.heavy_attn.to_kv.weight.grad.abs().sum() > 0
-
-
-def copy_from_peer(ours, theirs):
-    state = theirs.state_dict()
-    state["router.routing_tokens.weight"] = torch.cat(
-        (state.pop("q_router.routing_token"), state.pop("kv_router.routing_token"))
-    )
-    state.pop("rotary_emb.inv_freq", None)
-    ours.load_state_dict(state)
-
-
-def peer_gradient(theirs, name):
-    parameters = dict(theirs.named_parameters())
-    if name == "router.routing_tokens.weight":
-        parts = [parameters["q_router.routing_token"], parameters["kv_router.routing_token"]]
-    else:
-        parts = [parameters[name]]
-    return torch.cat([torch.zeros_like(part) if part.grad is None else part.grad for part in parts])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"router_straight_through": False, "multiply_keys_by_score": True, "multiply_queries_by_score": True},
-        {"use_null_q_tokens": False, "rotary_emb": True},
-        {"has_light_attn": False},
-    ],
-    ids=["defaults", "scores multiply", "rotary, no null token", "heavy only"],
-)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("n", [N, M_Q])
-def test_equals_the_peer(options, masked, n):
-    torch.manual_seed(0)
-    settings = {
-        "num_heavy_tokens_q": M_Q,
-        "num_heavy_tokens_kv": M_KV,
-        "light_dim_head": HEAD_DIM,
-        "light_heads": LIGHT_HEADS,
-        "light_window_size": 8,
-        "heavy_dim_head": HEAD_DIM,
-        "heavy_heads": HEAVY_HEADS,
-        "router_kwargs": {"eps": 1.0, "eps_init": None, "n_iters": 50},
-    } | options
-    ours, theirs = ConditionalRoutedAttention(D, **settings).double(), PeerAttention(D, **settings).double()
-    for router in (theirs.q_router, theirs.kv_router):
-        # moderate scores: where more than the budget saturate, the peer's choice among them is arbitrary
-        router.routing_token.data.mul_(D**-0.5)
-    copy_from_peer(ours, theirs)
-    x, peer_x = (tokens()[:, :n].requires_grad_() for _ in range(2))
-    mask = padding_mask(N, 15, 9)[:, :n] if masked else None
-    out, expected = ours(x, mask=mask), theirs(peer_x, mask=mask)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
-    upstream = torch.randn_like(out)
-    out.backward(upstream)
-    expected.backward(upstream)
-    torch.testing.assert_close(x.grad, peer_x.grad, rtol=0, atol=1e-9)
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, peer_gradient(theirs, name), rtol=0, atol=1e-9)
 
 
 def test_refuses_heads_that_routed_sets_cannot_share():

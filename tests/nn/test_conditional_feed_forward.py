@@ -1,9 +1,8 @@
-"""Conditional feed-forward against a loop over tokens, and against the peer's."""
+"""Conditional feed-forward against a loop over tokens; against the peer's: test_parity.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from colt5_attention import ConditionalRoutedFeedForward as PeerFeedForward
 
 from colt5dist.nn import ConditionalRoutedFeedForward
 from colt5dist.ops.soft_topk import soft_topk
@@ -91,44 +90,3 @@ def test_every_parameter_has_a_gradient(routing, budget):
     assert [name for name, p in layer.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     heavy = layer.heavy_ff.to_out.weight.grad
     assert heavy.abs().sum() > 0
-
-
-def copy_from_peer(ours, theirs):
-    names = {"router.routing_tokens.weight": "router.routing_token"}
-    for name in ("light_ff", "heavy_ff"):
-        names[f"{name}.norm.gamma"] = f"{name}.0.gamma"
-        for here, there in (("to_hidden", 1), ("to_out", 3)):
-            names |= {f"{name}.{here}.{part}": f"{name}.{there}.{part}" for part in ("weight", "bias")}
-    state = theirs.state_dict()
-    ours.load_state_dict({here: state[there] for here, there in names.items()})
-    return {name: dict(theirs.named_parameters())[there] for name, there in names.items()}
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("straight_through", [False, True])
-@pytest.mark.parametrize("n", [N, M])
-def test_equals_the_peer(masked, straight_through, n):
-    torch.manual_seed(0)
-    settings = {
-        "num_heavy_tokens": M,
-        "router_straight_through": straight_through,
-        "router_kwargs": {"eps": 1.0, "eps_init": None, "n_iters": 50},
-    }
-    ours, theirs = ConditionalRoutedFeedForward(D, **settings).double(), PeerFeedForward(D, **settings).double()
-    # moderate scores: where more than the budget saturate, the peer's choice among them is arbitrary
-    theirs.router.routing_token.data.mul_(D**-0.5)
-    parameters = copy_from_peer(ours, theirs)
-    x = tokens()[:, :n].requires_grad_()
-    mask = padding_mask(N, 15, 8)[:, :n] if masked else None
-    out, expected = ours(x, mask), theirs(x, mask)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
-    upstream = torch.randn_like(out)
-    (grad,) = torch.autograd.grad(out, x, upstream, retain_graph=True)
-    (peer_grad,) = torch.autograd.grad(expected, x, upstream, retain_graph=True)
-    torch.testing.assert_close(grad, peer_grad, rtol=0, atol=1e-9)
-    out.backward(upstream)
-    expected.backward(upstream)
-    for name, parameter in ours.named_parameters():
-        peer_grad = parameters[name].grad
-        wanted = torch.zeros_like(parameter) if peer_grad is None else peer_grad
-        torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=1e-9)

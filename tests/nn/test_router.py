@@ -132,6 +132,13 @@ def test_learned_routing_tokens_differ_by_sample():
         module(x, num_tokens=M)
 
 
+@pytest.mark.parametrize("shape", [(B, D), (B, 3, D), (1, 2, D), (B, 2, D - 1)])
+def test_refuses_routing_tokens_that_are_not_one_a_route(shape):
+    module = router(learned_routing_tokens=True, num_routing_tokens=2)
+    with pytest.raises(ValueError, match=r"^routing_tokens: "):
+        module(tokens(), num_tokens=M, routing_tokens=torch.ones(shape, dtype=torch.float64))
+
+
 def test_blocks_are_routed_evenly_and_the_rest_is_cut():
     module, x = router(route_block_size=7, straight_through=False), tokens()
     mask = padding_mask(N, 12, 2)
@@ -227,6 +234,7 @@ def test_scores_of_16_bit_tokens_on_the_gpu():
         ("fetch_k_ratio", {"fetch_k_ratio": 0.5}),
         ("fetch_k_ratio", {"fetch_k_ratio": float("nan")}),
         ("routing", {"routing": "hash"}),
+        ("num_routing_tokens", {"num_routing_tokens": 0}),
         ("route_groups", {"num_routing_tokens": 2, "route_groups": (1, 2)}),
         ("route_block_size", {"route_block_size": 7, "routing": "static"}),
         ("eps", {"eps": 0.0}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from colt5dist.ops import row_split
 from colt5dist.ops.soft_topk import soft_topk
 
 
@@ -36,8 +37,13 @@ def result_and_gradients() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton blocks so small that rows of tens of scores take several tiles, the last of them not full."""
     for module in ("triton", "newton_triton"):
         monkeypatch.setattr(f"colt5dist.ops.soft_topk.{module}.TILE_BLOCK", 8)
-    monkeypatch.setattr("colt5dist.ops.soft_topk.triton.ROW_BLOCK", 16)
+        monkeypatch.setattr(f"colt5dist.ops.soft_topk.{module}.MOST_TERMS", 4)
+    monkeypatch.setattr(row_split, "LONGEST_WHOLE_ROW", 16)
+    monkeypatch.setattr(row_split, "STREAMED_BLOCK", 16)
+    row_split.split_rows.cache_clear()
+    yield
+    row_split.split_rows.cache_clear()

@@ -1,14 +1,17 @@
 """select_topk: the largest scores, ties to the smaller position, masked last, ascending; the same on every device."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colt5dist.errors import ConfigError
-from colt5dist.ops.select_topk import select_topk
+from colt5dist.ops.select_topk import IMPLEMENTATIONS, select_topk
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+every_implementation = pytest.mark.parametrize("implementation", ["reference", "triton"])
 
 
 def by_sorting(scores, num_tokens, mask):
@@ -28,33 +31,35 @@ def test_against_sorting(data):
     scores = torch.tensor(data.draw(st.lists(st.lists(score, min_size=n, max_size=n), min_size=1, max_size=3)))
     mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in scores])
     num_tokens = data.draw(st.integers(0, n))
-    assert torch.equal(select_topk(scores, num_tokens, mask), by_sorting(scores, num_tokens, mask))
-    assert torch.equal(select_topk(scores, num_tokens), by_sorting(scores, num_tokens, torch.ones_like(mask)))
+    for implementation in IMPLEMENTATIONS:
+        select = partial(select_topk, scores.to(DEVICE), num_tokens, implementation=implementation)
+        assert torch.equal(select(mask.to(DEVICE)).cpu(), by_sorting(scores, num_tokens, mask))
+        assert torch.equal(select().cpu(), by_sorting(scores, num_tokens, torch.ones_like(mask)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@every_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_long_rows_with_ties(device, dtype):
+def test_long_rows_with_ties(implementation, dtype):
     scores = torch.randn(2, 3, 5000).to(dtype)  # half precision: thousands of ties
     mask = torch.rand(2, 3, 5000) > 0.1
-    actual = select_topk(scores.to(device), 1111, mask.to(device)).cpu()
+    actual = select_topk(scores.to(DEVICE), 1111, mask.to(DEVICE), implementation=implementation).cpu()
     expected = by_sorting(
         scores.float().view(6, -1) if dtype != torch.float64 else scores.view(6, -1), 1111, mask.view(6, -1)
     )
     assert actual.dtype == torch.int64 and torch.equal(actual.view(6, -1), expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_rows_with_fewer_valid_than_wanted(device):
-    scores = torch.tensor([[0.0, 5.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]], device=device)
-    mask = torch.tensor([[False, False, True, False], [False] * 4], device=device)
-    assert select_topk(scores, 2, mask).tolist() == [[0, 2], [0, 1]]
+@every_implementation
+def test_rows_with_fewer_valid_than_wanted(implementation):
+    scores = torch.tensor([[0.0, 5.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]], device=DEVICE)
+    mask = torch.tensor([[False, False, True, False], [False] * 4], device=DEVICE)
+    assert select_topk(scores, 2, mask, implementation=implementation).tolist() == [[0, 2], [0, 1]]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_nan_gives_positions_that_exist(device):
-    scores = torch.tensor([[float("nan"), 1.0, float("nan")], [float("nan")] * 3], device=device)
-    assert select_topk(scores, 2).tolist() == [[0, 1], [0, 1]]
+@every_implementation
+def test_nan_gives_positions_that_exist(implementation):
+    scores = torch.tensor([[float("nan"), 1.0, float("nan")], [float("nan")] * 3], device=DEVICE)
+    assert select_topk(scores, 2, implementation=implementation).tolist() == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (3, 4)], ids=str)
@@ -68,10 +73,21 @@ def test_strides_do_not_matter():
     assert torch.equal(select_topk(scores[..., 1].T, 7), select_topk(scores[..., 1].T.contiguous(), 7))
 
 
+@every_implementation
+def test_strides_of_the_mask_do_not_matter(implementation):
+    scores = torch.randn(4, 50, device=DEVICE)
+    mask = (torch.rand(50, 4, device=DEVICE) > 0.3).T
+    expected = select_topk(scores, 7, mask.contiguous(), implementation="reference")
+    assert torch.equal(select_topk(scores, 7, mask, implementation=implementation), expected)
+    assert torch.equal(
+        select_topk(scores[:, ::2], 3, implementation=implementation), select_topk(scores[:, ::2].clone(), 3)
+    )
+
+
 def test_opcheck():
     operator = torch.ops.colt5dist.select_topk.default
-    torch.library.opcheck(operator, (torch.randn(2, 9), 4, torch.rand(2, 9) > 0.3))
-    torch.library.opcheck(operator, (torch.randn(9), 4, None))
+    torch.library.opcheck(operator, (torch.randn(2, 9), 4, torch.rand(2, 9) > 0.3, False))
+    torch.library.opcheck(operator, (torch.randn(9), 4, None, False))
 
 
 def test_compiles_without_a_gradient():

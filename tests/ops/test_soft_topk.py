@@ -175,6 +175,6 @@ def test_wrong_arguments_are_named(change, named):
 
 
 def test_triton_without_a_device_says_what_to_use(monkeypatch):
-    monkeypatch.setattr("colt5dist.ops.soft_topk.INTERPRETED", False)
+    monkeypatch.setattr("colt5dist.ops.implementation.INTERPRETED", False)
     with pytest.raises(ConfigError, match=r"implementation: 'triton' needs CUDA tensors.*use 'scalar'"):
         soft_topk(torch.zeros(2, 5), 1.0, implementation="triton")

@@ -33,8 +33,9 @@ def inputs(masked=True):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_opcheck(operator, masked):
     scores, k, mask = inputs(masked)
-    settings = (0.2,) if "newton" in operator.name() else (0.2, 2.0, 0.7, 4, 2)
-    torch.library.opcheck(operator, (scores, k.detach().double().requires_grad_(), mask, *settings))
+    settings = (3.0, 0.2) if "newton" in operator.name() else (3.0, 0.2, 2.0, 0.7, 4, 2)
+    torch.library.opcheck(operator, (scores, k, mask, *settings))
+    torch.library.opcheck(operator, (scores, None, mask, *settings))
 
 
 @every_operator

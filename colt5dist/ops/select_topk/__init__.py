@@ -6,35 +6,41 @@ the two orders agree wherever it does not.
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from colt5dist.errors import ConfigError
+from colt5dist.ops.implementation import HAS_TRITON, choose_implementation
+from colt5dist.ops.select_topk.reference import select_topk_reference
 
-__all__ = ["select_topk"]
+if HAS_TRITON:
+    from colt5dist.ops.select_topk.triton import can_select, select_topk_triton
+
+__all__ = ["IMPLEMENTATIONS", "select_topk"]
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+_LIBRARY = Library("colt5dist", "FRAGMENT")
+_LIBRARY.define("select_topk(Tensor scores, int num_tokens, Tensor? mask, bool triton) -> Tensor")
 
 
-@torch.library.custom_op("colt5dist::select_topk", mutates_args=())
-def _select_topk(scores: Tensor, num_tokens: int, mask: Tensor | None) -> Tensor:
+def _select(scores: Tensor, num_tokens: int, mask: Tensor | None, triton: bool) -> Tensor:
     if scores.numel() == 0 or num_tokens == 0:
         return torch.zeros((*scores.shape[:-1], num_tokens), dtype=torch.int64, device=scores.device)
-    unusable = scores.isnan() if mask is None else scores.isnan() | ~mask
-    scores = scores.masked_fill(unusable, float("-inf"))
-    # only the value of the last selected score is used: which of equal scores topk returns is not defined
-    threshold = scores.topk(num_tokens, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    above = scores > threshold
-    equal = scores == threshold
-    num_equal = num_tokens - above.sum(dim=-1, keepdim=True)
-    selected = above | (equal & (equal.cumsum(dim=-1) <= num_equal))
-    # the j-th selected position is where the running count first reaches j: neither a sort nor a host synchronisation
-    rank = torch.arange(1, num_tokens + 1, device=scores.device).expand(*scores.shape[:-1], num_tokens)
-    return torch.searchsorted(selected.cumsum(dim=-1), rank.contiguous())
+    layout = can_select(scores) if triton else None
+    if layout is None:
+        return select_topk_reference(scores, num_tokens, mask)
+    return select_topk_triton(scores, num_tokens, mask, layout)
 
 
-@_select_topk.register_fake
-def _(scores: Tensor, num_tokens: int, mask: Tensor | None) -> Tensor:
+def _fake_select(scores: Tensor, num_tokens: int, mask: Tensor | None, triton: bool) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], num_tokens), dtype=torch.int64)
 
 
-def select_topk(scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> Tensor:
+_LIBRARY.impl("select_topk", _select, "CompositeExplicitAutograd")
+register_fake("colt5dist::select_topk", _fake_select, lib=_LIBRARY)
+
+
+def select_topk(scores: Tensor, num_tokens: int, mask: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
     """Positions of the `num_tokens` largest scores of each row, ascending.
 
     scores (..., n) of any floating type, finite where valid; mask (..., n) bool, True = valid. Of equal scores the one
@@ -43,7 +49,12 @@ def select_topk(scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> 
     matters: the result is a function of the values alone. Registered as `colt5dist::select_topk`, for selective
     activation checkpointing to keep.
 
-    Raises ConfigError where num_tokens is not within 0 .. n, or the mask's shape or type is wrong.
+    implementation: "reference" (PyTorch), "triton" (CUDA tensors; CPU tensors under TRITON_INTERPRET=1; float64, and
+    rows that do not fit into the registers of the whole device, are left to the reference), or "auto": triton for CUDA
+    tensors, else the reference. The results are equal.
+
+    Raises ConfigError where num_tokens is not within 0 .. n, the mask's shape or type is wrong, or the implementation
+    cannot serve.
     """
     if not 0 <= num_tokens <= scores.shape[-1]:
         raise ConfigError(f"num_tokens: {num_tokens} of rows of {scores.shape[-1]} scores; use 0 to {scores.shape[-1]}")
@@ -51,4 +62,7 @@ def select_topk(scores: Tensor, num_tokens: int, mask: Tensor | None = None) -> 
         raise ConfigError(
             f"mask: {tuple(mask.shape)} of {mask.dtype} for scores {tuple(scores.shape)}; use bool of the scores' shape"
         )
-    return _select_topk(scores.detach(), num_tokens, mask)
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"implementation: {implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    triton = choose_implementation(implementation, scores, plain="reference") == "triton"
+    return torch.ops.colt5dist.select_topk.default(scores.detach(), num_tokens, mask, triton)

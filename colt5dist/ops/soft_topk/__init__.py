@@ -70,31 +70,27 @@ formed with the scalar split in two, so that its sign, which says on which side 
 float64. Scores have to stay below about 1e9 * eps, beyond which a in float64 cannot resolve eps.
 """
 
-import importlib.util
 import math
 
 import torch
 from torch import Tensor
 
 from colt5dist.errors import ConfigError
+from colt5dist.ops.implementation import HAS_TRITON, choose_implementation
 from colt5dist.ops.soft_topk.newton import soft_topk_newton_forward
-from colt5dist.ops.soft_topk.operator import arithmetic_dtype
+from colt5dist.ops.soft_topk.operator import arithmetic_dtype, budgets
 from colt5dist.ops.soft_topk.reference import soft_topk_reference
 from colt5dist.ops.soft_topk.scalar_state import soft_topk_scalar_forward
 from colt5dist.ops.soft_topk.schedule import epsilon_schedule
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from colt5dist.ops.soft_topk.newton_triton import soft_topk_newton_triton_forward
-    from colt5dist.ops.soft_topk.triton import INTERPRETED, soft_topk_triton_forward
+    from colt5dist.ops.soft_topk.triton import soft_topk_triton_forward
 
 __all__ = ["IMPLEMENTATIONS", "SOLVERS", "soft_topk", "soft_topk_problems"]
 
 IMPLEMENTATIONS = ("auto", "reference", "scalar", "triton")
 SOLVERS = ("coordinate_descent", "newton")
-
-_SMALLEST_K = 1e-20
-"""A tensor k is raised to this: asking whether it is positive would wait for the device."""
 
 
 def soft_topk_problems(
@@ -191,39 +187,28 @@ def soft_topk(
         problems.append(f"k: {k} is no budget; use a number above 0")
     if problems:
         raise ConfigError("\n".join(problems))
-    if implementation == "auto":
-        implementation = "triton" if scores.is_cuda and HAS_TRITON else "scalar"
-    if implementation == "triton":
-        _require_triton(scores)
+    implementation = choose_implementation(implementation, scores, plain="scalar")
 
+    budget = 0.0
     if isinstance(k, Tensor):
-        k = k.to(torch.float64).clamp(min=_SMALLEST_K).expand(scores.shape[:-1])
+        k = k if k.shape == scores.shape[:-1] else k.expand(scores.shape[:-1])
     else:
-        k = torch.full(scores.shape[:-1], float(k), dtype=torch.float64, device=scores.device)
+        k, budget = None, float(k)
     if scores.numel() == 0:
-        return scores.to(arithmetic_dtype(scores)) * k.unsqueeze(-1).to(arithmetic_dtype(scores))
+        return scores.to(arithmetic_dtype(scores)) * budgets(scores, k, budget).unsqueeze(-1).to(scores.dtype)
     if solver == "newton":
         newton = soft_topk_newton_triton_forward if implementation == "triton" else soft_topk_newton_forward
-        return newton(scores, k, mask, float(eps))[0]
+        return newton(scores, k, mask, budget, float(eps))[0]
     eps_init = eps if eps_init is None else eps_init
     if implementation == "reference":
         epsilons = epsilon_schedule(eps, eps_init, eps_decay, n_iters)
-        return soft_topk_reference(scores.to(arithmetic_dtype(scores)), k, mask, epsilons)
+        rows = scores.to(arithmetic_dtype(scores))
+        return soft_topk_reference(rows, budgets(scores, k, budget), mask, epsilons)
     descend = soft_topk_triton_forward if implementation == "triton" else soft_topk_scalar_forward
     segments = n_iters if checkpoint_segments is None else checkpoint_segments
-    return descend(scores, k, mask, float(eps), float(eps_init), float(eps_decay), n_iters, segments)[0]
+    return descend(scores, k, mask, budget, float(eps), float(eps_init), float(eps_decay), n_iters, segments)[0]
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     trailing = target[len(target) - len(shape) :]
     return len(shape) <= len(target) and all(size in (1, full) for size, full in zip(shape, trailing, strict=True))
-
-
-def _require_triton(scores: Tensor) -> None:
-    if not HAS_TRITON:
-        raise ConfigError("implementation: 'triton' needs the package triton, which is not installed; use 'scalar'")
-    if not scores.is_cuda and not INTERPRETED:
-        raise ConfigError(
-            f"implementation: 'triton' needs CUDA tensors, the scores are on {scores.device.type}; use 'scalar', "
-            "or set TRITON_INTERPRET=1 before Python starts"
-        )

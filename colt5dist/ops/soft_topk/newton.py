@@ -6,7 +6,7 @@ The names are those of the derivation in `colt5dist.ops.soft_topk`.
 import torch
 from torch import Tensor
 
-from colt5dist.ops.soft_topk.operator import register_newton
+from colt5dist.ops.soft_topk.operator import budgets, define_newton, empty_budget_gradient
 from colt5dist.ops.soft_topk.scalar_state import difference, masked_rows, output
 
 MAX_PASSES = 64
@@ -73,19 +73,18 @@ def solve(scores: Tensor, k: Tensor, mask: Tensor | None, eps: float) -> tuple[T
     return torch.where(row_max.isnan(), row_max, a), passes
 
 
-@torch.library.custom_op("colt5dist::soft_topk_newton_forward", mutates_args=())
-def soft_topk_newton_forward(scores: Tensor, k: Tensor, mask: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """scores (..., n), k (...) float64 -> result (..., n), and the root a (...) float64."""
-    a, _ = solve(scores, k, mask, eps)
+def _forward(scores: Tensor, k: Tensor | None, mask: Tensor | None, budget: float, eps: float) -> tuple[Tensor, Tensor]:
+    """scores (..., n), k (...) or, if None, the number `budget` for all rows -> result (..., n), and the root a (...)
+    float64."""
+    a, _ = solve(scores, budgets(scores, k, budget), mask, eps)
     rows, _, _ = masked_rows(scores, mask)
     return output(rows, a, eps, mask), a
 
 
-@torch.library.custom_op("colt5dist::soft_topk_newton_backward", mutates_args=())
-def soft_topk_newton_backward(
-    grad: Tensor, scores: Tensor, k: Tensor, mask: Tensor | None, a: Tensor, eps: float
+def _backward(
+    grad: Tensor, scores: Tensor, k: Tensor | None, mask: Tensor | None, a: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to the scores, in their type, and to k, float64."""
+    """Gradients to the scores, in their type, and to k, float64 (no elements where k is a number)."""
     rows, _, _ = masked_rows(scores, mask)
     offset = difference(rows, -a)
     free = offset < 0 if mask is None else (offset < 0) & mask
@@ -102,7 +101,8 @@ def soft_topk_newton_backward(
     grad_rows = grad_rows.masked_fill(
         spoiled.unsqueeze(-1) if mask is None else spoiled.unsqueeze(-1) & mask, float("nan")
     )
-    return grad_rows.to(scores.dtype).contiguous(), torch.where(spoiled, a, mean)
+    grad_k = empty_budget_gradient(None, scores) if k is None else torch.where(spoiled, a, mean)
+    return grad_rows.to(scores.dtype).contiguous(), grad_k
 
 
-register_newton(soft_topk_newton_forward, soft_topk_newton_backward)
+soft_topk_newton_forward = define_newton("soft_topk_newton", _forward, _backward)

@@ -7,7 +7,7 @@ element within one float32 ulp of the threshold would otherwise change sides and
 import torch
 from torch import Tensor
 
-from colt5dist.ops.soft_topk.operator import arithmetic_dtype, register_coordinate_descent
+from colt5dist.ops.soft_topk.operator import arithmetic_dtype, budgets, define_coordinate_descent, empty_budget_gradient
 from colt5dist.ops.soft_topk.schedule import epsilon_schedule, segment_ends
 
 
@@ -56,21 +56,21 @@ def _next(rows: Tensor, row_max: Tensor, log_k: Tensor, a: Tensor, eps: float) -
     return eps * (log_k - total.clamp(min=1.0).log()) - pivot, num_clipped
 
 
-@torch.library.custom_op("colt5dist::soft_topk_scalar_forward", mutates_args=())
-def soft_topk_scalar_forward(
+def _forward(
     scores: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     mask: Tensor | None,
+    budget: float,
     eps: float,
     eps_init: float,
     eps_decay: float,
     n_iters: int,
     segments: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """scores (..., n), k (...) float64 -> result (..., n), kept a (..., segments) float64, kept counts of clipped
-    int64."""
+    """scores (..., n), k (...) or, if None, the number `budget` for all rows -> result (..., n), kept a (..., segments)
+    float64, kept counts of clipped int64."""
     rows, row_max, num_valid = masked_rows(scores, mask)
-    log_k = k.log()
+    log_k = budgets(scores, k, budget).log()
     epsilons = epsilon_schedule(eps, eps_init, eps_decay, n_iters)
     ends = set(segment_ends(n_iters, segments))
     a = _first(log_k, row_max, num_valid, epsilons[0])
@@ -85,20 +85,22 @@ def soft_topk_scalar_forward(
     return output(rows, a, epsilons[-1], mask), torch.stack(kept_a, dim=-1), torch.stack(kept_clipped, dim=-1)
 
 
-@torch.library.custom_op("colt5dist::soft_topk_scalar_backward", mutates_args=())
-def soft_topk_scalar_backward(
+def _backward(
     grad: Tensor,
     scores: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     mask: Tensor | None,
     kept_a: Tensor,
     kept_clipped: Tensor,
+    budget: float,
     eps: float,
     eps_init: float,
     eps_decay: float,
     n_iters: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to the scores, in their type, and to k, float64."""
+    """Gradients to the scores, in their type, and to k, float64 (no elements where k is a number)."""
+    number = k is None
+    k = budgets(scores, k, budget)
     rows, row_max, num_valid = masked_rows(scores, mask)
     epsilons = epsilon_schedule(eps, eps_init, eps_decay, n_iters)
     a, num_clipped = _replay(rows, row_max, num_valid, k.log(), epsilons, kept_a, kept_clipped)
@@ -119,9 +121,9 @@ def soft_topk_scalar_backward(
         # clipped entries have a weight below 1 in all; where there are none, the exponential may overflow
         weight = ((a[step] - a[step - 1]) / epsilons[step]).exp().masked_fill(num_clipped[step] == 0, 0.0)
         grad_a = grad_a * num_clipped[step] * weight / k
-    grad_k = grad_k + grad_a * epsilons[0] / k
     if mask is not None:
         grad_rows = grad_rows.masked_fill(~mask, 0.0)
+    grad_k = empty_budget_gradient(None, scores) if number else grad_k + grad_a * epsilons[0] / k
     return grad_rows.to(scores.dtype).contiguous(), grad_k
 
 
@@ -152,4 +154,4 @@ def _replay(
     return states, counts
 
 
-register_coordinate_descent(soft_topk_scalar_forward, soft_topk_scalar_backward)
+soft_topk_scalar_forward = define_coordinate_descent("soft_topk_scalar", _forward, _backward)

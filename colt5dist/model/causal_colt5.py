@@ -1,0 +1,189 @@
+"""A decoder-only language model of conditional layers: no logit depends on a later token by one bit."""
+
+import torch
+from torch import Tensor, nn
+
+from colt5dist.model.activation_checkpointing import ACTIVATION_CHECKPOINTING, run_layer
+from colt5dist.model.colt5 import CoLT5Output
+from colt5dist.model.conditional_layer import routed_tokens, router_settings
+from colt5dist.model.config import CoLT5Config
+from colt5dist.model.dense_layer import weight_settings
+from colt5dist.model.routing_statistics import LayerRouting
+from colt5dist.model.vocabulary_loss import VocabularyLoss
+from colt5dist.nn.autoregressive_block import ConditionalRoutedAutoregressiveBlock
+from colt5dist.nn.autoregressive_decoding import BlockState, block_step, read_block
+from colt5dist.nn.embedding import Embedding
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
+
+
+class CausalLayer(nn.Module):
+    """`ConditionalRoutedAutoregressiveBlock` with CoLT5's settings (arXiv 2303.09752), those of the encoder's layers.
+
+    Scores multiply, those of keys/values the heavy branch's input; gated GELU without bias; no null tokens; one RMSNorm
+    before attention and one before the feed-forward; rotary positions in both branches.
+    """
+
+    def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
+        super().__init__()
+        num_feed_forward, num_query, num_key_value = config.num_routed(config.window_size)
+        weights = weight_settings(config, config.num_decoder_layers) | {"shared_norm": True}
+        self.block = ConditionalRoutedAutoregressiveBlock(
+            config.d_model,
+            num_heavy_attn_tokens_q=num_query,
+            num_heavy_attn_tokens_kv=config.memory_size,
+            num_heavy_ff_tokens=num_feed_forward,
+            light_dim_head=config.head_dim,
+            light_heads=config.num_light_heads,
+            light_window_size=config.window_size,
+            heavy_dim_head=config.head_dim,
+            heavy_heads=config.num_heavy_heads,
+            router_straight_through=False,
+            # a layer's three routers draw from three streams
+            router_kwargs=router_settings(config, seed) | {"random_stream": 3 * layer_number},
+            multiply_keys_by_score=True,
+            use_null_q_tokens=False,
+            attention_kwargs={
+                "num_admitted_kv": num_key_value,
+                "use_null_kv": False,
+                "rotary_emb": True,
+                "light_rotary_emb": True,
+                "rope_theta": config.rope_theta,
+                **weights,
+            },
+            ff_kwargs={
+                "light_hidden_dim": config.light_ff_dim,
+                "heavy_hidden_dim": config.heavy_ff_dim,
+                "gated": True,
+                "bias": False,
+                **weights,
+            },
+        )
+
+    def forward(
+        self, x: Tensor, rotary_angles: Tensor, sample_index: Tensor | None, collect_routing: bool
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """x (b, t, d_model), rotary_angles (t, head_dim), sample_index (b,) int64.
+
+        Returns x and, if asked for, the routing.
+        """
+        x, *routes = self.block(x, sample_index=sample_index, rotary_angles=rotary_angles, return_route=True)
+        return x, LayerRouting(*map(routed_tokens, routes)) if collect_routing else None
+
+
+class CausalCoLT5(nn.Module):
+    """Embedding, conditional layers, norm, and the loss with an output embedding of its own.
+
+    activation_checkpointing, seed: as in `CoLT5`. Raises ValueError naming every problem of the configuration.
+    """
+
+    def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
+        super().__init__()
+        problems = config.problems()
+        if config.architecture != "causal":
+            problems.append(f"model.architecture: {config.architecture!r}; CausalCoLT5 is 'causal'")
+        if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+            allowed = ", ".join(ACTIVATION_CHECKPOINTING)
+            problems.append(f"activation_checkpointing: {activation_checkpointing!r}; use one of {allowed}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
+        self.layers = nn.ModuleList(
+            CausalLayer(config, layer_number=number, seed=seed) for number in range(config.num_decoder_layers)
+        )
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.loss = VocabularyLoss(config.d_model, config.vocab_size, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        target_ids: Tensor,
+        *,
+        input_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        collect_routing: bool = False,
+    ) -> CoLT5Output:
+        """Losses of the targets; the arguments are those of `CoLT5`, so that one trainer serves both.
+
+        input_ids (b, 0) and input_mask: there is no encoder, text to be continued is the beginning of decoder_input_ids
+        (b, t), any t. target_ids (b, t) int64; target_mask (b, t) bool, True = counts. Padding stands at the end.
+        """
+        if input_ids.shape[1]:
+            raise ValueError(
+                f"input_ids: {input_ids.shape[1]} tokens for an encoder; put them before decoder_input_ids"
+            )
+        states, routing = self.decode(decoder_input_ids, sample_index=sample_index, collect_routing=collect_routing)
+        token_loss, z_loss = self.loss(states, target_ids, target_mask)
+        return CoLT5Output(token_loss, z_loss, routing)
+
+    def decode(
+        self, decoder_input_ids: Tensor, *, sample_index: Tensor | None = None, collect_routing: bool = False
+    ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
+        """Normalised states (b, t, d_model) of decoder_input_ids (b, t), before the output embedding, and the routing
+        if asked for."""
+        x = self.embedding(decoder_input_ids)
+        angles = self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        routing: list[LayerRouting] = []
+        for layer in self.layers:
+            x, layer_routing = run_layer(
+                layer,
+                x,
+                angles,
+                sample_index,
+                collect_routing,
+                activation_checkpointing=self.activation_checkpointing,
+            )
+            if layer_routing is not None:
+                routing.append(layer_routing)
+        return self.norm(x), tuple(routing)
+
+    @torch.no_grad()
+    def start_decoding(self, prompt_ids: Tensor) -> tuple[Tensor, list[BlockState]]:
+        """prompt_ids (b, t) int64, t >= 1, read in one pass -> logits (b, vocab_size) of the next token, and what
+        `decode_step` keeps of the prompt, a state a layer."""
+        if prompt_ids.shape[1] < 1:
+            raise ValueError("prompt_ids: no token to go on from; begin with the start token")
+        x, states = self.embedding(prompt_ids), []
+        for layer in self.layers:
+            assert isinstance(layer, CausalLayer)
+            x, state = read_block(layer.block, x)
+            states.append(state)
+        return self.loss.logits(self.norm(x[:, -1])), states
+
+    @torch.no_grad()
+    def decode_step(self, token_ids: Tensor, states: list[BlockState]) -> Tensor:
+        """token_ids (b,) int64, the next token of each sample -> logits (b, vocab_size) of the one after; the states
+        move on. The same as the last position of `decode` over all tokens so far, to rounding, at a cost that does not
+        grow with them."""
+        x = self.embedding(token_ids.unsqueeze(1))
+        for layer, state in zip(self.layers, states, strict=True):
+            assert isinstance(layer, CausalLayer)
+            x = block_step(layer.block, x, state)
+        return self.loss.logits(self.norm(x)).squeeze(1)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids: Tensor, num_tokens: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """prompt_ids (b, t) int64, t >= 1, the start token first -> the num_tokens that follow (b, num_tokens).
+
+        temperature 0: the likeliest token each time; above: drawn from softmax(logits / temperature), with `generator`.
+        """
+        if not temperature >= 0:
+            raise ValueError(f"temperature: {temperature}; use 0 or more")
+        logits, states = self.start_decoding(prompt_ids)
+        written: list[Tensor] = []
+        while len(written) < num_tokens:
+            if temperature == 0:
+                written.append(logits.argmax(dim=-1))
+            else:
+                shares = (logits / temperature).softmax(dim=-1)
+                written.append(torch.multinomial(shares, 1, generator=generator).squeeze(1))
+            if len(written) < num_tokens:
+                logits = self.decode_step(written[-1], states)
+        return torch.stack(written, dim=1) if written else prompt_ids[:, :0]
