@@ -1,7 +1,7 @@
 """Benchmark `data`: what the data room does in a second, beside the tokenizer alone and webdataset's own loader.
 
-`python launch/benchmark.py data [PART ...]`; parts: read, plan, shuffle, prepare, memory, masks; without any, all. Every
-part makes its own data in a temporary folder. What one process does is measured in the time of its own core, so that
+`python launch/benchmark.py data [PART ...]`; parts: read, plan, shuffle, prepare, memory, masks; without any, all. Each
+makes its own data in a temporary folder. What one process does is measured in the time of its own core, so that
 other work on the machine disturbs it less; the loader and `prepare` with workers in time on the wall.
 """
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from colt5dist.data.config import DataConfig
 from colt5dist.data.denoise import denoise
 from colt5dist.data.mixture import lengths_of_mixture, parse_mixture, required_sentinels
-from colt5dist.data.philox import Stream, random_bits, restart
+from colt5dist.data.philox import Draws, Stream
 from colt5dist.data.plan import Plan, PlannedSample
 from colt5dist.data.shards import ShardSet
 from colt5dist.data.sources import Interleave, Sources, as_sources
@@ -72,7 +72,7 @@ class Samples:
         # mode tokens and sentinels stand for no text
         reserved = self._mixture.num_modes + required_sentinels(config)
         self._byte_lengths = np.pad(self.sources.tokenizer.byte_lengths, (0, reserved))
-        self._bits = random_bits(self._seed, 0, Stream.DENOISE)
+        self._draws = Draws()
         self._bad_records: set[str] = set()
         self._new_bad_records: list[str] = []
 
@@ -99,7 +99,7 @@ class Samples:
         num_inputs, num_targets = denoise(
             tokens,
             self._mixture.objectives[planned.objective],
-            restart(self._bits, self._seed, number, Stream.DENOISE),
+            self._draws.restart(self._seed, number, Stream.DENOISE),
             first_sentinel=self.first_sentinel,
             eos_id=self.sources.tokenizer.eos_id,
             inputs=inputs,
