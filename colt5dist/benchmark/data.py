@@ -1,11 +1,12 @@
 """Benchmark `data`: what the data room does in a second, beside the tokenizer alone and webdataset's own loader.
 
-`python launch/benchmark.py data [PART ...]`; parts: read, plan, shuffle, prepare, memory, masks; without any, all. Each
-makes its own data in a temporary folder. What one process does is measured in the time of its own core, so that
-other work on the machine disturbs it less; the loader and `prepare` with workers in time on the wall.
+`python launch/benchmark.py data [PART ...]`; parts: read, plan, shuffle, prepare, memory, masks, order; without any,
+all. Each makes its own data in a temporary folder. What one process does is measured in the time of its own core, so
+that other work on the machine disturbs it less; the loader and `prepare` with workers in time on the wall.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import resource
@@ -15,6 +16,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,56 @@ def _reassemble(objective: Objective, inputs: np.ndarray, targets: np.ndarray, f
     return np.concatenate(pieces)
 
 
+def measure_order(folder: Path, scale: float) -> Figures:
+    """Cuts of a run of 2000 steps that give the same samples in the same order, with a resume at ten random steps."""
+    shards = synthetic_shards(folder / "order", 2_000_000, mean_length=800)
+    steps, batch = max(20, int(2000 * scale)), 8
+    rng = np.random.default_rng(0)
+    found: dict[tuple[int, ...], str] = {}
+    for world_size, workers, micro in ((1, 0, 8), (2, 1, 2), (4, 0, 1), (8, 0, 1), (1, 3, 2), (2, 0, 4), (1, 1, 4)):
+        found[world_size, workers, micro] = _hash_order(shards, [(0, steps, world_size, workers, micro)], batch)
+    cuts = sorted({0, steps, *rng.integers(1, steps, 10).tolist()})
+    kinds = [(1, 0, 8), (2, 0, 2), (4, 0, 1), (8, 0, 1), (1, 1, 1)]
+    pieces = [(a, b, *kinds[number % len(kinds)]) for number, (a, b) in enumerate(pairwise(cuts))]
+    found[0, 0, 0] = _hash_order(shards, pieces, batch)
+    if len(set(found.values())) != 1:
+        raise AssertionError(f"the order depends on how the run is cut: {found}")
+    return {"cuts with one order and one content": float(len(found)), "steps": float(steps)}
+
+
+def _hash_order(shards: ShardSet, pieces: list[tuple[int, ...]], batch: int) -> str:
+    """Hash over the number and the ids of all samples; pieces: first step, last, world size, workers, micro-batch."""
+    digest = hashlib.sha256()
+    for first, last, world_size, workers, micro in pieces:
+        config = DataConfig(input_length=64, target_length=32, num_workers=workers)
+        ranks = [
+            training_batches(
+                shards,
+                config,
+                seed=3,
+                global_batch_size=batch,
+                micro_batch_size=micro,
+                rank=rank,
+                world_size=world_size,
+                first_sample=first * batch,
+            )
+            for rank in range(world_size)
+        ]
+        for _ in range(first, last):
+            rows = {}
+            for rank in ranks:
+                for part in next(rank):
+                    for number, ids, targets in zip(
+                        part["sample_index"].tolist(), part["input_ids"], part["target_ids"], strict=True
+                    ):
+                        rows[number] = ids.numpy().tobytes() + targets.numpy().tobytes()
+            for number in sorted(rows):
+                digest.update(number.to_bytes(8, "little") + rows[number])
+        for rank in ranks:
+            rank.close()
+    return digest.hexdigest()
+
+
 PARTS: dict[str, Callable[[Path, float], Figures]] = {
     "read": measure_read,
     "plan": measure_plan,
@@ -297,6 +349,7 @@ PARTS: dict[str, Callable[[Path, float], Figures]] = {
     "prepare": measure_prepare,
     "memory": measure_memory,
     "masks": measure_masks,
+    "order": measure_order,
 }
 
 
