@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,6 +65,18 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["COLT5DIST_CACHE"] = str(folder)
     return folder
+
+
+def random_text(rng: random.Random, num_bytes: int) -> str:
+    """Words of random letters, `num_bytes` long."""
+    text = " ".join("".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(num_bytes // 2 + 1))
+    return text[:num_bytes]
+
+
+@pytest.fixture(scope="session")
+def make_text() -> Callable[[random.Random, int], str]:
+    """The function random_text."""
+    return random_text
 
 
 @pytest.fixture(scope="session")

@@ -112,24 +112,23 @@ def report(title: str, rows: Sequence[Row], output: Path | None) -> int:
         output.mkdir(parents=True, exist_ok=True)
         contents = {"title": title, "device": device_line(), "rows": [asdict(row) for row in rows]}
         (output / "results.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
-        _plot(title, rows, output / "results.png")
+        measured = [row for row in rows if row.wall_ms is not None]
+        times = [(row.wall_ms if row.gpu_ms is None else row.gpu_ms) or 0.0 for row in measured]
+        plot_bars(title, [f"{row.name}, {row.shape}" for row in measured], times, "ms", output / "results.png")
     return int(any(row.wall_ms is None for row in rows))
 
 
-def _plot(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Bars of the times."""
+def plot_bars(title: str, names: Sequence[str], values: Sequence[float], unit: str, path: Path) -> None:
+    """Write a bar for each value to `path`; without matplotlib, say that there is no plot."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no plot: matplotlib is not installed; pip install 'colt5dist[bench]'")
         return
-    measured = [row for row in rows if row.wall_ms is not None]
-    figure = Figure(figsize=(8, 1 + 0.4 * len(measured)), layout="constrained")
+    figure = Figure(figsize=(8, 1 + 0.4 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    times = [row.wall_ms if row.gpu_ms is None else row.gpu_ms for row in measured]
-    bars = axes.barh([f"{row.name}, {row.shape}" for row in measured], [time or 0.0 for time in times])
-    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.bar_label(axes.barh(list(names), list(values)), fmt="%.2f", padding=3)
     axes.invert_yaxis()
-    axes.set_xlabel("ms")
+    axes.set_xlabel(unit)
     axes.set_title(f"{title}\n{device_line()}", fontsize=9)
     figure.savefig(path, dpi=150)

@@ -68,6 +68,11 @@ class DataConfig:
     cache_gb: float = 100.0
     """Disk space, in 10^9 bytes, for shards that are fetched from an address."""
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether the samples are for a decoder-only model."""
+        return not self._mixture_problems() and parse_mixture(self.mixture).is_causal
+
     def stages(self) -> list["DataConfig"]:
         """These settings, and what each entry of the length schedule makes of them; without a schedule of their own."""
         first = replace(self, length_schedule=[])
@@ -83,7 +88,7 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one line each, the key first."""
         problems = self._mixture_problems()
-        causal = not problems and parse_mixture(self.mixture).is_causal
+        causal = self.is_causal
         if causal and (self.input_length or any(entry.input_length for entry in self.length_schedule)):
             problems.append(f"data.input_length: {self.input_length} has no use with data.mixture=causal; set 0")
         for key, smallest in (

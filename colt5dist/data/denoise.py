@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.objectives import MODES, Objective, largest_suffix, span_counts
-from colt5dist.data.philox import below, subset
+from colt5dist.data.philox import Bits, below, subset
 
 Tokens = NDArray[np.integer]
 
 
-def random_parts(bits: np.random.Philox, total: int, parts: int) -> NDArray[np.int64]:
+def random_parts(bits: Bits, total: int, parts: int) -> NDArray[np.int64]:
     """A uniform composition of `total` into `parts` positive numbers, (parts,)."""
     ends = np.empty(parts + 1, dtype=np.int64)
     ends[0] = 0
     ends[1:-1] = subset(bits, total - 1, parts - 1) + 1
     ends[-1] = total
-    return np.diff(ends)
+    return ends[1:] - ends[:-1]
 
 
 def corrupt_spans(
@@ -93,7 +93,7 @@ def cut_prefix(tokens: Tokens, suffix: int, *, eos_id: int, inputs: Tokens, targ
 def denoise(
     tokens: Tokens,
     objective: Objective,
-    bits: np.random.Philox,
+    bits: Bits,
     *,
     first_sentinel: int,
     eos_id: int,

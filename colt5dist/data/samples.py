@@ -4,15 +4,13 @@ A sample whose text is damaged is made from the text of the next one instead, an
 by which depends on the damage alone, as all else on (seed, i).
 """
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.denoise import denoise
 from colt5dist.data.mixture import lengths_of_mixture, parse_mixture, required_sentinels
-from colt5dist.data.philox import Stream, random_bits
+from colt5dist.data.philox import Draws, Stream
 from colt5dist.data.plan import Plan, PlannedSample
 from colt5dist.data.shards import ShardSet
 from colt5dist.data.sources import Interleave, Sources, as_sources
@@ -74,6 +72,7 @@ class Samples:
         # mode tokens and sentinels stand for no text
         reserved = self._mixture.num_modes + required_sentinels(config)
         self._byte_lengths = np.pad(self.sources.tokenizer.byte_lengths, (0, reserved))
+        self._draws = Draws()
         self._bad_records: set[str] = set()
         self._new_bad_records: list[str] = []
 
@@ -84,7 +83,7 @@ class Samples:
         turn, place = place % len(plans), place // len(plans)
         planned = plans[turn].sample(place)
         objective = self._groups[turn][planned.objective]
-        return replace(planned, index=number, objective=objective, source=source)
+        return PlannedSample(number, planned.epoch, objective, planned.block, planned.chunk, source)
 
     def write(self, number: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> tuple[int, int, int]:
         """Write sample `number` to the first places of (input_length,) `inputs` and (target_length,) `targets`.
@@ -100,7 +99,7 @@ class Samples:
         num_inputs, num_targets = denoise(
             tokens,
             self._mixture.objectives[planned.objective],
-            random_bits(self._seed, number, Stream.DENOISE),
+            self._draws.restart(self._seed, number, Stream.DENOISE),
             first_sentinel=self.first_sentinel,
             eos_id=self.sources.tokenizer.eos_id,
             inputs=inputs,

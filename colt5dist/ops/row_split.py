@@ -69,10 +69,7 @@ def lanes(parts: int) -> int:
 
 def replicas(parts: int) -> int:
     """How many times each part writes its word, so that not all others wait at one place of the cache."""
-    import os
-
-    r = int(os.environ.get("REPL", "0"))
-    return r or max(1, lanes(parts) // 16)
+    return max(1, lanes(parts) // 16)
 
 
 @lru_cache(maxsize=1024)
@@ -97,7 +94,8 @@ def split_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
         if block * blocks > LARGEST_COUNT:
             return RowSplit(1, block, triton.cdiv(n, block), num_rows, 16)
     parts = triton.cdiv(n, block * blocks)
-    return RowSplit(parts, block, blocks, min(num_rows, room // parts), 16 if blocks > 1 else min(block // 1024, 16))
+    groups = num_rows if parts == 1 else min(num_rows, room // parts)
+    return RowSplit(parts, block, blocks, groups, 16 if blocks > 1 else min(block // 1024, 16))
 
 
 @lru_cache(maxsize=1024)

@@ -29,7 +29,7 @@ class ReadAhead:
         found = self._batches.new_bad_records()
         self._num_bad_records += len(found)
         for line in found:
-            print(f"rank {self._ranks.rank}: replaced by the next sample: {line}", file=sys.stderr, flush=True)
+            print(f"rank {self._ranks.rank}: damaged record: {line}", file=sys.stderr, flush=True)
 
     def take(self) -> list[Batch]:
         """The step that was read."""

@@ -13,18 +13,6 @@ from colt5dist.data.tokenizer import ByteTokenizer, Tokenizer
 MakeShards = Callable[..., ShardSet]
 
 
-def random_text(rng: random.Random, num_bytes: int) -> str:
-    """Words of random letters, `num_bytes` long."""
-    text = " ".join("".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(num_bytes // 2 + 1))
-    return text[:num_bytes]
-
-
-@pytest.fixture(scope="session")
-def make_text() -> Callable[[random.Random, int], str]:
-    """The function random_text."""
-    return random_text
-
-
 @pytest.fixture(scope="session")
 def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
     """A function that writes documents to a new folder and opens it."""
@@ -50,12 +38,12 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
 
 
 @pytest.fixture(scope="session")
-def documents() -> list[str]:
+def documents(make_text: Callable[[random.Random, int], str]) -> list[str]:
     """Distinct documents: many short ones, some long, one longer than a tar member."""
     rng = random.Random(3)
     lengths = [rng.randint(1, 3000) for _ in range(300)] + [rng.randint(5000, 60000) for _ in range(12)] + [300_000]
     rng.shuffle(lengths)
-    return [random_text(rng, length) for length in lengths]
+    return [make_text(rng, length) for length in lengths]
 
 
 @pytest.fixture(scope="session")

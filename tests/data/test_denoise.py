@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from colt5dist.data.denoise import denoise, random_parts
 from colt5dist.data.objectives import Objective, sample_lengths, span_counts
-from colt5dist.data.philox import Stream, below, permutation, random_bits, subset
+from colt5dist.data.philox import Draws, Stream, below, permutation, random_bits, subset
 
 EOS, FIRST_SENTINEL, PAD = 1, 1000, 0
 
@@ -144,6 +144,11 @@ def test_random_numbers_are_the_same_everywhere() -> None:
     assert random_bits(1, 2, Stream.DENOISE, 3).random_raw(2).tolist() == [13637179162896307606, 3186157565435691869]
     assert permutation(random_bits(1, 2, Stream.DEAL), 6).tolist() == [5, 1, 0, 4, 2, 3]
     assert subset(random_bits(1, 2, Stream.DENOISE), 10, 4).tolist() == [1, 4, 6, 8]
+    draws = Draws()
+    for seed, item in ((1, 2), (-1, 7), ((5 << 32) + 1, 1 << 40)):
+        expected = random_bits(seed, item, Stream.DENOISE).random_raw(2000).tolist()
+        draws.restart(seed, item, Stream.DENOISE)
+        assert [int(draws.random_raw()), *(n for size in (3, 600, 0, 1396) for n in draws.random_raw(size))] == expected
     # seeds differ in every bit, also in the highest and lowest ones
     assert len({int(random_bits(seed, 0, Stream.DENOISE).random_raw()) for seed in (-1, -2, 1, 2, 1 << 63)}) == 5
     assert below(random_bits(-1, 2, Stream.DENOISE), 1000) == 917

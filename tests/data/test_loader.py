@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from colt5dist.data.batch import Batch, make_batch
 from colt5dist.data.config import DataConfig
 from colt5dist.data.held_out import held_out_batches, unigram_entropy
-from colt5dist.data.loader import training_batches
+from colt5dist.data.loader import DataWorkerError, training_batches
 from colt5dist.data.mixture import parse_mixture
 from colt5dist.data.samples import Samples
 from colt5dist.data.shards import ShardSet, open_shards
@@ -276,6 +277,27 @@ def test_workers_ignore_signals_and_end_with_the_trainer(shards: ShardSet, how: 
     assert time.monotonic() - start < 20
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_a_killed_worker_is_a_named_error(shards: ShardSet) -> None:
+    """Not a hang, and not an error from a signal handler in the middle of something else."""
+    batches = training_batches(
+        shards,
+        config(num_workers=1),
+        seed=5,
+        global_batch_size=2,
+        micro_batch_size=2,
+        rank=3,
+        world_size=1,
+        first_sample=0,
+    )
+    next(batches)
+    (worker,) = psutil.Process().children()
+    worker.kill()
+    time.sleep(0.2)
+    with pytest.raises(DataWorkerError, match=r"a reader process of rank 3 ended \(.*\); if it was killed for want of"):
+        for _ in range(100):
+            next(batches)
 
 
 def test_the_data_room_is_light_to_import() -> None:

@@ -1,0 +1,237 @@
+"""Soft top-k, forward and backward: the Triton kernels beside the published form, torch.compile, and the peer package.
+
+GPU time is that of a CUDA graph of the forward and the backward; `eager` is the time of a call without a graph, and
+`host` what of it the host spends, both with the backward in the calling thread, so that waking autograd's own thread is
+left out. Errors are those of the result and of the scores' gradient against float64, ||d|| / ||float64's||. An
+implementation whose error is above the tolerance gets no time.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from colt5dist.benchmark import device_line, plot_bars
+from colt5dist.ops.soft_topk import soft_topk
+from colt5dist.ops.soft_topk.schedule import epsilon_schedule
+
+SHAPES = ((16, 16_384), (16, 65_536), (1, 1_048_576))
+SCHEDULE = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
+FORWARD_TOLERANCE = 2e-6
+BACKWARD_TOLERANCE = 2e-5
+OTHERS_TOLERANCE = 1e-3
+"""Of the peer and the published form, which round n values a row in every iteration."""
+
+Weights = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: medians in microseconds, None where the errors are too large or there is no GPU."""
+
+    name: str
+    shape: str
+    forward_us: float | None
+    gpu_us: float | None
+    eager_us: float | None
+    host_us: float | None
+    forward_error: float
+    backward_error: float
+    saved_bytes: int | None
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark; the exit status, 1 if a result of ours is wrong."""
+    parser = argparse.ArgumentParser(prog="benchmark.py soft_topk", description=__doc__)
+    parser.add_argument("--shape", type=_shape, action="append", help="ROWSxN, may be repeated", metavar="ROWSxN")
+    parser.add_argument("--n-iters", type=int, default=20, help="iterations of coordinate descent")
+    parser.add_argument("--std", type=float, default=1.0, help="standard deviation of the scores")
+    parser.add_argument("--repeats", type=int, default=30, help="measurements of which the median is taken")
+    parser.add_argument("--output", type=Path, help="folder for the figures as JSON and as a plot")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for shape in options.shape or SHAPES:
+        rows += _measure_shape(shape, options.n_iters, options.std, options.repeats, device)
+    title = f"Soft top-k, T = {options.n_iters}, eps 4 * 0.7^t down to 0.03, k = 9/64 n, scores N(0, {options.std:g}^2)"
+    _report(rows, title, options.output)
+    return int(any(row.eager_us is None for row in rows if row.name.startswith("ours")))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, n = text.split("x")
+    return int(rows), int(n)
+
+
+def _measure_shape(shape: tuple[int, int], n_iters: int, std: float, repeats: int, device: torch.device) -> list[Row]:
+    """All implementations on one input."""
+    torch.manual_seed(0)
+    scores, upstream = torch.randn(shape, device=device) * std, torch.randn(shape, device=device)
+    k = shape[1] / 8 * 9 / 8
+    descent = partial(soft_topk, k=k, n_iters=n_iters, **SCHEDULE)
+    exact = partial(soft_topk, k=k, eps=SCHEDULE["eps"], solver="newton")
+    fast = "triton" if device.type == "cuda" else "scalar"
+    wide = {form: _gradients(partial(form, implementation="scalar"), scores, upstream) for form in (descent, exact)}
+    ours = {
+        f"ours, {fast}": (partial(descent, implementation=fast), descent),
+        f"ours, {fast}, 4 segments": (
+            partial(descent, implementation=fast, checkpoint_segments=min(4, n_iters)),
+            descent,
+        ),
+        f"ours, newton, {fast}": (partial(exact, implementation=fast), exact),
+    }
+    others: dict[str, Weights] = {"as published": partial(descent, implementation="reference")}
+    if device.type == "cuda":
+        others["scalar form, torch.compile"] = torch.compile(partial(scalar_form, k=k, n_iters=n_iters), dynamic=False)
+    others |= _peers(k, n_iters)
+    rows = [_measure(name, call, wide[form], scores, upstream, repeats, True) for name, (call, form) in ours.items()]
+    for name, call in others.items():
+        try:
+            rows.append(_measure(name, call, wide[descent], scores, upstream, repeats, False))
+        except Exception as error:  # what the row would be is the other package's limit, not ours
+            print(f"{name}, {shape[0]} x {shape[1]:,}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+    return rows
+
+
+def scalar_form(scores: Tensor, k: float, n_iters: int) -> Tensor:
+    """The scalar state in PyTorch's own operators, differentiated by autograd: what a compiler is given."""
+    epsilons = epsilon_schedule(SCHEDULE["eps"], SCHEDULE["eps_init"], SCHEDULE["eps_decay"], n_iters)
+    a = torch.full_like(scores[..., :1], epsilons[0] * math.log(k / scores.shape[-1]))
+    for eps in epsilons[1:-1]:
+        a = eps * (math.log(k) - (torch.minimum(scores, -a) / eps).logsumexp(dim=-1, keepdim=True))
+    return ((scores + a).clamp(max=0) / epsilons[-1]).exp()
+
+
+def _peers(k: float, n_iters: int) -> dict[str, Weights]:
+    """The package colt5-attention, where it is installed."""
+    try:
+        from colt5_attention.coor_descent import coor_descent
+    except ImportError:
+        print("no peer: colt5-attention is not installed; pip install 'colt5dist[bench]'")
+        return {}
+    peers: dict[str, Weights] = {}
+    if torch.cuda.is_available():
+        from colt5_attention.triton_coor_descent import triton_coor_descent
+
+        segments = max(1, n_iters // 5)
+        peers["peer, Triton"] = partial(
+            triton_coor_descent, k=k, n_iters=n_iters, checkpoint_segments=segments, **SCHEDULE
+        )
+    return peers | {"peer, PyTorch": partial(coor_descent, k=k, n_iters=n_iters, **SCHEDULE)}
+
+
+def _gradients(weights: Weights, scores: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights and the scores' gradient in float64."""
+    wide = scores.double().requires_grad_()
+    result = weights(wide)
+    return result.detach(), torch.autograd.grad(result, wide, upstream.double())[0]
+
+
+def _measure(
+    name: str,
+    weights: Weights,
+    expected: tuple[Tensor, Tensor],
+    scores: Tensor,
+    upstream: Tensor,
+    repeats: int,
+    tight: bool,
+) -> Row:
+    """Errors and bytes of one implementation, and its times if it is right."""
+    inputs = scores.clone().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        result = weights(inputs)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    saved_bytes = sum(nbytes for address, nbytes in storages.items() if address != inputs.data_ptr())
+    (gradient,) = torch.autograd.grad(result, inputs, upstream)
+    # elements within 4 units in the last place of a threshold may fall to its other side
+    difference = (gradient.double() - expected[1]).abs().flatten()
+    near = max(1, difference.numel() // 100_000)
+    difference = difference.sort().values[:-near]
+    errors = (
+        float((result.detach().double() - expected[0]).norm() / expected[0].norm()),
+        float(difference.norm() / expected[1].norm()),
+    )
+    tolerances = (FORWARD_TOLERANCE, BACKWARD_TOLERANCE) if tight else (OTHERS_TOLERANCE, OTHERS_TOLERANCE)
+    shape = f"{scores.shape[0]} x {scores.shape[1]:,}"
+    if not (errors[0] <= tolerances[0] and errors[1] <= tolerances[1]):
+        return Row(name, shape, None, None, None, None, *errors, saved_bytes)
+
+    def both() -> Tensor:
+        return torch.autograd.grad(weights(inputs), inputs, upstream)[0]
+
+    del result
+    forward = gpu = None
+    if scores.is_cuda:
+        gpu = graph_microseconds(both, repeats)
+        with torch.no_grad():
+            forward = graph_microseconds(lambda: weights(inputs), repeats)
+    with torch.autograd.set_multithreading_enabled(False):
+        eager, host = eager_microseconds(both, repeats)
+    return Row(name, shape, forward, gpu, eager, host, *errors, saved_bytes)
+
+
+def graph_microseconds(call: Callable[[], object], repeats: int, calls: int = 10) -> float:
+    """Median GPU time of one call, of `calls` captured into a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for _ in range(repeats):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        times.append(1e3 * first.elapsed_time(last) / calls)
+    return statistics.median(times)
+
+
+def eager_microseconds(call: Callable[[], object], repeats: int, calls: int = 20) -> tuple[float, float]:
+    """Median time of one of `calls` calls in a row until the device has done them, and until the host has."""
+    walls, hosts = [], []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        hosts.append(1e6 * (time.perf_counter() - begin) / calls)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        walls.append(1e6 * (time.perf_counter() - begin) / calls)
+    return statistics.median(walls), statistics.median(hosts)
+
+
+def _report(rows: Sequence[Row], title: str, output: Path | None) -> None:
+    """Print the table, and write it to the folder `output` as JSON and a plot."""
+    print(f"{title}\n{device_line()}\n")
+    head = ("forward", "fwd + bwd", "eager", "host", "error", "error ds", "saved")
+    print(f"{'us':28} {'rows x n':>14} " + " ".join(f"{name:>9}" for name in head))
+    for row in rows:
+        times = (row.forward_us, row.gpu_us, row.eager_us, row.host_us)
+        cells = ["wrong" if row.eager_us is None else "-" if us is None else f"{us:.1f}" for us in times]
+        cells += [f"{row.forward_error:.1e}", f"{row.backward_error:.1e}", f"{row.saved_bytes:,}"]
+        print(f"{row.name:28} {row.shape:>14} " + " ".join(f"{cell:>9}" for cell in cells))
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    contents = {"title": title, "device": device_line(), "rows": [asdict(row) for row in rows]}
+    (output / "soft_topk.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    measured = [(f"{row.name}, {row.shape}", row.gpu_us or row.eager_us) for row in rows if row.eager_us is not None]
+    plot_bars(title, [name for name, _ in measured], [us or 0.0 for _, us in measured], "us", output / "soft_topk.png")
