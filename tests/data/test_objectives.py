@@ -5,10 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colt5dist.data.config import DataConfig
-from colt5dist.data.denoise import denoise
 from colt5dist.data.mixture import MIXTURES, length_notes, lengths_of_mixture, parse_mixture, required_sentinels
 from colt5dist.data.objectives import Objective, sample_lengths
-from colt5dist.data.philox import Stream, random_bits
 
 UNLIMITED = 1 << 30
 

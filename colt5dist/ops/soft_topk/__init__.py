@@ -189,24 +189,24 @@ def soft_topk(
         raise ConfigError("\n".join(problems))
     implementation = choose_implementation(implementation, scores, plain="scalar")
 
-    budget = 0.0
+    budgets_given, budget = None, 0.0
     if isinstance(k, Tensor):
-        k = k if k.shape == scores.shape[:-1] else k.expand(scores.shape[:-1])
+        budgets_given = k if k.shape == scores.shape[:-1] else k.expand(scores.shape[:-1])
     else:
-        k, budget = None, float(k)
+        budget = float(k)
     if scores.numel() == 0:
-        return scores.to(arithmetic_dtype(scores)) * budgets(scores, k, budget).unsqueeze(-1).to(scores.dtype)
+        return scores.to(arithmetic_dtype(scores)) * budgets(scores, budgets_given, budget).unsqueeze(-1).to(scores.dtype)
     if solver == "newton":
         newton = soft_topk_newton_triton_forward if implementation == "triton" else soft_topk_newton_forward
-        return newton(scores, k, mask, budget, float(eps))[0]
+        return newton(scores, budgets_given, mask, budget, float(eps))[0]
     eps_init = eps if eps_init is None else eps_init
     if implementation == "reference":
         epsilons = epsilon_schedule(eps, eps_init, eps_decay, n_iters)
         rows = scores.to(arithmetic_dtype(scores))
-        return soft_topk_reference(rows, budgets(scores, k, budget), mask, epsilons)
+        return soft_topk_reference(rows, budgets(scores, budgets_given, budget), mask, epsilons)
     descend = soft_topk_triton_forward if implementation == "triton" else soft_topk_scalar_forward
     segments = n_iters if checkpoint_segments is None else checkpoint_segments
-    return descend(scores, k, mask, budget, float(eps), float(eps_init), float(eps_decay), n_iters, segments)[0]
+    return descend(scores, budgets_given, mask, budget, float(eps), float(eps_init), float(eps_decay), n_iters, segments)[0]
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:

@@ -50,7 +50,8 @@ class _Schedule(NamedTuple):
 def _schedule(eps: float, eps_init: float, eps_decay: float, n_iters: int) -> _Schedule:
     epsilons = epsilon_schedule(eps, eps_init, eps_decay, n_iters)
     bits = (epsilons[0], eps_decay, math.log(eps_decay), epsilons[-1])
-    return _Schedule(*(float64_bits(value) for value in bits), tail=1 + epsilons.index(epsilons[-1]))
+    first, decay, log_decay, last = (float64_bits(value) for value in bits)
+    return _Schedule(first, decay, log_decay, last, tail=1 + epsilons.index(epsilons[-1]))
 
 
 def row_constants(scores: Tensor, k: Tensor | None, mask: Tensor | None, layout: RowSplit) -> dict[str, Any]:
