@@ -113,8 +113,8 @@ def report(title: str, rows: Sequence[Row], output: Path | None) -> int:
         contents = {"title": title, "device": device_line(), "rows": [asdict(row) for row in rows]}
         (output / "results.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
         measured = [row for row in rows if row.wall_ms is not None]
-        times = [(row.wall_ms if row.gpu_ms is None else row.gpu_ms) or 0.0 for row in measured]
-        plot_bars(title, [f"{row.name}, {row.shape}" for row in measured], times, "ms", output / "results.png")
+        bars = [(row.wall_ms if row.gpu_ms is None else row.gpu_ms) or 0.0 for row in measured]
+        plot_bars(title, [f"{row.name}, {row.shape}" for row in measured], bars, "ms", output / "results.png")
     return int(any(row.wall_ms is None for row in rows))
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import comb
 from pathlib import Path
@@ -309,7 +309,7 @@ def measure_order(folder: Path, scale: float) -> Figures:
     return {"cuts with one order and one content": float(len(found)), "steps": float(steps)}
 
 
-def _hash_order(shards: ShardSet, pieces: list[tuple[int, ...]], batch: int) -> str:
+def _hash_order(shards: ShardSet, pieces: Sequence[tuple[int, ...]], batch: int) -> str:
     """Hash over the number and the ids of all samples; pieces: first step, last, world size, workers, micro-batch."""
     digest = hashlib.sha256()
     for first, last, world_size, workers, micro in pieces:

@@ -1,6 +1,7 @@
 """Soft top-k, forward and backward: the Triton kernels beside the published form, torch.compile, and the peer package.
 
-GPU time is that of a CUDA graph of the forward and the backward; `eager` is the time of a call without a graph, and
+GPU time is that of a CUDA graph of the forward and the backward (of the others, which cannot all be captured, that of
+calls queued behind a pause of the device); `eager` is the time of a call without a graph, and
 `host` what of it the host spends, both with the backward in the calling thread, so that waking autograd's own thread is
 left out. Errors are those of the result and of the scores' gradient against float64, ||d|| / ||float64's||. An
 implementation whose error is above the tolerance gets no time.
@@ -19,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from colt5dist.benchmark import device_line, plot_bars
+from colt5dist.benchmark import device_line, median_milliseconds, plot_bars
 from colt5dist.ops.soft_topk import soft_topk
 from colt5dist.ops.soft_topk.schedule import epsilon_schedule
 
 SHAPES = ((16, 16_384), (16, 65_536), (1, 1_048_576))
-SCHEDULE = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
+EPS, EPS_INIT, EPS_DECAY = 0.03, 4.0, 0.7
 FORWARD_TOLERANCE = 2e-6
 BACKWARD_TOLERANCE = 2e-5
 OTHERS_TOLERANCE = 1e-3
@@ -54,13 +55,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shape", type=_shape, action="append", help="ROWSxN, may be repeated", metavar="ROWSxN")
     parser.add_argument("--n-iters", type=int, default=20, help="iterations of coordinate descent")
     parser.add_argument("--std", type=float, default=1.0, help="standard deviation of the scores")
+    parser.add_argument("--only-ours", action="store_true", help="leave out the peer and the other forms")
     parser.add_argument("--repeats", type=int, default=30, help="measurements of which the median is taken")
     parser.add_argument("--output", type=Path, help="folder for the figures as JSON and as a plot")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for shape in options.shape or SHAPES:
-        rows += _measure_shape(shape, options.n_iters, options.std, options.repeats, device)
+        rows += _measure_shape(shape, options, device)
     title = f"Soft top-k, T = {options.n_iters}, eps 4 * 0.7^t down to 0.03, k = 9/64 n, scores N(0, {options.std:g}^2)"
     _report(rows, title, options.output)
     return int(any(row.eager_us is None for row in rows if row.name.startswith("ours")))
@@ -71,13 +73,14 @@ def _shape(text: str) -> tuple[int, int]:
     return int(rows), int(n)
 
 
-def _measure_shape(shape: tuple[int, int], n_iters: int, std: float, repeats: int, device: torch.device) -> list[Row]:
+def _measure_shape(shape: tuple[int, int], options: argparse.Namespace, device: torch.device) -> list[Row]:
     """All implementations on one input."""
     torch.manual_seed(0)
-    scores, upstream = torch.randn(shape, device=device) * std, torch.randn(shape, device=device)
+    scores, upstream = torch.randn(shape, device=device) * options.std, torch.randn(shape, device=device)
+    n_iters, repeats = options.n_iters, options.repeats
     k = shape[1] / 8 * 9 / 8
-    descent = partial(soft_topk, k=k, n_iters=n_iters, **SCHEDULE)
-    exact = partial(soft_topk, k=k, eps=SCHEDULE["eps"], solver="newton")
+    descent = partial(soft_topk, k=k, n_iters=n_iters, eps=EPS, eps_init=EPS_INIT, eps_decay=EPS_DECAY)
+    exact = partial(soft_topk, k=k, eps=EPS, solver="newton")
     fast = "triton" if device.type == "cuda" else "scalar"
     wide = {form: _gradients(partial(form, implementation="scalar"), scores, upstream) for form in (descent, exact)}
     ours = {
@@ -88,11 +91,13 @@ def _measure_shape(shape: tuple[int, int], n_iters: int, std: float, repeats: in
         ),
         f"ours, newton, {fast}": (partial(exact, implementation=fast), exact),
     }
+    rows = [_measure(name, call, wide[form], scores, upstream, repeats, True) for name, (call, form) in ours.items()]
+    if options.only_ours:
+        return rows
     others: dict[str, Weights] = {"as published": partial(descent, implementation="reference")}
     if device.type == "cuda":
         others["scalar form, torch.compile"] = torch.compile(partial(scalar_form, k=k, n_iters=n_iters), dynamic=False)
     others |= _peers(k, n_iters)
-    rows = [_measure(name, call, wide[form], scores, upstream, repeats, True) for name, (call, form) in ours.items()]
     for name, call in others.items():
         try:
             rows.append(_measure(name, call, wide[descent], scores, upstream, repeats, False))
@@ -103,7 +108,7 @@ def _measure_shape(shape: tuple[int, int], n_iters: int, std: float, repeats: in
 
 def scalar_form(scores: Tensor, k: float, n_iters: int) -> Tensor:
     """The scalar state in PyTorch's own operators, differentiated by autograd: what a compiler is given."""
-    epsilons = epsilon_schedule(SCHEDULE["eps"], SCHEDULE["eps_init"], SCHEDULE["eps_decay"], n_iters)
+    epsilons = epsilon_schedule(EPS, EPS_INIT, EPS_DECAY, n_iters)
     a = torch.full_like(scores[..., :1], epsilons[0] * math.log(k / scores.shape[-1]))
     for eps in epsilons[1:-1]:
         a = eps * (math.log(k) - (torch.minimum(scores, -a) / eps).logsumexp(dim=-1, keepdim=True))
@@ -118,14 +123,12 @@ def _peers(k: float, n_iters: int) -> dict[str, Weights]:
         print("no peer: colt5-attention is not installed; pip install 'colt5dist[bench]'")
         return {}
     peers: dict[str, Weights] = {}
+    settings = {"k": k, "n_iters": n_iters, "eps": EPS, "eps_init": EPS_INIT, "eps_decay": EPS_DECAY}
     if torch.cuda.is_available():
         from colt5_attention.triton_coor_descent import triton_coor_descent
 
-        segments = max(1, n_iters // 5)
-        peers["peer, Triton"] = partial(
-            triton_coor_descent, k=k, n_iters=n_iters, checkpoint_segments=segments, **SCHEDULE
-        )
-    return peers | {"peer, PyTorch": partial(coor_descent, k=k, n_iters=n_iters, **SCHEDULE)}
+        peers["peer, Triton"] = partial(triton_coor_descent, checkpoint_segments=max(1, n_iters // 5), **settings)
+    return peers | {"peer, PyTorch": partial(coor_descent, **settings)}
 
 
 def _gradients(weights: Weights, scores: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,38 +148,52 @@ def _measure(
     tight: bool,
 ) -> Row:
     """Errors and bytes of one implementation, and its times if it is right."""
-    inputs = scores.clone().requires_grad_()
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        result = weights(inputs)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
-    saved_bytes = sum(nbytes for address, nbytes in storages.items() if address != inputs.data_ptr())
-    (gradient,) = torch.autograd.grad(result, inputs, upstream)
-    # elements within 4 units in the last place of a threshold may fall to its other side
-    difference = (gradient.double() - expected[1]).abs().flatten()
-    near = max(1, difference.numel() // 100_000)
-    difference = difference.sort().values[:-near]
-    errors = (
-        float((result.detach().double() - expected[0]).norm() / expected[0].norm()),
-        float(difference.norm() / expected[1].norm()),
-    )
+    errors, saved_bytes = _errors(weights, expected, scores, upstream)
     tolerances = (FORWARD_TOLERANCE, BACKWARD_TOLERANCE) if tight else (OTHERS_TOLERANCE, OTHERS_TOLERANCE)
     shape = f"{scores.shape[0]} x {scores.shape[1]:,}"
     if not (errors[0] <= tolerances[0] and errors[1] <= tolerances[1]):
         return Row(name, shape, None, None, None, None, *errors, saved_bytes)
+    inputs = scores.clone().requires_grad_()
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return weights(inputs)
 
     def both() -> Tensor:
         return torch.autograd.grad(weights(inputs), inputs, upstream)[0]
 
-    del result
-    forward = gpu = None
-    if scores.is_cuda:
-        gpu = graph_microseconds(both, repeats)
-        with torch.no_grad():
-            forward = graph_microseconds(lambda: weights(inputs), repeats)
+    gpu: tuple[float | None, float | None] = (None, None)
+    if scores.is_cuda and tight:
+        gpu = graph_microseconds(forward, repeats), graph_microseconds(both, repeats)
+    elif scores.is_cuda:
+        # the peer cannot be captured: the device's time of calls that were queued while it was paused
+        queued = (median_milliseconds(call, 5, queued=4, on_gpu=True) for call in (forward, both))
+        gpu = next(queued) * 1e3, next(queued) * 1e3
     with torch.autograd.set_multithreading_enabled(False):
         eager, host = eager_microseconds(both, repeats)
-    return Row(name, shape, forward, gpu, eager, host, *errors, saved_bytes)
+    return Row(name, shape, *gpu, eager, host, *errors, saved_bytes)
+
+
+def _errors(
+    weights: Weights, expected: tuple[Tensor, Tensor], scores: Tensor, upstream: Tensor
+) -> tuple[tuple[float, float], int]:
+    """Errors of the weights and of the scores' gradient, and the bytes saved for the backward beside the scores."""
+    inputs = scores.clone().requires_grad_()
+    storages: dict[int, int] = {}
+
+    def note(saved: Tensor) -> Tensor:
+        storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        result = weights(inputs)
+    saved_bytes = sum(nbytes for address, nbytes in storages.items() if address != inputs.data_ptr())
+    (gradient,) = torch.autograd.grad(result, inputs, upstream)
+    # elements within 4 units in the last place of a threshold may fall to its other side
+    difference = (gradient.double() - expected[1]).abs().flatten()
+    difference = difference.sort().values[: -max(1, difference.numel() // 100_000)]
+    forward_error = float((result.detach().double() - expected[0]).norm() / expected[0].norm())
+    return (forward_error, float(difference.norm() / expected[1].norm())), saved_bytes
 
 
 def graph_microseconds(call: Callable[[], object], repeats: int, calls: int = 10) -> float:

@@ -81,7 +81,7 @@ def split_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
     """
     block = triton.next_power_of_2(n)
     if block <= LONGEST_WHOLE_ROW:
-        return RowSplit(1, block, 1, num_rows, max(1, min(block // 1024, 16)))
+        return RowSplit(1, block, 1, num_rows, max(1, min(block // 1024, 8)))
     if device is None or INTERPRETED:
         return RowSplit(1, STREAMED_BLOCK, triton.cdiv(n, STREAMED_BLOCK), num_rows, 16)
     room = torch.cuda.get_device_properties(device).multi_processor_count
@@ -95,7 +95,7 @@ def split_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
             return RowSplit(1, block, triton.cdiv(n, block), num_rows, 16)
     parts = triton.cdiv(n, block * blocks)
     groups = num_rows if parts == 1 else min(num_rows, room // parts)
-    return RowSplit(parts, block, blocks, groups, 16 if blocks > 1 else min(block // 1024, 16))
+    return RowSplit(parts, block, blocks, groups, 16 if blocks > 1 else max(4, block // 2048))
 
 
 @lru_cache(maxsize=1024)

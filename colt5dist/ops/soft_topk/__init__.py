@@ -195,7 +195,9 @@ def soft_topk(
     else:
         budget = float(k)
     if scores.numel() == 0:
-        return scores.to(arithmetic_dtype(scores)) * budgets(scores, budgets_given, budget).unsqueeze(-1).to(scores.dtype)
+        return scores.to(arithmetic_dtype(scores)) * budgets(scores, budgets_given, budget).unsqueeze(-1).to(
+            scores.dtype
+        )
     if solver == "newton":
         newton = soft_topk_newton_triton_forward if implementation == "triton" else soft_topk_newton_forward
         return newton(scores, budgets_given, mask, budget, float(eps))[0]
@@ -206,7 +208,9 @@ def soft_topk(
         return soft_topk_reference(rows, budgets(scores, budgets_given, budget), mask, epsilons)
     descend = soft_topk_triton_forward if implementation == "triton" else soft_topk_scalar_forward
     segments = n_iters if checkpoint_segments is None else checkpoint_segments
-    return descend(scores, budgets_given, mask, budget, float(eps), float(eps_init), float(eps_decay), n_iters, segments)[0]
+    return descend(
+        scores, budgets_given, mask, budget, float(eps), float(eps_init), float(eps_decay), n_iters, segments
+    )[0]
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:

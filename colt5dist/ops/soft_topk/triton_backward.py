@@ -204,6 +204,8 @@ def gradient_kernel(
             DTYPE,
         )
         tl.debug_barrier()  # the table is read by other threads than those that wrote it
+        # while the other parts of A_T are on the way
+        subtracted = _subtracted(tile, table, n_iters, first_needed, tail_begin, FLUSH)
         if LANES > 1:
             values, _counts = collect(messages, stride, group, part, parts, sequence, LANES, REPLICAS)
             total = tl.sum(values.to(tl.float64))
@@ -211,7 +213,7 @@ def gradient_kernel(
         if HAS_K and part == 0:
             store_budget_gradient(grad_k, k, row, grad_a * of_budget)
         share = grad_a.to(DTYPE)
-        gradient = direct * inverse_eps - share * _subtracted(tile, table, n_iters, first_needed, tail_begin, FLUSH)
+        gradient = direct * inverse_eps - share * subtracted
         gradient = tl.where(valid, gradient, 0.0)
         tl.store(grad_scores + row * n + columns, gradient.to(grad_scores.dtype.element_ty), mask=columns < n)
         if not RESIDENT:
