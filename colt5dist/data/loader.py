@@ -64,7 +64,7 @@ def training_batches(
     sizes = [micro_batch_size] + [
         min(entry.micro_batch_size or micro_batch_size, share) for entry in config.length_schedule
     ]
-    assert global_batch_size % world_size == 0, (global_batch_size, world_size)
+    assert global_batch_size % world_size == 0 and 0 <= rank < world_size, (global_batch_size, rank, world_size)
     assert all(share % size == 0 for size in sizes), (share, sizes)
     first_steps = [1, *(entry.step for entry in config.length_schedule)]
     sampler = RankSampler(
