@@ -176,7 +176,7 @@ def finish(messages, stride, group, part, sequence, LANES: tl.constexpr):
 def post(messages, stride, group, part, sequence, value, count, LANES: tl.constexpr, REPLICAS: tl.constexpr):
     """Give the row's other programs a float32 and an integer in 0 .. 65,535, in the exchange of number `sequence`."""
     slots = messages + group.to(tl.int64) * stride + _HEADER + (sequence % 2) * (LANES * REPLICAS)
-    payload = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (count.to(tl.int64) << 16)
+    payload = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ((count.to(tl.int64) & 0xFFFF) << 16)
     if REPLICAS == 1:
         tl.store(slots + part, payload | (sequence & 0xFFFF))
     else:

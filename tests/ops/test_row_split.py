@@ -73,6 +73,19 @@ def test_split_rows_are_those_of_float64(result_and_gradients, poisoned_memory, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("budget", [0.4, 99_999.5, 100_000.0, 3e6])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_hard_rows_in_parts(result_and_gradients, budget, scale):
+    """Budgets about n, scores so far apart that the unclipped mass vanishes beside its largest term."""
+    scores, grad = torch.randn(2, 100_000, device="cuda") * scale, torch.randn(2, 100_000, device="cuda")
+    settings = {"eps": 0.02, "solver": "newton"}
+    expected = result_and_gradients(scores.double(), budget, grad, implementation="scalar", **settings)
+    actual = result_and_gradients(scores, budget, grad, implementation="triton", **settings)
+    assert (actual[0].double() - expected[0]).norm() <= 2e-6 * expected[0].norm()
+    assert (actual[0].sum(-1, dtype=torch.float64) / min(budget, 1e5) - 1).abs().max() <= 1e-5
+
+
+@pytest.mark.gpu
 @each_shape
 def test_segments_change_no_bit(result_and_gradients, shape):
     scores, grad = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda")

@@ -125,6 +125,7 @@ def _solve_kernel(
     accuracy = float64_of(accuracy)
     scale = per_octave(eps, DTYPE)
     there = tl.arange(0, LANES) < parts
+    nothing = tl.full((), 0, tl.int32)
     begin = part * blocks * BLOCK
     group = tl.program_id(0) // parts
     sequence = first_sequence(messages, stride, group, LANES)
@@ -151,7 +152,7 @@ def _solve_kernel(
             num_valid = tl.sum(numbers)
             sequence += 1
             values, numbers = exchange(
-                messages, stride, group, part, parts, sequence, smallest, num_valid, LANES, REPLICAS
+                messages, stride, group, part, parts, sequence, smallest, nothing, LANES, REPLICAS
             )
             smallest = tl.min(tl.where(there, values, float("inf")))
         row_max = tl.where(num_valid == 0, 0.0, largest).to(tl.float64)
@@ -219,7 +220,7 @@ def _solve_kernel(
                 if LANES > 1:
                     sequence += 1
                     values, numbers = exchange(
-                        messages, stride, group, part, parts, sequence, pivot, num_valid, LANES, REPLICAS
+                        messages, stride, group, part, parts, sequence, pivot, nothing, LANES, REPLICAS
                     )
                     pivot = tl.max(tl.where(there, values, float("-inf")))
                 pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
@@ -236,7 +237,7 @@ def _solve_kernel(
                 if LANES > 1:
                     sequence += 1
                     values, numbers = exchange(
-                        messages, stride, group, part, parts, sequence, total, num_clipped.to(tl.int32), LANES, REPLICAS
+                        messages, stride, group, part, parts, sequence, total, nothing, LANES, REPLICAS
                     )
                     total, _clipped = sum_both(values, numbers)
             # the sums were relative to high + pivot, the mass is to -a
