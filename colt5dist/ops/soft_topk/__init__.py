@@ -65,10 +65,10 @@ m = sum_U y_i g_i / sum_U y_i, the mean gradient of the unclipped mass,
 
     dL/ds_i = (y_i / eps) * (g_i - m)  on U, 0 elsewhere;        dL/dk = m
 
-**Arithmetic.** Elementwise in float32, or float64 for float64 scores. Row scalars are float64; between two sums the Triton
-kernels carry them as the sum of two float32, 48 bits. The difference s + a is formed with the scalar split in two, so
-that its sign, which says on which side of a threshold an entry lies, is that of float64. Scores have to stay below about
-1e9 * eps, beyond which a cannot resolve eps.
+**Arithmetic.** Elementwise in float32, or float64 for float64 scores. Row scalars are float64; between two sums the
+Triton kernels carry them as the sum of two float32, 48 bits. The difference s + a is formed with the scalar split in
+two, so that its sign, which says on which side of a threshold an entry lies, is that of float64. Scores have to stay
+below about 1e9 * eps, beyond which a cannot resolve eps.
 """
 
 import math
