@@ -6,7 +6,7 @@ Here is what they share: how a call is timed, how far its numbers may be off, an
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -101,13 +101,16 @@ def device_line() -> str:
     return f"{device}, torch {torch.__version__}, Triton {triton_version}, {time.strftime('%Y-%m-%d')}"
 
 
-def report(title: str, rows: Sequence[Row], output: Path | None) -> int:
-    """Print the table, and write it to the folder `output` as JSON and a plot; 1 if a result was wrong, else 0."""
+def report(title: str, measurements: Iterable[Row], output: Path | None) -> int:
+    """Print the table, each line when it is measured, and write it to the folder `output` as JSON and a plot; 1 if a
+    result was wrong, else 0."""
     print(f"{title}\n{device_line()}\n")
-    print(f"{'':40} {'shape':>14} {'ms (wall)':>10} {'ms (GPU)':>10} {'error':>9}")
-    for row in rows:
+    print(f"{'':40} {'shape':>14} {'ms (wall)':>10} {'ms (GPU)':>10} {'error':>9}", flush=True)
+    rows = []
+    for row in measurements:
         times = [f"{'wrong' if row.wall_ms is None else '-' if ms is None else f'{ms:.3f}':>10}" for ms in row.times]
-        print(f"{row.name:40} {row.shape:>14} {' '.join(times)} {row.error:>9.1e}")
+        print(f"{row.name:40} {row.shape:>14} {' '.join(times)} {row.error:>9.1e}", flush=True)
+        rows.append(row)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         contents = {"title": title, "device": device_line(), "rows": [asdict(row) for row in rows]}

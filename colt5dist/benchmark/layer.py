@@ -8,8 +8,9 @@ n/16 tokens of the feed-forward. Each result is compared with the same layer's i
 import argparse
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,17 @@ def main(arguments: list[str]) -> int:
     if "peer" not in options.without and importlib.util.find_spec("colt5_attention") is None:
         parser.error("package colt5-attention is not installed; pip install 'colt5dist[bench]', or --without peer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[Row] = []
-    for shape in options.shapes:
-        batch, n = (int(number) for number in shape.split("x"))
-        rows += measure_shape(batch, n, options.dim, device, options.repeats, options.without)
+    shapes = [tuple(int(number) for number in shape.split("x")) for shape in options.shapes]
+    rows = chain.from_iterable(
+        measure_shape(batch, n, options.dim, device, options.repeats, options.without) for batch, n in shapes
+    )
     return report(f"conditional block, forward + backward, dim {options.dim}, bf16", rows, options.output)
 
 
-def measure_shape(batch: int, n: int, dim: int, device: torch.device, repeats: int, without: list[str]) -> list[Row]:
-    """The lines of the table for one shape."""
+def measure_shape(
+    batch: int, n: int, dim: int, device: torch.device, repeats: int, without: list[str]
+) -> Iterator[Row]:
+    """The lines of the table for one shape, one after another."""
     torch.manual_seed(0)
     budgets: dict[str, Any] = {
         "num_heavy_attn_tokens_q": n // 16,
@@ -130,7 +133,6 @@ def measure_shape(batch: int, n: int, dim: int, device: torch.device, repeats: i
     if "dense" not in without:
         dense = rounded(DenseBlock(dim)).to(device)
         candidates.append(("dense block, flash attention", dense, copy.deepcopy(dense).bfloat16()))
-    rows = []
     for name, wide, module in candidates:
         expected = [result.detach() for result in step(wide, [], wide_x)]
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -145,5 +147,4 @@ def measure_shape(batch: int, n: int, dim: int, device: torch.device, repeats: i
             # of the gradient the median row: at the routers' temperature of 0.03, the rounding of x moves some soft
             # scores, and what these add to the gradient, by their own size
             error = max(relative_error([out], expected[:1]), relative_error([grad], expected[1:], share=0.5))
-            rows.append(measure(form, f"{batch} x {n:,}", call, error, repeats))
-    return rows
+            yield measure(form, f"{batch} x {n:,}", call, error, repeats)

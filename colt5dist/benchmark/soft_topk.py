@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,11 +60,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="folder for the figures as JSON and as a plot")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    title = f"Soft top-k, T = {options.n_iters}, eps 4 * 0.7^t down to 0.03, k = 9/64 n, scores N(0, {options.std:g}^2)"
+    _print_head(title)
     rows = []
     for shape in options.shape or SHAPES:
-        rows += _measure_shape(shape, options, device)
-    title = f"Soft top-k, T = {options.n_iters}, eps 4 * 0.7^t down to 0.03, k = 9/64 n, scores N(0, {options.std:g}^2)"
-    _report(rows, title, options.output)
+        for row in _measure_shape(shape, options, device):
+            _print_row(row)
+            rows.append(row)
+    if options.output is not None:
+        _write(rows, title, options.output)
     return int(any(row.eager_us is None for row in rows if row.name.startswith("ours")))
 
 
@@ -73,8 +77,8 @@ def _shape(text: str) -> tuple[int, int]:
     return int(rows), int(n)
 
 
-def _measure_shape(shape: tuple[int, int], options: argparse.Namespace, device: torch.device) -> list[Row]:
-    """All implementations on one input."""
+def _measure_shape(shape: tuple[int, int], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """All implementations on one input, one after another."""
     torch.manual_seed(0)
     scores, upstream = torch.randn(shape, device=device) * options.std, torch.randn(shape, device=device)
     n_iters, repeats = options.n_iters, options.repeats
@@ -91,19 +95,19 @@ def _measure_shape(shape: tuple[int, int], options: argparse.Namespace, device: 
         ),
         f"ours, newton, {fast}": (partial(exact, implementation=fast), exact),
     }
-    rows = [_measure(name, call, wide[form], scores, upstream, repeats, True) for name, (call, form) in ours.items()]
+    for name, (ours_call, form) in ours.items():
+        yield _measure(name, ours_call, wide[form], scores, upstream, repeats, True)
     if options.only_ours:
-        return rows
+        return
     others: dict[str, Weights] = {"as published": partial(descent, implementation="reference")}
     if device.type == "cuda":
         others["scalar form, torch.compile"] = torch.compile(partial(scalar_form, k=k, n_iters=n_iters), dynamic=False)
     others |= _peers(k, n_iters)
     for name, call in others.items():
         try:
-            rows.append(_measure(name, call, wide[descent], scores, upstream, repeats, False))
+            yield _measure(name, call, wide[descent], scores, upstream, repeats, False)
         except Exception as error:  # what the row would be is the other package's limit, not ours
             print(f"{name}, {shape[0]} x {shape[1]:,}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-    return rows
 
 
 def scalar_form(scores: Tensor, k: float, n_iters: int) -> Tensor:
@@ -235,18 +239,23 @@ def eager_microseconds(call: Callable[[], object], repeats: int, calls: int = 20
     return statistics.median(walls), statistics.median(hosts)
 
 
-def _report(rows: Sequence[Row], title: str, output: Path | None) -> None:
-    """Print the table, and write it to the folder `output` as JSON and a plot."""
+def _print_head(title: str) -> None:
+    """Print what the table is of, and the names of its columns."""
     print(f"{title}\n{device_line()}\n")
-    head = ("forward", "fwd + bwd", "eager", "host", "error", "error ds", "saved")
-    print(f"{'us':28} {'rows x n':>14} " + " ".join(f"{name:>9}" for name in head))
-    for row in rows:
-        times = (row.forward_us, row.gpu_us, row.eager_us, row.host_us)
-        cells = ["wrong" if row.eager_us is None else "-" if us is None else f"{us:.1f}" for us in times]
-        cells += [f"{row.forward_error:.1e}", f"{row.backward_error:.1e}", f"{row.saved_bytes:,}"]
-        print(f"{row.name:28} {row.shape:>14} " + " ".join(f"{cell:>9}" for cell in cells))
-    if output is None:
-        return
+    names = ("forward", "fwd + bwd", "eager", "host", "error", "error ds", "saved")
+    print(f"{'us':28} {'rows x n':>14} " + " ".join(f"{name:>9}" for name in names), flush=True)
+
+
+def _print_row(row: Row) -> None:
+    """Print a line of the table."""
+    times = (row.forward_us, row.gpu_us, row.eager_us, row.host_us)
+    cells = ["wrong" if row.eager_us is None else "-" if us is None else f"{us:.1f}" for us in times]
+    cells += [f"{row.forward_error:.1e}", f"{row.backward_error:.1e}", f"{row.saved_bytes:,}"]
+    print(f"{row.name:28} {row.shape:>14} " + " ".join(f"{cell:>9}" for cell in cells), flush=True)
+
+
+def _write(rows: Sequence[Row], title: str, output: Path) -> None:
+    """Write the table to the folder `output` as JSON and a plot."""
     output.mkdir(parents=True, exist_ok=True)
     contents = {"title": title, "device": device_line(), "rows": [asdict(row) for row in rows]}
     (output / "soft_topk.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
