@@ -62,11 +62,13 @@ class RowSplit(NamedTuple):
         return constants if self.parts == 1 else constants | {"launch_cooperative_grid": True}
 
 
+@lru_cache(maxsize=1024)
 def lanes(parts: int) -> int:
     """Elements of the block that holds a term of each part: 1 where a row is not split."""
     return triton.next_power_of_2(parts)
 
 
+@lru_cache(maxsize=1024)
 def replicas(parts: int) -> int:
     """How many times each part writes its word, so that not all others wait at one place of the cache."""
     return max(1, lanes(parts) // 16)

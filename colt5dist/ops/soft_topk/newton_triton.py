@@ -435,9 +435,9 @@ def _backward(
     num_rows = scores.numel() // n
     k, roots = contiguous(k), a.contiguous()
     grad_scores = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-    tiles = triton.cdiv(n, TILE_BLOCK)
-    blocks = triton.cdiv(tiles, MOST_TERMS)
-    num_terms = triton.cdiv(tiles, blocks)
+    tiles = -(-n // TILE_BLOCK)
+    blocks = -(-tiles // MOST_TERMS)
+    num_terms = -(-tiles // blocks)
     layout = RowSplit(1, TILE_BLOCK, blocks, num_rows, 4)
     terms = roots.new_empty(3 * num_rows * num_terms)
     grad_k = terms if k is None else roots.new_empty(k.shape)
@@ -458,7 +458,7 @@ def _backward(
         arguments = (*rows, num_rows, n, num_terms, blocks, eps_bits)
         _means(key, num_rows * num_terms, arguments, constants)
         arguments = (*rows, roots if k is None else k, grad_scores, grad_k, num_rows, n, num_terms, tiles, eps_bits)
-        constants |= {"HAS_K": of_k, "TERMS": triton.next_power_of_2(num_terms)}
+        constants |= {"HAS_K": of_k, "TERMS": 1 << (num_terms - 1).bit_length()}
         _gradients(key, num_rows * tiles, arguments, constants)
     return grad_scores, terms.new_empty(0) if k is None else grad_k
 

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from colt5dist.ops.kernel_call import KernelCall, tensor_key
@@ -56,12 +55,17 @@ def _schedule(eps: float, eps_init: float, eps_decay: float, n_iters: int) -> _S
 
 def row_constants(scores: Tensor, k: Tensor | None, mask: Tensor | None, layout: RowSplit) -> dict[str, Any]:
     """What every kernel is compiled for, in the order of its arguments, and its launch options."""
+    return dict(_row_constants(layout, mask is not None, k is not None, arithmetic_type(scores)))
+
+
+@lru_cache(maxsize=1024)
+def _row_constants(layout: RowSplit, has_mask: bool, has_k: bool, dtype: Any) -> dict[str, Any]:
     return {
         "RESIDENT": layout.blocks == 1,
         **layout.launch,
-        "HAS_MASK": mask is not None,
-        "HAS_K": k is not None,
-        "DTYPE": arithmetic_type(scores),
+        "HAS_MASK": has_mask,
+        "HAS_K": has_k,
+        "DTYPE": dtype,
         "COMPILED": not INTERPRETED,
     }
 
@@ -196,7 +200,7 @@ def _backward(
             schedule.decay,
             schedule.last,
         )
-        constants = row_constants(scores, k, mask, layout) | {"ITERATIONS": triton.next_power_of_2(n_iters)}
+        constants = row_constants(scores, k, mask, layout) | {"ITERATIONS": 1 << (n_iters - 1).bit_length()}
         _gradients(key, programs, arguments, constants)
     return grad_scores, tables.new_empty(0) if k is None else grad_k
 
