@@ -65,6 +65,8 @@ class TokenReader:
         self._index = shards.index
         self._dtype = shards.dtype
         self._eos_id = shards.tokenizer.eos_id
+        # where parts of shards are asked for; else files are open
+        self._remote = shards.remote if shards.remote and shards.remote.reads_members else None
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._members: OrderedDict[int, Member] = OrderedDict()
@@ -140,13 +142,20 @@ class TokenReader:
         return member
 
     def _load(self, number: int) -> Member:
+        """Read a member, and compare it with the index."""
+        member = self._read_member(number)
+        if member.damage and self._remote:
+            member = self._read_member(number)  # what a network did to it is no damage of the shard
+        return member
+
+    def _read_member(self, number: int) -> Member:
         """Read a member and compare it with the index: its name, the lengths of its records, their checksums."""
         entry = self._index.members[number]
         shard = int(entry["shard"])
         path = self._shards.shard_name(shard)
         place = f"{path}: at byte {int(entry['offset'])}"
         try:
-            content = os.pread(self._file(shard).fileno(), int(entry["size"]), int(entry["offset"]))
+            content = self._read_bytes(shard, int(entry["offset"]), int(entry["size"]))
         except OSError as error:
             raise UnreadableShardError(f"{place}: cannot be read ({error.strerror or error}); {MEND}") from None
         lengths = self._index.record_lengths(number)
@@ -174,6 +183,12 @@ class TokenReader:
                 damage.append(Damage(start, start + length, message))
             begin, start = end, start + length
         return Member(np.frombuffer(records, dtype=self._dtype), tuple(damage))
+
+    def _read_bytes(self, shard: int, offset: int, size: int) -> bytes:
+        """A part of a shard; raises OSError."""
+        if self._remote:
+            return self._remote.read(self._shards.manifest.shards[shard], offset, size)
+        return os.pread(self._file(shard).fileno(), size, offset)
 
     def _file(self, shard: int) -> BinaryIO:
         """The open file of a shard; positions are given with each read, so processes may share it."""
