@@ -8,8 +8,10 @@ so that other work on the machine disturbs it less; the loader and `prepare` wit
 import argparse
 import hashlib
 import json
+import os
 import platform
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -380,19 +382,22 @@ def _steps(
 
 
 def _read_and_kill(shards: ShardSet, first: int, stop: int, cut: tuple[int, int, int], digest: Any) -> None:
-    """Take steps first..stop-1 from a process that would go on, and kill it."""
+    """Take steps first..stop-1 from a process that would go on, and kill it and its readers."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def run() -> None:
+        os.setpgrp()
         for content in _steps(shards, first, 1 << 40, *cut):
             sender.send_bytes(content)
 
     process = context.Process(target=run)
     process.start()
+    sender.close()  # so that an end of the process ends the reading
     for _ in range(first, stop):
         digest.update(receiver.recv_bytes())
-    process.kill()
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGKILL)
     process.join()
 
 
