@@ -1,23 +1,27 @@
 """Benchmark `data`: what the data room does in a second, beside the tokenizer alone and webdataset's own loader.
 
-`python launch/benchmark.py data [PART ...]`; parts: read, plan, shuffle, prepare, memory, masks, order; without any,
-all. Each makes its own data in a temporary folder. What one process does is measured in the time of its own core, so
-that other work on the machine disturbs it less; the loader and `prepare` with workers in time on the wall.
+`python launch/benchmark.py data [PART ...]`; parts: read, plan, shuffle, prepare, memory, masks, order, epoch; without
+any, all. Each makes its own data in a temporary folder. What one process does is measured in the time of its own core,
+so that other work on the machine disturbs it less; the loader and `prepare` with workers in time on the wall.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import platform
 import resource
+import signal
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from math import comb
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +111,42 @@ def measure_read(folder: Path, scale: float) -> Figures:
     for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False):
         tokens += len(np.frombuffer(sample["tokens"], dtype=np.uint16))
     figures["webdataset's own loader on our shards, no samples made, tokens/s"] = tokens / (time.process_time() - begin)
-    figures["webdataset's own loader, a document a member, tokens/s"] = _webdataset_documents(folder, shards)
+    reader = TokenReader(shards, cache_bytes=1 << 24)
+    ends = shards.index.document_ends[:4000].tolist()
+    documents = [reader.read(start, stop).tobytes() for start, stop in pairwise([0, *ends])]
+    figures["webdataset's own loader, a document a member, tokens/s"] = _webdataset_documents(folder, documents)
+    if find_spec("streaming"):
+        figures["mosaicml-streaming, a document a sample, tokens/s"] = _streaming_documents(folder, documents)
+    else:
+        print("no figure of mosaicml-streaming, which is not installed", file=sys.stderr)
     return figures
 
 
-def _webdataset_documents(folder: Path, shards: ShardSet) -> float:
-    """Tokens a second of the same documents as people usually store them: one a member."""
+def _webdataset_documents(folder: Path, documents: list[bytes]) -> float:
+    """Tokens a second of documents as people usually store them: one a member."""
     import webdataset
 
     path = folder / "documents.tar"
-    reader = TokenReader(shards, cache_bytes=1 << 24)
-    ends = shards.index.document_ends[:4000].tolist()
     with webdataset.TarWriter(str(path), encoder=False, mtime=0) as tar:
-        for number, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            tar.write({"__key__": f"{number:08d}", "tokens": reader.read(start, stop).tobytes()})
+        for number, content in enumerate(documents):
+            tar.write({"__key__": f"{number:08d}", "tokens": content})
     begin = time.process_time()
     tokens = 0
     for sample in webdataset.WebDataset([str(path)], shardshuffle=False, empty_check=False):
         tokens += len(np.frombuffer(sample["tokens"], dtype=np.uint16))
+    return tokens / (time.process_time() - begin)
+
+
+def _streaming_documents(folder: Path, documents: list[bytes]) -> float:
+    """Tokens a second of the same documents out of mosaicml-streaming's format, in its shuffled order."""
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(folder / "mds"), columns={"tokens": "bytes"}) as writer:
+        for content in documents:
+            writer.write({"tokens": content})
+    dataset = StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=1)
+    begin = time.process_time()
+    tokens = sum(len(np.frombuffer(sample["tokens"], dtype=np.uint16)) for sample in dataset)
     return tokens / (time.process_time() - begin)
 
 
@@ -190,12 +212,18 @@ def measure_prepare(folder: Path, scale: float) -> Figures:
     files = find_inputs([str(folder / "text")])
     content = train_tokenizer(files, vocab_size=32_000, text_key="text", held_out_below=0)
     (folder / "tokenizer.json").write_bytes(content)
-    tokenizer = JsonTokenizer(folder / "tokenizer.json")
-    tokenizer.encode(texts[0])
-    begin = time.process_time()
-    tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    alone = tokens / (time.process_time() - begin)
-    figures = {"tokenizer alone, tokens a CPU second": alone}
+    tokens = 0
+
+    def tokenizer_alone() -> float:
+        """Tokens a CPU second; with a new one, as those of prepare are."""
+        nonlocal tokens
+        tokenizer = JsonTokenizer(folder / "tokenizer.json")
+        begin = time.process_time()
+        tokens = sum(len(tokenizer.encode(text)) for text in texts)
+        return tokens / (time.process_time() - begin)
+
+    alone = [tokenizer_alone()]
+    figures = {}
     for workers in (0, 1, 2):
         settings = PrepareConfig(
             input=[str(folder / "text")],
@@ -208,7 +236,10 @@ def measure_prepare(folder: Path, scale: float) -> Figures:
         rate = tokens / (_cpu_seconds() - cpu)
         figures[f"prepare, workers={workers}, tokens a second"] = tokens / (time.perf_counter() - begin)
         figures[f"prepare, workers={workers}, tokens a CPU second"] = rate
-        figures[f"prepare, workers={workers}, share of the tokenizer alone"] = rate / alone
+        # beside the one before and the one after: the speed of a shared machine changes
+        alone.append(tokenizer_alone())
+        figures[f"prepare, workers={workers}, share of the tokenizer alone"] = rate / (sum(alone[-2:]) / 2)
+    figures["tokenizer alone, tokens a CPU second"] = sum(alone) / len(alone)
     begin = time.perf_counter()
     size = sum(len(item.text or "") for file in files for item in read_items(file, text_key="text"))
     figures["reading the jsonl, characters/s"] = size / (time.perf_counter() - begin)
@@ -293,53 +324,130 @@ def _reassemble(objective: Objective, inputs: np.ndarray, targets: np.ndarray, f
 
 
 def measure_order(folder: Path, scale: float) -> Figures:
-    """Cuts of a run of 2000 steps that give the same samples in the same order, with a resume at ten random steps."""
+    """Cuts of a run of 2000 steps that give the same samples in the same order; the last is killed at ten steps.
+
+    All world sizes of 1, 2, 4 and 8 with all numbers of workers of 0, 1 and 3, each with an accumulation of 1, 2 or 4.
+    """
     shards = synthetic_shards(folder / "order", 2_000_000, mean_length=800)
-    steps, batch = max(20, int(2000 * scale)), 8
-    rng = np.random.default_rng(0)
-    found: dict[tuple[int, ...], str] = {}
-    for world_size, workers, micro in ((1, 0, 8), (2, 1, 2), (4, 0, 1), (8, 0, 1), (1, 3, 2), (2, 0, 4), (1, 1, 4)):
-        found[world_size, workers, micro] = _hash_order(shards, [(0, steps, world_size, workers, micro)], batch)
-    cuts = sorted({0, steps, *rng.integers(1, steps, 10).tolist()})
-    kinds = [(1, 0, 8), (2, 0, 2), (4, 0, 1), (8, 0, 1), (1, 1, 1)]
-    pieces = [(a, b, *kinds[number % len(kinds)]) for number, (a, b) in enumerate(pairwise(cuts))]
-    found[0, 0, 0] = _hash_order(shards, pieces, batch)
+    steps = max(20, int(2000 * scale))
+    cuts = [
+        (world_size, workers, (1, 2, 4)[(row + column) % 3])
+        for row, world_size in enumerate((1, 2, 4, 8))
+        for column, workers in enumerate((0, 1, 3))
+    ]
+    found = {}
+    for cut in cuts:
+        digest = hashlib.sha256()
+        for content in _steps(shards, 0, steps, *cut):
+            digest.update(content)
+        found[cut] = digest.hexdigest()
+        print(
+            f"order: world size {cut[0]}, workers {cut[1]}, accumulation {cut[2]}: {found[cut][:12]}", file=sys.stderr
+        )
+    digest = hashlib.sha256()
+    kills = np.random.default_rng(0).choice(np.arange(1, steps), 10, replace=False)
+    bounds = [0, *sorted(kills.tolist()), steps]
+    for number, (first, stop) in enumerate(pairwise(bounds)):
+        _read_and_kill(shards, first, stop, cuts[5 * number % len(cuts)], digest)
+    found[0, 0, 0] = digest.hexdigest()
+    print(f"order: killed after steps {bounds[1:-1]}: {digest.hexdigest()[:12]}", file=sys.stderr)
     if len(set(found.values())) != 1:
         raise AssertionError(f"the order depends on how the run is cut: {found}")
-    return {"cuts with one order and one content": float(len(found)), "steps": float(steps)}
+    return {"cuts with one order and one content": float(len(found)), "steps": float(steps), "kills": float(len(kills))}
 
 
-def _hash_order(shards: ShardSet, pieces: Sequence[tuple[int, ...]], batch: int) -> str:
-    """Hash over the number and the ids of all samples; pieces: first step, last, world size, workers, micro-batch."""
-    digest = hashlib.sha256()
-    for first, last, world_size, workers, micro in pieces:
-        config = DataConfig(input_length=64, target_length=32, num_workers=workers)
-        ranks = [
-            training_batches(
-                shards,
-                config,
-                seed=3,
-                global_batch_size=batch,
-                micro_batch_size=micro,
-                rank=rank,
-                world_size=world_size,
-                first_sample=first * batch,
-            )
-            for rank in range(world_size)
+ORDER_BATCH = 32
+
+
+def _steps(
+    shards: ShardSet, first: int, stop: int, world_size: int, workers: int, accumulation: int
+) -> Iterator[bytes]:
+    """Numbers and ids of each step's samples, in the order in which the ranks have them."""
+    config = DataConfig(input_length=64, target_length=32, num_workers=workers)
+    ranks = [
+        training_batches(
+            shards,
+            config,
+            seed=3,
+            global_batch_size=ORDER_BATCH,
+            micro_batch_size=ORDER_BATCH // world_size // accumulation,
+            rank=rank,
+            world_size=world_size,
+            first_sample=first * ORDER_BATCH,
+        )
+        for rank in range(world_size)
+    ]
+    for _ in range(first, stop):
+        step = [next(rank) for rank in ranks]
+        assert all(len(batches) == accumulation for batches in step), "another accumulation"
+        columns = [
+            # (samples a rank, ranks, ids): rank r has samples r, r + world size, ...
+            np.stack([np.concatenate([batch[name].numpy() for batch in batches]) for batches in step], axis=1)
+            for name in ("sample_index", "input_ids", "target_ids")
         ]
-        for _ in range(first, last):
-            rows = {}
-            for rank in ranks:
-                for part in next(rank):
-                    for number, ids, targets in zip(
-                        part["sample_index"].tolist(), part["input_ids"], part["target_ids"], strict=True
-                    ):
-                        rows[number] = ids.numpy().tobytes() + targets.numpy().tobytes()
-            for number in sorted(rows):
-                digest.update(number.to_bytes(8, "little") + rows[number])
-        for rank in ranks:
-            rank.close()
-    return digest.hexdigest()
+        yield b"".join(column.tobytes() for column in columns)
+    for rank in ranks:
+        rank.close()
+
+
+def _read_and_kill(shards: ShardSet, first: int, stop: int, cut: tuple[int, int, int], digest: Any) -> None:
+    """Take steps first..stop-1 from a process that would go on, and kill it and its readers."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        os.setpgrp()
+        for content in _steps(shards, first, 1 << 40, *cut):
+            sender.send_bytes(content)
+
+    process = context.Process(target=run)
+    process.start()
+    sender.close()  # so that an end of the process ends the reading
+    for _ in range(first, stop):
+        digest.update(receiver.recv_bytes())
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def measure_epoch(folder: Path, scale: float) -> Figures:
+    """How often an epoch over 10,000 documents shows each token: in the plan, and in the rows of a causal run."""
+    rng = np.random.default_rng(0)
+    writer = CorpusWriter(folder / "epoch", ByteTokenizer(), validation_fraction=1e-3)
+    for length in np.maximum(rng.lognormal(np.log(2000) - 0.5, 1.0, int(10_010 * scale)), 1).astype(int).tolist():
+        ids = rng.integers(3, 259, length).astype(np.uint16)
+        writer.add_document(Document(ids, int(rng.integers(0, 1 << 63)) * 2, b""))
+    writer.close({})
+    shards = open_shards(folder / "epoch")
+    figures = {"documents": float(shards.num_documents), "tokens": float(shards.num_tokens)}
+    for name, config in (
+        ("colt5", DataConfig(input_length=INPUT_LENGTH, target_length=TARGET_LENGTH, num_workers=0)),
+        ("causal", DataConfig(input_length=0, target_length=2048, num_workers=0, mixture="causal")),
+    ):
+        samples = Samples(shards, config, seed=0)
+        shown = np.zeros(shards.num_tokens, dtype=np.int64)
+        number = 0
+        while (planned := samples.planned(number)).epoch == 0:
+            for start, stop in zip(planned.chunk.starts.tolist(), planned.chunk.stops.tolist(), strict=True):
+                shown[start:stop] += 1
+            number += 1
+        if shown.max() != 1:
+            raise AssertionError(f"{name}: a token is shown {shown.max()} times in an epoch")
+        figures[f"{name}: samples of the epoch"] = float(number)
+        figures[f"{name}: tokens shown once, share"] = float(shown.mean())
+        figures[f"{name}: tokens left over, a sample's for each block at most, share"] = float(1 - shown.mean())
+    # the last of them, causal, shows its text as it stands
+    tokens = TokenReader(shards, cache_bytes=1 << 20).read(0, shards.num_tokens)
+    expected = np.bincount(tokens[shown == 1], minlength=259)
+    found = np.zeros(259, dtype=np.int64)
+    for first in range(0, number, 8):
+        batch = make_batch(samples, range(first, min(first + 8, number)))
+        found += np.bincount(batch["target_ids"][batch["target_mask"]].numpy(), minlength=259)
+    found[shards.tokenizer.eos_id] = 0  # between documents
+    if not np.array_equal(found, expected):
+        raise AssertionError("the rows of an epoch have other tokens than its plan")
+    figures["causal: ids of the rows beside those of the plan, differences"] = 0.0
+    return figures
 
 
 PARTS: dict[str, Callable[[Path, float], Figures]] = {
@@ -350,6 +458,7 @@ PARTS: dict[str, Callable[[Path, float], Figures]] = {
     "memory": measure_memory,
     "masks": measure_masks,
     "order": measure_order,
+    "epoch": measure_epoch,
 }
 
 

@@ -67,16 +67,18 @@ class BlockLayout:
         """Chunk `number` of the block, when the joined text is cut from `offset` < num_offsets on."""
         assert 0 <= number < self.num_chunks and 0 <= offset < self.num_offsets, (number, offset)
         if number < self._num_whole:
-            part = int(np.searchsorted(self._whole_ends, number, side="right"))
+            part = int(self._whole_ends.searchsorted(number, side="right"))
             before = int(self._whole_ends[part - 1]) if part else 0
             start = int(self._starts[part]) + (number - before) * self._raw_tokens
             return Chunk(np.array([start]), np.array([start + self._raw_tokens]), np.array([False]))
         begin = offset + (number - self._num_whole) * self._raw_tokens
         end = min(begin + self._raw_tokens, self._joined_tokens)
-        first = int(np.searchsorted(self._tail_ends, begin, side="right"))
-        last = int(np.searchsorted(self._tail_ends, end, side="left"))
+        first = int(self._tail_ends.searchsorted(begin, side="right"))
+        last = int(self._tail_ends.searchsorted(end, side="left"))
         ends = self._tail_ends[first : last + 1]
-        begins = np.concatenate(([int(self._tail_ends[first - 1]) if first else 0], ends[:-1]))
+        begins = np.empty_like(ends)
+        begins[0] = self._tail_ends[first - 1] if first else 0
+        begins[1:] = ends[:-1]
         # from places in the joined text to places on the axis
         shift = self._tail_starts[first : last + 1] - begins
         end_tokens = self._end_tokens[first : last + 1]

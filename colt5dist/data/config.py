@@ -66,7 +66,8 @@ class DataConfig:
     max_bad_records: int = 16
     """Damaged records of the shards that are passed over, each named, before the run stops (0: it stops at one)."""
     cache_gb: float = 100.0
-    """Disk space, in 10^9 bytes, for shards that are fetched from an address."""
+    """Disk space, in 10^9 bytes, for shards that are fetched from an address; give room for all of the data.sources
+    that have one. A set that is larger is not kept on the disk but read member by member."""
 
     @property
     def is_causal(self) -> bool:

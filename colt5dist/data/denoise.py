@@ -15,19 +15,18 @@ from colt5dist.data.philox import Bits, below, subset
 Tokens = NDArray[np.integer]
 
 
-def random_parts(bits: Bits, total: int, parts: int) -> NDArray[np.int64]:
-    """A uniform composition of `total` into `parts` positive numbers, (parts,)."""
-    ends = np.empty(parts + 1, dtype=np.int64)
-    ends[0] = 0
-    ends[1:-1] = subset(bits, total - 1, parts - 1) + 1
+def random_part_ends(bits: Bits, total: int, parts: int) -> NDArray[np.int64]:
+    """A uniform composition of `total` into `parts` positive numbers, as the sum up to each, (parts,)."""
+    ends = np.empty(parts, dtype=np.int64)
+    np.add(subset(bits, total - 1, parts - 1), 1, out=ends[:-1])
     ends[-1] = total
-    return ends[1:] - ends[:-1]
+    return ends
 
 
 def corrupt_spans(
     tokens: Tokens,
-    kept: NDArray[np.int64],
-    noise: NDArray[np.int64],
+    kept_ends: NDArray[np.int64],
+    noise_ends: NDArray[np.int64],
     *,
     first_sentinel: int,
     eos_id: int,
@@ -36,10 +35,13 @@ def corrupt_spans(
 ) -> tuple[int, int]:
     """Write one span-corrupted text.
 
+    A side is the text without what only the other side shows, but for one token a span, which gives its place to the
+    sentinel: the first of the noise in the inputs, the last before it in the targets.
+
     Args:
         tokens: (L,) the text.
-        kept: (s,) tokens before each noise span.
-        noise: (s,) tokens of each noise span; `kept` and `noise` together add up to L.
+        kept_ends: (s,) kept tokens up to each noise span; all of them are in one.
+        noise_ends: (s,) noise tokens up to the end of each noise span; the two last entries add up to L.
         first_sentinel: id of sentinel 0; sentinel j stands for noise span j.
         eos_id: the end token, last of inputs and targets.
         inputs: (>= L - n + s + 1,) gets kept span 0, sentinel 0, kept span 1, ..., end token.
@@ -48,29 +50,32 @@ def corrupt_spans(
     Returns:
         The number of tokens written to inputs and to targets.
     """
-    num_spans = len(noise)
+    num_spans = len(noise_ends)
+    noise_before = np.empty_like(noise_ends)
+    noise_before[0] = 0
+    noise_before[1:] = noise_ends[:-1]
+    bounds = np.empty(2 * num_spans + 1, dtype=np.int64)  # of kept and noise spans in turn
+    bounds[0] = 0
+    starts = np.add(kept_ends, noise_before, out=bounds[1::2])  # of the noise spans
+    np.add(kept_ends, noise_ends, out=bounds[2::2])
+    turns = np.zeros(2 * num_spans, dtype=np.bool_)
+    turns[1::2] = True
+    is_noise = turns.repeat(bounds[1:] - bounds[:-1])
     spans = np.arange(num_spans)
-    lengths = np.empty(2 * num_spans, dtype=np.int64)
-    lengths[0::2] = kept
-    lengths[1::2] = noise
-    flags = np.zeros(2 * num_spans, dtype=bool)
-    flags[1::2] = True
-    is_noise = np.repeat(flags, lengths)
+    sentinels = spans + first_sentinel
 
-    num_inputs = int(kept.sum()) + num_spans
-    sentinel_positions = np.cumsum(kept) + spans
-    is_text = np.ones(num_inputs, dtype=bool)
-    is_text[sentinel_positions] = False
-    inputs[:num_inputs][is_text] = tokens[~is_noise]
-    inputs[sentinel_positions] = first_sentinel + spans
+    shown = ~is_noise
+    shown[starts] = True
+    num_inputs = int(kept_ends[-1]) + num_spans
+    inputs[:num_inputs] = tokens[shown]
+    inputs[kept_ends + spans] = sentinels
     inputs[num_inputs] = eos_id
 
-    num_targets = int(noise.sum()) + num_spans
-    sentinel_positions = np.cumsum(noise) - noise + spans
-    is_text = np.ones(num_targets, dtype=bool)
-    is_text[sentinel_positions] = False
-    targets[:num_targets][is_text] = tokens[is_noise]
-    targets[sentinel_positions] = first_sentinel + spans
+    shown = is_noise
+    shown[starts - 1] = True
+    num_targets = int(noise_ends[-1]) + num_spans
+    targets[:num_targets] = tokens[shown]
+    targets[noise_before + spans] = sentinels
     targets[num_targets] = eos_id
     return num_inputs + 1, num_targets + 1
 
@@ -133,8 +138,8 @@ def denoise(
     num_noise, num_spans = span_counts(len(tokens), objective, len(targets))
     return corrupt_spans(
         tokens,
-        random_parts(bits, len(tokens) - num_noise, num_spans),
-        random_parts(bits, num_noise, num_spans),
+        random_part_ends(bits, len(tokens) - num_noise, num_spans),
+        random_part_ends(bits, num_noise, num_spans),
         first_sentinel=first_sentinel,
         eos_id=eos_id,
         inputs=inputs,

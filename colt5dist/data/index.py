@@ -58,7 +58,7 @@ class Index:
 
     def member_at(self, position: int) -> int:
         """Number of the member that holds the token at `position`."""
-        return int(np.searchsorted(self.member_ends, position, side="right"))
+        return int(self.member_ends.searchsorted(position, side="right"))
 
     def member_start(self, member: int) -> int:
         """Position of the first token of a member."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 512  # numbers that Draws draws at once
+BLOCK = 64  # numbers that Draws draws at once
 
 
 class Stream(IntEnum):
@@ -54,14 +54,38 @@ class Draws:
 
     def random_raw(self, size: int | None = None) -> Any:
         """The next number, or the `size` next ones, as Philox.random_raw gives them."""
-        count = 1 if size is None else size
-        if self._place + count > len(self._block):
-            fresh = self._bits.random_raw(max(count, BLOCK))
-            self._block = np.concatenate([self._block[self._place :], fresh])
+        numbers = self.ahead(1 if size is None else size)
+        self._place += len(numbers)
+        return numbers[0] if size is None else numbers
+
+    def ahead(self, size: int) -> NDArray[np.uint64]:
+        """The `size` next numbers, which stay the next ones."""
+        if self._place + size > len(self._block):
+            fresh = self._bits.random_raw(max(size, BLOCK))
+            self._block = np.concatenate([self._block[self._place :], fresh]) if len(self._block) else fresh
             self._place = 0
-        first = self._place
-        self._place += count
-        return self._block[first] if size is None else self._block[first : self._place]
+        return self._block[self._place : self._place + size]
+
+    def mark_distinct(self, chosen: NDArray[np.bool_], count: int) -> None:
+        """Set the entries of `chosen` that are the first `count` distinct values of the next numbers modulo its length:
+        in one go what the loop of `subset` does, with the same numbers used up."""
+        drawn = count + count // 2 + 8
+        while True:
+            # as int64, by which NumPy indexes faster
+            values = (self.ahead(drawn) % np.uint64(len(chosen))).view(np.int64)
+            order = np.arange(drawn)
+            first = np.empty(len(chosen), dtype=np.int64)  # where each value comes first; of those that come
+            first[values[::-1]] = order[::-1]
+            first_places = first[values]
+            # NumPy does not promise that the last assignment to a place is the one that stays
+            assert not np.count_nonzero(first_places > order), "this NumPy assigns in another order"
+            distinct = (first_places == order).nonzero()[0]
+            if len(distinct) >= count:
+                break
+            drawn *= 2
+        used = int(distinct[count - 1]) + 1
+        chosen[values[:used]] = True
+        self._place += used
 
 
 Bits = np.random.Philox | Draws
@@ -81,16 +105,16 @@ def subset(bits: Bits, size: int, count: int) -> NDArray[np.int64]:
     """A uniform subset of `count` of the numbers 0..size-1, ascending.
 
     The first `count` distinct values of independent uniform draws are such a subset; drawing only as many as are still
-    missing never oversteps it.
+    missing never oversteps it. Where more than half are chosen, the others are drawn.
     """
     assert 0 <= count <= size, (count, size)
-    if 2 * count > size:
-        rest = np.ones(size, dtype=bool)
-        rest[subset(bits, size, size - count)] = False
-        return np.flatnonzero(rest)
+    drawn = min(count, size - count)
     chosen = np.zeros(size, dtype=bool)
-    missing = count
-    while missing:
-        chosen[bits.random_raw(missing) % np.uint64(size)] = True
-        missing = count - int(np.count_nonzero(chosen))
-    return np.flatnonzero(chosen)
+    if isinstance(bits, Draws) and drawn:
+        bits.mark_distinct(chosen, drawn)
+    else:
+        missing = drawn
+        while missing:
+            chosen[bits.random_raw(missing) % np.uint64(size)] = True
+            missing = drawn - int(np.count_nonzero(chosen))
+    return (chosen if drawn == count else ~chosen).nonzero()[0]

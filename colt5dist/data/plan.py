@@ -108,15 +108,14 @@ class Plan:
         """What sample `index` is made from."""
         epoch, place = self._find_epoch(index)
         windows, window_ends = self._order(epoch)
-        turn = int(np.searchsorted(window_ends, place, side="right"))
-        window = int(windows[turn])
-        place -= int(window_ends[turn - 1]) if turn else 0
-        block_ends, chunks = self._window(epoch, window)
+        turn = bisect_right(window_ends, place)
+        window = windows[turn]
+        place -= window_ends[turn - 1] if turn else 0
+        blocks, objectives, block_ends, chunks = self._window(epoch, window)
         place = int(chunks[place])
-        slot = int(np.searchsorted(block_ends, place, side="right"))
-        place -= int(block_ends[slot - 1]) if slot else 0
-        deal = self._deal(epoch % DEALS)
-        block, objective = int(deal.blocks[window, slot]), int(deal.objectives[window, slot])
+        slot = bisect_right(block_ends, place)
+        place -= block_ends[slot - 1] if slot else 0
+        block, objective = blocks[slot], objectives[slot]
         layout, offset = self._layout(epoch, block, objective)
         return PlannedSample(index, epoch, objective, block, layout.chunk(place, offset))
 
@@ -165,16 +164,18 @@ class Plan:
             self._surplus.append(totals - alike * self._weights)
         return Deal(blocks.T, objectives.T, counts.T)
 
-    def _make_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _make_order(self, epoch: int) -> tuple[list[int], list[int]]:
         """The windows of an epoch in their order, and the samples up to the end of each."""
         counts = self._deal(epoch % DEALS).counts.sum(axis=1)
         windows = permutation(random_bits(self._seed, epoch, Stream.WINDOWS), len(counts))
-        return windows, np.cumsum(counts[windows])
+        return windows.tolist(), np.cumsum(counts[windows]).tolist()
 
-    def _make_window(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The chunks up to the end of each block of a window, and the order of all its chunks."""
-        block_ends = np.cumsum(self._deal(epoch % DEALS).counts[window])
-        return block_ends, permutation(random_bits(self._seed, epoch, Stream.CHUNKS, window), int(block_ends[-1]))
+    def _make_window(self, epoch: int, window: int) -> tuple[list[int], list[int], list[int], NDArray[np.int64]]:
+        """The blocks of a window, their objectives, the chunks up to the end of each, and the order of all chunks."""
+        deal = self._deal(epoch % DEALS)
+        ends = np.cumsum(deal.counts[window]).tolist()
+        chunks = permutation(random_bits(self._seed, epoch, Stream.CHUNKS, window), ends[-1])
+        return deal.blocks[window].tolist(), deal.objectives[window].tolist(), ends, chunks
 
     def _make_layout(self, epoch: int, block: int, objective: int) -> tuple[BlockLayout, int]:
         """The chunks of a block, and where its joined text is cut in this epoch."""

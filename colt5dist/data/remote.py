@@ -1,8 +1,12 @@
-"""Shards behind an address: fetched whole through fsspec into a bounded cache that any number of processes share.
+"""Shards behind an address, read through fsspec: whole shards into a bounded cache that any number of processes share.
 
 A shard lies in the cache under its hash, so that what is there is right, and the same shard of two addresses is there
 once. A process that lacks one takes a lock, makes room by removing those unused for the longest time, fetches it under
 another name, compares size and hash, and renames it. A removed shard stays readable for who has it open.
+
+A set that the cache cannot hold is not cached: the order of the samples comes back to every shard again and again, and
+each time it would be fetched anew. Its members are read one by one, each by a request for its bytes, which the
+checksums of its records prove; so an epoch fetches every byte about once.
 
 No address is given to a shell, and nothing that is fetched is unpickled: only the schemes below are opened, and no
 chain of them (`a::b`).
@@ -34,6 +38,10 @@ ASKED_AT_ONCE = 16
 T = TypeVar("T")
 
 
+class NoRangesError(OSError):
+    """A server answers a request for a part of a file with all of it."""
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is an address; ConfigError if it is one that is not read."""
     scheme, separator, _ = path.partition("://")
@@ -57,6 +65,8 @@ class RemoteShards:
         self._address = address.rstrip("/")
         self._cache = cache_folder() / "shards"
         self._cache_bytes = cache_bytes
+        self.reads_members = False
+        """Whether members are to be read one by one, by `read`; else shards are to be opened."""
 
     def address(self, file: str) -> str:
         """Address of one of its files."""
@@ -100,17 +110,12 @@ class RemoteShards:
         return manifest
 
     def check_sizes(self, shards: Sequence[ShardEntry]) -> None:
-        """See that all shards are there and have their sizes.
+        """See that all shards are there and have their sizes, and choose how they are read.
 
         Raises:
-            ConfigError: one is missing or truncated, or the cache is too small for one.
+            ConfigError: one is missing or truncated.
         """
-        largest = max(entry.bytes for entry in shards)
-        if largest > self._cache_bytes:
-            raise ConfigError(
-                f"data.cache_gb: {self._cache_bytes / 1e9:g} GB hold no shard of {self._address}, the largest has "
-                f"{largest / 1e9:.3f} GB; raise it"
-            )
+        self.reads_members = sum(entry.bytes for entry in shards) > self._cache_bytes
 
         def size(entry: ShardEntry) -> int | None:
             return self._retry(entry.file, lambda fs, path: fs.info(path)["size"])
@@ -140,6 +145,19 @@ class RemoteShards:
                 self._make_room(entry.bytes)
                 self._fetch(entry.file, path, sha256=entry.sha256)
             return self._open_cached(path)
+
+    def read(self, entry: ShardEntry, offset: int, size: int) -> bytes:
+        """A part of a shard from its address; raises OSError."""
+
+        def fetch(fs: Any, address: str) -> bytes:
+            content = fs.cat_file(address, start=offset, end=offset + size)
+            if len(content) == size:
+                return content
+            if len(content) == entry.bytes:
+                raise NoRangesError("its server sends whole files only; raise data.cache_gb to hold all shards")
+            raise OSError(f"{len(content)} bytes came instead of {size}")
+
+        return self._retry(entry.file, fetch)
 
     def _open_cached(self, path: Path) -> BinaryIO:
         file = open(path, "rb")  # noqa: SIM115
@@ -188,7 +206,7 @@ class RemoteShards:
                 # anew in every process: a forked one must not use its parent's connections
                 fs, path = fsspec.url_to_fs(self.address(file))
                 return action(fs, path)
-            except (FileNotFoundError, PermissionError) as error:
+            except (FileNotFoundError, PermissionError, NoRangesError) as error:
                 raise OSError(f"{self.address(file)} cannot be fetched ({error})") from None
             except Exception as error:  # every file system has its own kinds
                 if attempt == ATTEMPTS - 1:

@@ -76,7 +76,7 @@ def open_shards(path: str | Path, *, cache_bytes: int = CACHE_BYTES) -> ShardSet
 
     Args:
         path: the folder, or http(s)://, s3:// or gs:// and what follows.
-        cache_bytes: disk space for the shards that are fetched from an address.
+        cache_bytes: disk space for the shards that are fetched from an address; a larger set is read by members.
 
     Raises:
         ConfigError: something is missing, truncated, damaged, or belongs to another set.

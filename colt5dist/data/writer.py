@@ -12,6 +12,7 @@ import os
 import tarfile
 import zlib
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,19 @@ def tar_member(key: str, content: bytes) -> bytes:
         tar.write({"__key__": key, FIELD: content})
     blocks = 1 + -(-len(content) // tarfile.BLOCKSIZE)
     return buffer.getvalue()[: blocks * tarfile.BLOCKSIZE]
+
+
+def tar_header(member: int, size: int) -> bytes:
+    """The header of tar_member's member number `member` with a content of `size` bytes."""
+    header = bytearray(_empty_header())
+    key = member_key(member).encode()
+    header[: len(key)] = key
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8  # the checksum is taken over blanks in its own place
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)
+
+
+@cache
+def _empty_header() -> bytes:
+    return tar_member(member_key(0), b"")[: tarfile.BLOCKSIZE]

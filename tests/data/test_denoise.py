@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colt5dist.data.denoise import denoise, random_parts
+from colt5dist.data.denoise import denoise, random_part_ends
 from colt5dist.data.objectives import Objective, sample_lengths, span_counts
 from colt5dist.data.philox import Draws, Stream, below, permutation, random_bits, subset
 
@@ -123,10 +123,10 @@ def test_suffixes_are_uniform() -> None:
 
 @settings(deadline=None)
 @given(total=st.integers(1, 500), seed=st.integers(0, 1 << 60), data=st.data())
-def test_random_parts(total: int, seed: int, data: st.DataObject) -> None:
+def test_random_part_ends(total: int, seed: int, data: st.DataObject) -> None:
     """A composition has positive parts that add up."""
-    parts = random_parts(random_bits(seed, 1, Stream.DENOISE), total, data.draw(st.integers(1, total)))
-    assert parts.sum() == total and parts.min() >= 1
+    ends = random_part_ends(random_bits(seed, 1, Stream.DENOISE), total, data.draw(st.integers(1, total)))
+    assert ends[-1] == total and np.diff(ends, prepend=0).min() >= 1
 
 
 @pytest.mark.parametrize(("size", "count"), [(6, 2), (6, 4), (5, 5), (5, 0)])
@@ -137,6 +137,17 @@ def test_subsets_are_uniform(size: int, count: int) -> None:
     assert len(counts) == comb(size, count)
     freedom = len(counts) - 1
     assert sum((number - 300) ** 2 / 300 for number in counts.values()) <= freedom + 5 * (2 * freedom) ** 0.5
+
+
+@settings(deadline=None)
+@given(size=st.integers(0, 400), seed=st.integers(0, 1 << 60), data=st.data())
+def test_subsets_of_draws_are_those_of_the_loop(size: int, seed: int, data: st.DataObject) -> None:
+    """In one go and draw after draw: the same subset, and the same numbers used up."""
+    count = data.draw(st.integers(0, size))
+    loop, draws = random_bits(seed, 1, Stream.DENOISE), Draws().restart(seed, 1, Stream.DENOISE)
+    for _ in range(2):
+        assert np.array_equal(subset(draws, size, count), subset(loop, size, count))
+    assert draws.random_raw() == loop.random_raw()
 
 
 def test_random_numbers_are_the_same_everywhere() -> None:

@@ -61,6 +61,17 @@ def test_an_epoch_shows_every_token_once(lengths: list[int], raw_lengths: list[i
         first += num_samples
 
 
+def test_an_epoch_of_ten_thousand_documents() -> None:
+    """Every token once but for less than a sample a block, which here is less than one token in a hundred."""
+    rng = np.random.default_rng(0)
+    ends = ends_of(np.maximum(rng.lognormal(np.log(300), 1.0, 10_000), 1).astype(np.int64))
+    plan = Plan(ends, [500, 700, 600, 650], seed=0)
+    shown = show_counts(plan, 0, plan.epoch_samples(0), int(ends[-1]))
+    assert shown.max() == 1
+    left = int((shown == 0).sum())
+    assert left <= plan.blocks.num_blocks * 699 and left < 0.01 * len(shown)
+
+
 def test_long_documents_are_cut_into_consecutive_chunks() -> None:
     """A long document alone in its row, tails and short ones joined with end tokens between."""
     blocks = Blocks(ends_of([25, 7, 10, 4]), 1000, (10,))

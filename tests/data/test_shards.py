@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from colt5dist.data.plan import Plan
 from colt5dist.data.shards import ShardSet, open_shards
 from colt5dist.data.stream import DamagedShardError, TokenReader
 from colt5dist.data.tokenizer import JsonTokenizer
+from colt5dist.data.writer import member_key, tar_header, tar_member
 from colt5dist.errors import ConfigError
 
 
@@ -245,6 +247,40 @@ def test_every_member_is_checked(copy: Path) -> None:
             TokenReader(shards, cache_bytes=1 << 20).read(0, shards.num_tokens)
         flip(path, place)
     assert len(TokenReader(shards, cache_bytes=1).read(0, shards.num_tokens)) == shards.num_tokens
+
+
+@pytest.mark.parametrize("size", [0, 1, 512, 262_148, 8**7])
+def test_the_known_header_is_webdatasets(size: int) -> None:
+    """What a member's header is compared with is what webdataset writes."""
+    for member in (0, 7, 123_456, 9_999_999_999):
+        assert tar_header(member, size) == tar_member(member_key(member), bytes(size))[:512]
+
+
+def test_a_header_of_another_writer_is_parsed(shards: ShardSet, copy: Path) -> None:
+    """webdataset's parser and the comparison of headers find the same tokens."""
+    for path in copy.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            offsets = [member.offset for member in tar]
+        content = bytearray(path.read_bytes())
+        for offset in offsets:
+            header = content[offset : offset + 512]
+            header[136:147] = b"00000000777"  # the time of the change
+            header[148:156] = b" " * 8
+            header[148:155] = b"%06o\0" % sum(header)
+            content[offset : offset + 512] = header
+        path.write_bytes(content)
+    changed = TokenReader(open_shards(copy), cache_bytes=1)
+    expected = TokenReader(shards, cache_bytes=1).read(0, shards.num_tokens)
+    assert np.array_equal(changed.read(0, shards.num_tokens), expected)
+
+
+def test_pieces_are_joined_alike(shards: ShardSet) -> None:
+    """One by one and all at once."""
+    reader = TokenReader(shards, cache_bytes=1 << 24)
+    plan = Plan(shards.index.document_ends, [900, 6000], seed=0)
+    for number in range(60):
+        chunk = plan.sample(number).chunk
+        assert np.array_equal(reader._join_few(chunk), reader._join_many(chunk))
 
 
 def test_the_cache_is_bounded(shards: ShardSet) -> None:
