@@ -2,7 +2,8 @@
 
 Dimension 768, light attention 4 x 64 within 64 tokens, heavy attention 8 x 64; budgets n/16 queries, n/8 keys/values,
 n/16 tokens of the feed-forward. Each result is compared with the same layer's in float32, of the same bf16 weights.
-`wall` counts the host's time, `GPU` only the device's work.
+`wall` counts the host's time, `GPU` only the device's work. Compiled with CUDA graphs is `mode="reduce-overhead"` of
+torch.compile, which is what a host needs that takes longer to launch the kernels than the GPU to run them.
 """
 
 import argparse
@@ -141,9 +142,13 @@ def measure_shape(
             # or a second shape would be compiled for every shape
             torch.compiler.reset()
             forms[f"{name}, compiled"] = torch.compile(module, fullgraph=True)
+            if device.type == "cuda":
+                forms[f"{name}, compiled, CUDA graphs"] = torch.compile(module, fullgraph=True, mode="reduce-overhead")
         for form, function in forms.items():
             call = partial(step, function, parameters, x)
-            out, grad, *_ = call()
+            for _ in range(3):
+                # the third is what a CUDA graph gives, the first two are what it is recorded of
+                out, grad, *_ = call()
             # of the gradient the median row: at the routers' temperature of 0.03, the rounding of x moves some soft
             # scores, and what these add to the gradient, by their own size
             error = max(relative_error([out], expected[:1]), relative_error([grad], expected[1:], share=0.5))

@@ -71,7 +71,9 @@ class _AddOrFill(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, tokens: Tensor, fill: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
         rows = _rows(base, indices) + tokens.flatten(0, 1)
-        return _copy_into((base + fill).contiguous(), rows, indices)
+        # what is written into comes straight out of an operator that makes it: where a call that may return its own
+        # argument (`contiguous`, `add_`) stands between, the compiler of PyTorch 2.11 loses every gradient
+        return _copy_into(base.contiguous() + fill, rows, indices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

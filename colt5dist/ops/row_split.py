@@ -14,6 +14,7 @@ multiprocessor; rows beyond that are taken in turn.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # (kernels: a type beside an argument would mean something else to Triton)
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -147,16 +148,31 @@ def messages(layout: RowSplit, like: Tensor) -> Messages:
             return Messages(torch.zeros(size, dtype=torch.int64, device=like.device), stride)
         _reserves[device] = reserve[size:]
         return Messages(reserve[:size], stride)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, layout.parts)
+    stream = torch.cuda.current_stream(device)
+    key = (device, stream.cuda_stream, layout.parts)
     shared = _of_stream.get(key)
     if shared is None:
         if device not in _reserves:
-            _reserves[device] = torch.zeros(_RESERVE, dtype=torch.int64, device=like.device)
-            torch.cuda.current_stream(device).synchronize()  # once: graphs may use it on other streams
+            _reserves[device] = _lasting_zeros(_RESERVE, stream)
+            stream.synchronize()  # once: graphs may use it on other streams
         room = torch.cuda.get_device_properties(device).multi_processor_count
-        words = torch.zeros(room // layout.parts * stride, dtype=torch.int64, device=like.device)
-        shared = _of_stream[key] = Messages(words, stride)
+        shared = _of_stream[key] = Messages(_lasting_zeros(room // layout.parts * stride, stream), stride)
     return shared
+
+
+def _lasting_zeros(size: int, stream: torch.cuda.Stream) -> Tensor:
+    """Memory that is kept, zeroed on `stream`.
+
+    From a thread of its own: while PyTorch's compiler warms up a CUDA graph, the calling thread's memory comes from the
+    graph's pool, which is given to others afterwards.
+    """
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(size, dtype=torch.int64, device=stream.device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
 
 
 @triton.jit

@@ -190,12 +190,13 @@ def test_near_ties_that_fall_the_other_way_in_the_second_run(name, keeps, contex
 
     def other_in_the_second_run(scores, num_tokens, mask=None):
         scores = scores.detach()
-        if len(runs) == 2:
-            # each of a pair gets the other's score where that is its own but for a rounding error
-            even = torch.arange(scores.shape[-1]) % 2 == 0
-            swapped = torch.where(even, scores.roll(-1, -1), scores.roll(1, -1))
-            scores = torch.where((swapped - scores).abs() < 4e-6, swapped, scores)
-        return select_topk(scores, num_tokens, mask)
+        # of a pair whose scores are one but for a rounding error, the first token's is larger in one run, the second's
+        # in the other
+        even = torch.arange(scores.shape[-1]) % 2 == 0
+        partner = torch.where(even, scores.roll(-1, -1), scores.roll(1, -1))
+        larger = 2e-6 if len(runs) == 1 else -2e-6
+        moved = (scores + partner) / 2 + torch.where(even, larger, -larger)
+        return select_topk(torch.where((partner - scores).abs() < 4e-6, moved, scores), num_tokens, mask)
 
     def layer_of(layer):
         def run(x, mask):
@@ -207,10 +208,10 @@ def test_near_ties_that_fall_the_other_way_in_the_second_run(name, keeps, contex
     monkeypatch.setattr(colt5dist.nn.router, "select_topk", other_in_the_second_run)
     arguments = {} if context_fn is None else {"context_fn": context_fn}
     layer = module.layers[0]
+    first = results(layer, x, mask, layer_of(layer))
+    runs.clear()
     out = checkpoint(layer_of(layer), x, mask, use_reentrant=False, determinism_check="none", **arguments)
-    first = results(layer, x, mask)
     loss = out.float()[mask].square().mean()
-    runs[:] = runs[:1]
     grads = torch.autograd.grad(loss, (x, *layer.parameters()))
     assert len(runs) == 2
     same = [torch.equal(here, there) for here, there in zip(grads, first[1:], strict=True)]
@@ -220,20 +221,25 @@ def test_near_ties_that_fall_the_other_way_in_the_second_run(name, keeps, contex
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["block", "block of soft scores and two sets", "cross-attention", "image attention"])
 @pytest.mark.parametrize("mode", ["none", "full_keep_routing"])
-def test_inductor_in_bf16_on_the_gpu(name, mode):
-    """One graph, compiled once; as near to float32 as eager bf16 is, within a factor."""
+def test_inductor_on_the_gpu(name, mode):
+    """One graph, compiled once: in float32 eager's numbers; in bf16 as near to float32 as eager bf16 is, within a
+    factor."""
     module = stack(name, mode).cuda()
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True)
+    batches = [(x.detach().cuda().requires_grad_(), mask.cuda()) for x, mask in map(batch, range(3))]
+    wide = [results(module, x, mask) for x, mask in batches]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for step in range(3):
-            x, mask = batch(step)
-            x, mask = x.detach().cuda().requires_grad_(), mask.cuda()
-            expected = results(module, x, mask)[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True)
+        for (x, mask), expected in zip(batches, wide, strict=True):
+            for here, there in zip(results(module, x, mask, compiled), expected, strict=True):
+                assert (here - there).norm() <= 1e-3 * there.norm() + 1e-6
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True)
+        for (x, mask), expected in zip(batches, wide, strict=True):
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                eager = results(module, x, mask)[0]
-                out, *grads = results(module, x, mask, compiled)
-            assert all(grad.isfinite().all() for grad in grads)
-            # the median token: a near-tie that falls the other way moves a few
-            error = (out - expected).norm(dim=-1).median()
-            assert error <= 3 * (eager - expected).norm(dim=-1).median() + 1e-6
+                eager, actual = results(module, x, mask), results(module, x, mask, compiled)
+            assert all(grad.isfinite().all() for grad in actual[1:])
+            # output and gradient of x by the median token: a near-tie that falls the other way moves a few
+            for here, there, wanted in zip(actual[:2], eager[:2], expected[:2], strict=True):
+                error = (here - wanted).norm(dim=-1).median()
+                assert error <= 3 * (there - wanted).norm(dim=-1).median() + 1e-6

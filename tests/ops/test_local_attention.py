@@ -159,6 +159,31 @@ def test_registered_operators_keep_the_contract_of_torch():
     q, k, v = tensors(1, 2, 20, 8, torch.float32)
     mask, bias = torch.arange(20)[None] < 15, torch.randn(2, 13, requires_grad=True)
     torch.library.opcheck(torch.ops.colt5dist.local_attention.default, (q, k, v, mask, bias, 6))
+    window_bias = torch.randn(2, 6, 18, requires_grad=True)
+    for given, causal in ((window_bias, False), (None, True)):
+        torch.library.opcheck(torch.ops.colt5dist.local_attention_of_package.default, (q, k, v, mask, given, 6, causal))
+
+
+def test_gradients_of_compiled_code():
+    """Compiled by inductor, not traced alone: overlapping views (`unfold`) would come out wrong there, only there."""
+    q, k, v = tensors(2, 2, 50, 8, torch.float32)
+    bias = torch.randn(2, 13, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = torch.arange(50) < torch.tensor([[50], [43]])
+
+    def all_forms(q, k, v, bias):
+        return torch.stack(
+            [
+                local_attention(q, k, v, radius=6, mask=mask, bias=bias, implementation="reference"),
+                local_attention(q, k, v, radius=6, mask=mask, implementation="windows"),
+                local_attention(q, k, v, radius=6, mask=mask, causal=True, implementation="reference"),
+                local_attention(q, k, v, radius=6, mask=mask, causal=True, implementation="windows"),
+            ]
+        )
+
+    torch._dynamo.reset()
+    out, expected = torch.compile(all_forms, fullgraph=True)(q, k, v, bias), all_forms(q, k, v, bias)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert_gradients(out, expected, (q, k, v, bias), 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,28 @@ def test_a_graph_that_is_captured_before_anything_ran():
 
 
 @pytest.mark.gpu
+def test_graphs_of_the_compiler():
+    """`mode="reduce-overhead"` records what it compiled into CUDA graphs, warmed up on memory that it lends."""
+    row_split._of_stream.clear()
+    row_split._reserves.clear()
+    torch._dynamo.reset()
+
+    def weigh(scores):
+        return soft_topk(2 * scores, 6000.0, **SETTINGS) + select_topk(scores, 6000).sum(-1, keepdim=True)
+
+    compiled = torch.compile(weigh, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        scores = torch.randn(2, 50_000, device="cuda", requires_grad=True)
+        upstream = torch.randn(2, 50_000, device="cuda")
+        out = compiled(scores)
+        (grad,) = torch.autograd.grad(out, scores, upstream)
+        out, grad = out.detach().clone(), grad.clone()
+        expected = weigh(scores)
+        assert torch.equal(out, expected)
+        assert torch.equal(grad, torch.autograd.grad(expected, scores, upstream)[0])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("solver", ["coordinate_descent", "newton"])
 def test_nan_and_infinite_scores_in_split_rows_end(solver):
     scores = torch.randn(3, 100_000, device="cuda", requires_grad=True)

@@ -11,13 +11,21 @@ def local_attention_causal_windows(q: Tensor, k: Tensor, v: Tensor, *, radius: i
     padding = -n % radius
     num_windows = (n + padding) // radius
 
-    def windows(x: Tensor, before: int) -> Tensor:
-        """(batch, heads, n, dim) -> (batch * windows, heads, radius + before, dim)."""
-        x = F.pad(x, (0, 0, before, padding)).unfold(2, radius + before, radius)
-        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+    def windows(x: Tensor) -> Tensor:
+        """(batch, heads, n, dim) -> (batch, windows, heads, radius, dim)."""
+        return F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, radius)).transpose(1, 2)
+
+    def with_the_one_before(x: Tensor) -> Tensor:
+        """(batch, heads, n, dim) -> (batch * windows, heads, 2 * radius, dim)."""
+        own = windows(x)
+        before = F.pad(own, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+        return torch.cat((before, own), dim=3).flatten(0, 1)
 
     out = F.scaled_dot_product_attention(
-        windows(q, 0), windows(k, radius), windows(v, radius), attn_mask=_allowed(batch, n, radius, mask, q.device)
+        windows(q).flatten(0, 1),
+        with_the_one_before(k),
+        with_the_one_before(v),
+        attn_mask=_allowed(batch, n, radius, mask, q.device),
     )
     out = out.unflatten(0, (batch, num_windows)).transpose(1, 2).flatten(2, 3)
     return out[:, :, :n]

@@ -1,20 +1,16 @@
-"""Local attention by the package `local-attention`: windows of keys around windows of queries."""
+"""Local attention by the package `local-attention`: windows of keys around windows of queries.
+
+A compiler gets it as one operator, whose backward runs it again: the package looks around by overlapping
+`Tensor.unfold`, whose gradient PyTorch's compiler gets wrong on CPU (up to 2.13; eager PyTorch is right).
+"""
+
+# mypy: allow-untyped-defs
+# (autograd's context has no type)
 
 import torch
 from local_attention import LocalAttention
 from torch import Tensor
-
-
-def _attention_of_radius(radius: int, causal: bool = False) -> LocalAttention:
-    return LocalAttention(
-        window_size=radius,
-        causal=causal,
-        look_backward=1,
-        look_forward=0 if causal else 1,
-        exact_windowsize=not causal,
-        autopad=True,
-        use_rotary_pos_emb=False,
-    )
+from torch.library import Library, register_autograd, register_fake
 
 
 def local_attention_reference(
@@ -31,9 +27,99 @@ def local_attention_reference(
         query = torch.arange(radius, device=q.device).unsqueeze(-1)
         key = torch.arange(-radius, 2 * radius, device=q.device)
         window_bias = bias[:, (key - query + radius).clamp(0, 2 * radius)].to(q.dtype)
-    return _attention_of_radius(radius)(q, k, v, mask=mask, attn_bias=window_bias)
+    return _attend(q, k, v, mask, window_bias, radius, False)
 
 
 def local_attention_causal_reference(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None) -> Tensor:
     """The causal form; the padding that the package adds stands at the end, where no query sees it."""
-    return _attention_of_radius(radius, causal=True)(q, k, v, mask=mask)
+    return _attend(q, k, v, mask, None, radius, True)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window_bias: Tensor | None, radius: int, causal: bool
+) -> Tensor:
+    attend = torch.ops.colt5dist.local_attention_of_package if torch.compiler.is_compiling() else _by_package
+    return attend(q, k, v, mask, window_bias, radius, causal)
+
+
+def _by_package(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window_bias: Tensor | None, radius: int, causal: bool
+) -> Tensor:
+    attention = LocalAttention(
+        window_size=radius,
+        causal=causal,
+        look_backward=1,
+        look_forward=0 if causal else 1,
+        exact_windowsize=not causal,
+        autopad=True,
+        use_rotary_pos_emb=False,
+    )
+    return attention(q, k, v, mask=mask, attn_bias=window_bias)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window_bias: Tensor | None, radius: int, causal: bool
+) -> Tensor:
+    return _by_package(q, k, v, mask, window_bias, radius, causal).contiguous()
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window_bias: Tensor | None, radius: int, causal: bool
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    window_bias: Tensor | None,
+    radius: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        if window_bias is not None:
+            window_bias = window_bias.detach().requires_grad_()
+        out = _by_package(q, k, v, mask, window_bias, radius, causal)
+        inputs = (q, k, v) if window_bias is None else (q, k, v, window_bias)
+        grads = [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
+    return grads[0], grads[1], grads[2], q.new_empty(0) if window_bias is None else grads[3]
+
+
+def _fake_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    window_bias: Tensor | None,
+    radius: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = q.new_empty(0) if window_bias is None else window_bias.new_empty(window_bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.radius, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, grad):
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+    grads = torch.ops.colt5dist.local_attention_of_package_backward(grad, *saved, ctx.radius, ctx.causal)
+    return *grads[:3], None, None if saved[4] is None else grads[3], None, None
+
+
+_LIBRARY = Library("colt5dist", "FRAGMENT")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? window_bias, int radius, bool causal"
+_LIBRARY.define(f"local_attention_of_package({_INPUTS}) -> Tensor")
+_LIBRARY.define(f"local_attention_of_package_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.impl("local_attention_of_package", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("local_attention_of_package_backward", _backward, "CompositeExplicitAutograd")
+register_fake("colt5dist::local_attention_of_package", _fake_forward, lib=_LIBRARY)
+register_fake("colt5dist::local_attention_of_package_backward", _fake_backward, lib=_LIBRARY)
+register_autograd("colt5dist::local_attention_of_package", _gradient, setup_context=_setup_context, lib=_LIBRARY)

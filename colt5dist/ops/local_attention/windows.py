@@ -1,7 +1,7 @@
 """Local attention by PyTorch's fused attention kernels, over windows of queries and the keys around them.
 
-The samples are laid end to end, so that all windows lie equally far apart in memory and are views: neither queries nor
-keys are copied per window. What a window sees of a neighbouring sample is masked.
+The samples are laid end to end; queries are views of them, keys and values are copied with what lies around each
+window. What a window sees of a neighbouring sample is masked.
 """
 
 import torch
@@ -21,7 +21,6 @@ def local_attention_windows(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mas
     window = max(halo, MIN_WINDOW)
     padding = -n % window
     num_windows = (n + padding) // window
-    width = window + 2 * halo
 
     def laid_out(x: Tensor) -> Tensor:
         x = x.transpose(1, 2)
@@ -29,8 +28,10 @@ def local_attention_windows(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mas
         return x.flatten(0, 1)
 
     def around_windows(x: Tensor) -> Tensor:
-        x = F.pad(laid_out(x), (0, 0, 0, 0, halo, halo))
-        return x.unfold(0, width, window).transpose(-1, -2)
+        # not by overlapping views (`unfold`): PyTorch's compiler gets their gradient wrong on CPU
+        own = laid_out(x).unflatten(0, (-1, window)).transpose(1, 2)
+        padded = F.pad(own, (0, 0, 0, 0, 0, 0, 1, 1))
+        return torch.cat((padded[:-2, :, window - halo :], own, padded[2:, :, :halo]), dim=2)
 
     # (batch * windows, heads, window or width, dim)
     queries = laid_out(q).unflatten(0, (-1, window)).transpose(1, 2)
