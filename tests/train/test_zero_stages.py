@@ -71,6 +71,14 @@ def test_a_checkpoint_loads_at_every_stage_and_world_size(
     close(results[world_size][f"load {written} {stage}"], results[2][f"train {written}"][2:])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("written", STAGES)
+def test_a_rank_reads_only_what_it_needs(results: dict[int, dict[str, Any]], written: int, stage: int) -> None:
+    """Of two ranks the first reads half of a checkpoint where the stage shares the states out, and all at stage 0."""
+    share = results[2][f"share read {written} {stage}"]
+    assert share == pytest.approx(0.5 if stage else 1, abs=0.05)
+
+
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Stages 1-3 in bf16 on 2 processes, with and without the optimizer in host memory."""
