@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
+
+EVENTS = "events.out.tfevents."
+EVENT_TIME = re.compile(r"events\.out\.tfevents\.(\d{10})")
 
 Record = dict[str, float | int | None]
 
@@ -36,6 +41,7 @@ class Monitor:
         self._metrics_path = run_dir / "metrics.jsonl"
         _truncate(self._metrics_path, first_step)
         self._metrics = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        _date_back_events(run_dir / "tensorboard")
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1, flush_secs=15)
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -138,6 +144,20 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             ) from None
         records.append(record)
     return records
+
+
+def _date_back_events(folder: Path) -> None:
+    """See that the event file of this start is the last by name, in which order TensorBoard reads them.
+
+    The names begin with the time. After the clock was set back the new file, which takes back what it overlaps, would
+    come first, and TensorBoard would show nothing new. Then the older files are renamed to just before now.
+    """
+    dated = [(match, path) for path in sorted(folder.glob(f"{EVENTS}*")) if (match := EVENT_TIME.match(path.name))]
+    now = int(time.time())
+    if not dated or int(dated[-1][0][1]) < now:
+        return
+    for age, (match, path) in zip(range(len(dated), 0, -1), dated, strict=True):
+        path.rename(folder / f"{EVENTS}{now - age:010d}{path.name[match.end() :]}")
 
 
 def _truncate(path: Path, last_step: int) -> None:

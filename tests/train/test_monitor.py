@@ -1,7 +1,9 @@
 """metrics.jsonl and TensorBoard after an interruption."""
 
+import time
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colt5dist.train.monitor import Monitor, read_metrics
@@ -31,3 +33,16 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         monitor.record(1, {"loss": 1.0})
         monitor.flush()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_goes_on_after_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are read in the order of the times in their names: the new one must come last."""
+    with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
+        for step in range(1, 6):
+            monitor.record(step, {"loss": float(step)})
+    a_day_ago = time.time() - 86_400
+    monkeypatch.setattr(time, "time", lambda: a_day_ago)
+    with Monitor(tmp_path, is_first=True, first_step=3, num_steps=9) as monitor:
+        monitor.record(4, {"loss": 40.0})
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in scalars] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
