@@ -76,10 +76,8 @@ def read_marker(folder: Path) -> Marker:
     """
     try:
         content = json.loads((folder / COMPLETE).read_bytes())
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"has format {content['format_version']}, this version reads {FORMAT_VERSION}; load it with its own"
-            )
+        if (written := content.get("format_version", 1)) != FORMAT_VERSION:
+            raise ValueError(f"it has format {written}, this version reads {FORMAT_VERSION}")
         files = tuple(
             FileEntry(name=entry["name"], bytes=int(entry["bytes"]), sha256=tuple(entry["sha256"]))
             for entry in content["files"]
