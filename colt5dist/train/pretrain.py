@@ -12,7 +12,7 @@ from colt5dist.data import (
     open_sources,
     unigram_entropy,
 )
-from colt5dist.errors import ConfigError
+from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
 from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import Saver, load_checkpoint
@@ -86,7 +86,11 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 stop=stop,
                 saver=Saver(run_dir / "checkpoints", engine, config.checkpoint, run_id=run_id, say=monitor.say),
             )
-            reason = train(run)
+            try:
+                reason = train(run)
+            except SaveError:
+                stop.obeyed("STOP")
+                raise
         stop.obeyed("STOP")
         if plan.is_finished(config):
             reason = None  # asked for at the last step

@@ -2,10 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,26 @@ def test_the_host_copy_does_not_follow_its_source() -> None:
     (copy,) = HostCopy().take([Fragment("p", "weight", 0, (10,), source)])
     source.zero_()
     assert copy.tensor.tolist() == list(range(10))
+
+
+def test_the_status_of_a_run_without_its_last_checkpoint(
+    results: dict[str, dict[str, Any]], run_pretrain: Callable[..., Any], tmp_path: Path
+) -> None:
+    """74 and one line, asked to stop by file or not; the request counts once."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (CHECKPOINT_BYTES // 2, before[1]))  # the run inherits it
+    try:
+        done = run_pretrain(tmp_path / "run", launcher="python", check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 74, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "checkpoint" in line]
+    assert line.startswith("error: checkpoint of step 1 is not written: rank 0: ") and "File too large" in line
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == [] and not (tmp_path / "run" / "STOP").exists()
 
 
 @pytest.fixture
