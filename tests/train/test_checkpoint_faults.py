@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -53,20 +52,12 @@ def full_disk(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, full_disk: str, micro_settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def results(
+    folder: Path, full_disk: str, run_torchrun: Callable[..., None], micro_settings: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
     """What save_faults.py saw, on two processes."""
     output = folder / "results.json"
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [*command, str(output), str(folder), full_disk, *micro_settings],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    run_torchrun(SCRIPT, str(output), str(folder), full_disk, *micro_settings, processes=2)
     return json.loads(output.read_text())
 
 
