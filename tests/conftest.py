@@ -131,6 +131,22 @@ def run_pretrain() -> Pretrain:
     return run
 
 
+@pytest.fixture(scope="session")
+def run_torchrun() -> Callable[..., None]:
+    """Run a script of the tests on some CPU processes; it has to succeed."""
+
+    def run(script: Path, *arguments: str, processes: int) -> None:
+        command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+    return run
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on."""
     import socket

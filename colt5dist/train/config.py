@@ -185,17 +185,33 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
     every_steps: int = 1000
-    """Steps between two checkpoints; the last step and a requested stop are always saved."""
+    """Steps between two checkpoints; the last step and a requested stop are always saved; 0: only those."""
+    every_minutes: float | None = None
+    """Minutes between two checkpoints by the clock of rank 0, counted from the newer of start and last save; null: by
+    steps only."""
     keep_last: int = 2
     """Newest whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of it are never deleted; 0: none."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written does to the run. The last one of a run or before a stop always ends it
+    with status 74; older checkpoints stay as they are in any case."""
+    asynchronous: bool = False
+    """Copy to host memory and write beside training; takes 12 bytes a parameter of it, shared by the ranks."""
 
     def problems(self) -> list[str]:
         """What is wrong with these fields, one line each."""
-        return [
-            f"checkpoint.{name}: {getattr(self, name)} is not positive; use 1 or more"
-            for name in ("every_steps", "keep_last")
-            if getattr(self, name) < 1
-        ]
+        found = []
+        if self.keep_last < 1:
+            found.append(f"checkpoint.keep_last: {self.keep_last} is not positive; use 1 or more")
+        for name in ("every_steps", "keep_every"):
+            if getattr(self, name) < 0:
+                found.append(f"checkpoint.{name}: {getattr(self, name)} is negative; use 0 or more")
+        if self.every_minutes is not None and not 0 < self.every_minutes <= 525_600:
+            found.append(
+                f"checkpoint.every_minutes: {self.every_minutes} is not within a year; use a number of minutes above 0"
+            )
+        return found
 
 
 @dataclass(kw_only=True)
@@ -227,7 +243,8 @@ class RunConfig:
     resume: Literal["never", "auto", "must"] = "auto"
     """auto: go on from the newest whole checkpoint, if any; must: fail without one; never: need an empty folder."""
     resume_allow: list[str] = field(default_factory=list)
-    """Keys that may differ from the run that is resumed, for instance [optimizer.lr]."""
+    """Keys that may differ from the run that is resumed, for instance [optimizer.lr]; from_zero: start at step 0 where
+    checkpoints are there, but none of them is whole."""
     init_from: str | None = None
     """Run directory or checkpoint of another run whose weights, and nothing else, this run starts from."""
     model: CoLT5Config = field(default_factory=CoLT5Config)

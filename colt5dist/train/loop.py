@@ -9,7 +9,7 @@ from colt5dist.data import Batch, SkipList, Sources, held_out_batches, parse_mix
 from colt5dist.data.loader import TrainingBatches
 from colt5dist.errors import ConfigError
 from colt5dist.train.accounting import step_flops
-from colt5dist.train.checkpoint import TrainerState, save_checkpoint
+from colt5dist.train.checkpoint import Saver, TrainerState
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, to_device
 from colt5dist.train.evaluation import evaluate
@@ -37,6 +37,7 @@ class Run:
     monitor: Monitor
     meter: Meter
     stop: StopRequests
+    saver: Saver
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -83,10 +84,14 @@ def train(run: Run) -> StopReason | None:
             run.monitor.record(step, record)
             run.monitor.say(console_line(step, config.train.steps, record, meter.slowest))
         run.monitor.advance(step)
-        if last or outcome.data_failed or outcome.save_requested or is_due(step, config.checkpoint.every_steps):
+        if outcome.background_save_done:
+            run.saver.advance()
+        wait = last or outcome.data_failed or outcome.save_requested  # for it to be whole
+        if wait or outcome.save_due or is_due(step, config.checkpoint.every_steps):
             run.monitor.flush()
-            save_checkpoint(run.run_dir / "checkpoints", run.engine, state, config.checkpoint.keep_last)
-            run.stop.obeyed("SAVE")
+            run.saver.save(state, wait=wait, must=last)
+            if outcome.save_requested:
+                run.stop.obeyed("SAVE")
         if outcome.data_failed:
             stream.stop_together(bad_records=state.bad_records, allowed=config.data.max_bad_records)
     stream.close()
@@ -103,7 +108,11 @@ class StepOutcome:
     reason: StopReason | None
     """Why to stop after this step, if some rank asks for it."""
     save_requested: bool
-    """Whether some rank asks for a checkpoint."""
+    """Whether a checkpoint was asked for by file."""
+    save_due: bool
+    """Whether one is due by the clock."""
+    background_save_done: bool
+    """Whether every rank has done its part of the save that is written in the background."""
     routing_due: bool
     """Whether the routers' statistics are recorded at this step."""
     routing: Record
@@ -141,14 +150,17 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
     wanted = run.stop.reason()
     flags = [float(wanted is reason) for reason in StopReason]
     flags += [float(run.stop.save_requested()), float(stream.count_bad_records()), float(stream.failure is not None)]
+    flags += [float(run.saver.is_due_by_time()), float(run.saver.has_ended())]
     with record_function("agree"):
         means = sums.read(extra=flags)
-    *reasons, save, bad_records, failed = means.extra
+    *reasons, save, bad_records, failed, save_due, saves_ended = means.extra
     too_many = bad_records > 0 and run.state.bad_records + bad_records > run.config.data.max_bad_records
     return StepOutcome(
         means=means,
         reason=next((reason for reason, count in zip(StopReason, reasons, strict=True) if count), None),
         save_requested=bool(save),
+        save_due=bool(save_due),
+        background_save_done=saves_ended == run.ranks.world_size,
         routing_due=routing_due,
         routing=routing,
         bad_records=int(bad_records),
