@@ -33,10 +33,8 @@ class Monitor:
         self._progress: Progress | None = None
         if not is_first:
             return
-        self._metrics_path = run_dir / "metrics.jsonl"
-        _truncate(self._metrics_path, first_step)
-        self._metrics = open(self._metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1, flush_secs=15)
+        self._run_dir = run_dir
+        self._open(first_step)
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, refresh_per_second=2)
@@ -56,6 +54,14 @@ class Monitor:
             self._writer.close()
             self._metrics.close()
 
+    def roll_back(self, step: int) -> None:
+        """Undo the records and events beyond a step."""
+        if self.is_first:
+            self._writer.close()
+            self._metrics.close()
+            self._open(step)
+            self.advance(step)
+
     def say(self, text: str) -> None:
         """Print a line, as it stands."""
         if self._progress:
@@ -68,15 +74,16 @@ class Monitor:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def record(self, step: int, record: Record) -> None:
+    def record(self, step: int, record: Record, notes: dict[str, Any] | None = None) -> None:
         """Append one object to metrics.jsonl, and its numbers to TensorBoard under the same names.
 
-        A number that is not finite is written as null: JSON has no other word for it.
+        A number that is not finite is written as null: JSON has no other word for it. `notes` are no numbers, and stand
+        in metrics.jsonl only.
         """
         if not self.is_first:
             return
         known = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
-        self._metrics.write(json.dumps({"step": step, **known}) + "\n")
+        self._metrics.write(json.dumps({"step": step, **known, **(notes or {})}) + "\n")
         self._metrics.flush()
         self.scalars(step, known)
 
@@ -107,6 +114,13 @@ class Monitor:
                 bucket_counts=values.tolist(),
                 global_step=step,
             )
+
+    def _open(self, last_step: int) -> None:
+        """Open metrics.jsonl and TensorBoard's events, without what they hold beyond a step."""
+        path = self._run_dir / "metrics.jsonl"
+        _truncate(path, last_step)
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._writer = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=last_step + 1, flush_secs=15)
 
     def flush(self) -> None:
         """Make everything that was recorded durable, as a checkpoint is about to rely on it."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import colt5dist
-from colt5dist.errors import ConfigError
+from colt5dist.errors import ConfigError, TrainingFault
 from colt5dist.files import write_whole
 from colt5dist.train.checkpoint import (
     COMPLETE,
@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "train.timeout_minutes",
     "zero",
     "checkpoint",
+    "health",  # what was rolled back stands in the checkpoints
     "profile",
 )
 """Keys and sections that a resumed run may change without naming them in `resume_allow`."""
@@ -234,6 +235,10 @@ def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[Non
             write_status(run_dir, "failed", _last_step(run_dir), str(error))
         else:  # rank 0 does not know of it, so nobody else would say it
             print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
+        raise
+    except TrainingFault as error:  # rank 0 has told of it
+        if ranks.is_first:
+            write_status(run_dir, "failed", _last_step(run_dir), str(error))
         raise
     except Exception as error:
         folder = run_dir / "failures"

@@ -7,6 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,9 +99,14 @@ def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
 
 def gather_host_names() -> list[str]:
     """Host name of every rank, on every rank."""
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
-    return names
+    return gather_objects(socket.gethostname())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A small object of every rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_from_first(value: object) -> object:
