@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the gradients of a step between the last backward and the optimizer: summed over ranks, unclipped.
+"""Where DeepSpeed keeps a step's gradients between the last backward and the optimizer: summed over ranks, unclipped.
 
 Like fragments.py this file alone knows it, of DeepSpeed 0.19.8 (tests/train/test_bad_numbers.py probes every place):
 
@@ -7,8 +7,8 @@ Like fragments.py this file alone knows it, of DeepSpeed 0.19.8 (tests/train/tes
 - stages 1 and 2: `averaged_gradients`, the parts of `params_in_partition` that this rank steps on, and padding;
 - stage 3: `averaged_gradients`, this rank's partition of each of `fp16_groups`;
 - stages 1-3 with the optimizer in host memory: the gradients are on their way there, and DeepSpeed has left the norm of
-  each of this rank's parts on the device (`norm_for_param_grads`). The norm stands for the part: it is finite if the part
-  is (it is taken in float64), and no second pass over host memory is needed.
+  each of this rank's parts on the device (`norm_for_param_grads`). The norm stands for the part: it is finite if
+  the part is (it is taken in float64), and no second pass over host memory is needed.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ def own_gradients(engine: Engine) -> list[tuple[str, torch.Tensor]]:
 
 
 def count_not_finite(engine: Engine) -> torch.Tensor:
-    """1 if a gradient that this rank holds has an element that is NaN or infinite, else 0; (1,) float64 on the device."""
+    """1 if a gradient that this rank holds is NaN or infinite somewhere, else 0; (1,) float64 on the device."""
     parts = [part for _, part in own_gradients(engine)]
     # the largest magnitude, unlike a sum of squares, does not overflow, and NaN passes through it
     largest = torch.nn.utils.get_total_norm(parts, norm_type=float("inf"))

@@ -1,7 +1,8 @@
 """Bad numbers: a step that is not finite is skipped on all ranks, many in a row end the run, loss spikes are told.
 
-The order in a step: `not_finite` goes into the host read on which the ranks agree, `step` applies or skips, and once the
-step is counted `observe` judges it: all from numbers that are equal on all ranks, so that all ranks do the same.
+The order in a step: the sums of losses and `gradients.count_not_finite` are the host read on which the ranks agree,
+`step` applies or skips, and once the step is counted `observe` judges it. All of it follows from numbers that are equal
+on all ranks, so that all ranks do the same.
 """
 
 import json
@@ -131,8 +132,8 @@ class Health:
         self.state.spikes += 1
         window = self.config.health.spike_window
         self.monitor.say(
-            f"step {self.state.step}: the loss {means.loss:.4f} is a spike, {score:.1f} robust standard deviations above "
-            f"the median of the {window} applied steps before"
+            f"step {self.state.step}: the loss {means.loss:.4f} is a spike, {score:.1f} robust standard deviations "
+            f"above the median of the {window} applied steps before"
         )
         return self.config.health.on_spike == "rollback" and self._roll_back()
 
@@ -147,7 +148,7 @@ class Health:
         return {"skipped_steps": state.skipped_steps, "loss_spikes": state.spikes, "rollbacks": state.rollbacks}
 
     def notes(self) -> dict[str, Any]:
-        """What the record of a skipped step holds beside numbers: the samples of its batch, and the bad ones of them."""
+        """What a skipped step's record holds beside numbers: the samples of its batch, and the bad ones of them."""
         if not self.state.skipped_in_a_row or not self._skipped:
             return {}
         skipped = self._skipped[-1]
@@ -213,10 +214,10 @@ class Health:
                 f"the weight {bad_weights[0]} is not finite: go back to a checkpoint before, by moving the newer away"
             )
         else:
+            ranges = json.dumps([*self.config.data.skip, *skip], separators=(",", ":"))
             mend = (
-                f"start it again with data.skip={json.dumps([*self.config.data.skip, *skip], separators=(',', ':'))} to "
-                f"pass over their samples, or with optimizer.lr={self.config.optimizer.lr / 2:g} "
-                "resume_allow=[optimizer.lr]"
+                f"start it again with data.skip={ranges} to pass over their samples, or with "
+                f"optimizer.lr={self.config.optimizer.lr / 2:g} resume_allow=[optimizer.lr]"
             )
         message = (
             f"steps {first} to {last} were skipped because a loss or gradient was not finite, as many in a row as "

@@ -20,7 +20,7 @@ SMALLEST_DEVIATION = 1e-3
 
 
 def skip_list(config: RunConfig, state: TrainerState) -> SkipList:
-    """The samples that the run passes over: those of data.skip, and those around the spikes that it was rolled back for."""
+    """The samples that the run passes over: those of data.skip, and those around spikes that it was rolled back for."""
     return SkipList(ranges_to_skip(config, state))
 
 
