@@ -17,6 +17,10 @@ import torch
 
 from colt5dist.train.engine import Engine
 
+LARGEST = 1e12
+"""A gradient with a larger element counts as not finite, too: its square could overflow in the float32 norms of some
+stages, which would skip a step that others apply."""
+
 
 def own_gradients(engine: Engine) -> list[tuple[str, torch.Tensor]]:
     """Name of each parameter that this rank holds a gradient of, and that gradient's part, or its norm."""
@@ -42,16 +46,16 @@ def own_gradients(engine: Engine) -> list[tuple[str, torch.Tensor]]:
 
 
 def count_not_finite(engine: Engine) -> torch.Tensor:
-    """1 if a gradient that this rank holds is NaN or infinite somewhere, else 0; (1,) float64 on the device."""
+    """1 if a gradient that this rank holds is not finite somewhere, else 0; (1,) float64 on the device."""
     parts = [part for _, part in own_gradients(engine)]
     # the largest magnitude, unlike a sum of squares, does not overflow, and NaN passes through it
     largest = torch.nn.utils.get_total_norm(parts, norm_type=float("inf"))
-    return (~torch.isfinite(largest)).to(engine.device, torch.float64).reshape(1)
+    return are_bad(largest).to(engine.device, torch.float64).reshape(1)
 
 
 def names_not_finite(engine: Engine) -> list[str]:
     """Names of those parameters; reads on the host, one parameter after another."""
-    return sorted({name for name, part in own_gradients(engine) if not bool(torch.isfinite(part).all())})
+    return sorted({name for name, part in own_gradients(engine) if bool(are_bad(part))})
 
 
 def spoil(engine: Engine) -> None:
@@ -61,3 +65,8 @@ def spoil(engine: Engine) -> None:
     """
     for _, part in own_gradients(engine)[:1]:
         part.view(-1)[:1].fill_(float("nan"))
+
+
+def are_bad(values: torch.Tensor) -> torch.Tensor:
+    """Whether some of the values is NaN, infinite or larger than LARGEST; a bool scalar on their device."""
+    return ~(values.abs() <= LARGEST).all()

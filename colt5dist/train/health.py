@@ -254,7 +254,7 @@ class Health:
         for name, parameter in module.named_parameters():
 
             def note(gradient: torch.Tensor, name: str = name) -> None:
-                flags[name] = ~torch.isfinite(gradient).all()
+                flags[name] = gradients.are_bad(gradient)
 
             handles.append(parameter.register_hook(note))
         num_targets = count_target_tokens(local.micro_batches, device)
