@@ -53,6 +53,15 @@ RUNS: dict[str, tuple[range, Change, list[Start]]] = {
         high,
         [((*BACK, "train.steps=6"), True), ((*BACK, "train.steps=8"), True)],
     ),
+    **{
+        f"rolled back, stage {name}": (range(40, 41), high, [((*BACK, "train.steps=8", *own), True)])
+        for name, own in {
+            "0": ("zero.stage=0",),
+            "2": ("zero.stage=2",),
+            "3": ("zero.stage=3",),
+            "3 offloaded": ("zero.stage=3", "zero.offload=optimizer"),
+        }.items()
+    },
     "skipping": (range(0), high, [((*BACK, "train.steps=8", "data.skip=[[32,48]]"), False)]),
     "no checkpoint": (range(40, 41), high, [((*BACK, "train.steps=6", "checkpoint.every_steps=100"), True)]),
     "used up": (range(40, 41), high, [((*BACK, "train.steps=6", "health.max_rollbacks=0"), True)]),

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite, on one rank only: skipped alike at every ZeRO stage, in fp32, bf16 and offload.
+"""A loss or gradient of one rank that is not finite: skipped alike at every ZeRO stage, in fp32, bf16 and offloaded.
 
 This also probes the semi-private places of DeepSpeed that colt5dist/train/gradients.py relies on.
 """
@@ -84,10 +84,9 @@ def test_counted_and_logged_with_the_samples(results: dict[str, dict[str, Any]],
     lines = "\n".join(results[variant]["lines"])
     assert "step 2 is skipped, samples 8 to 15: not finite is the loss of sample 9 (rank 1, micro-batch 0)" in lines
     for step in (4, 5, 6):
-        assert (
-            f"step {step} is skipped, samples {8 * step - 8} to {8 * step - 1}: not finite is the gradient of" in lines
-        )
-    assert lines.count(f"the gradient of {PARAMETER}\n") == 3  # and of no other parameter
+        samples = f"{8 * step - 8} to {8 * step - 1}"
+        # and of no other parameter
+        assert f"step {step} is skipped, samples {samples}: not finite is the gradient of {PARAMETER}\n" in lines
 
 
 @pytest.mark.parametrize("variant", VARIANTS[1:])
