@@ -144,7 +144,7 @@ def make_deterministic(config: RunConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # nothing reads memory before it is written; filling DeepSpeed's buckets took ten times as long as a small step
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> list[str]:

@@ -97,3 +97,20 @@ def test_the_same_numbers_at_every_stage(results: dict[str, dict[str, Any]], var
         for key in ("loss", "grad_norm", "z_loss"):
             assert (record[key] is None) == (expected[key] is None)
             assert expected[key] is None or record[key] == pytest.approx(expected[key], rel=tolerance)
+
+
+def test_the_diagnosis_names_parameter_rank_and_samples(results: dict[str, dict[str, Any]]) -> None:
+    """At stage 3, where the summed gradient no longer tells which rank spoilt it: the batch is run again for that."""
+    given_up = results["given up"]
+    assert [record["skipped_steps"] for record in given_up["records"]] == [0, 1, 2]
+    assert "steps 2 to 3 were skipped" in given_up["fault"] and "data.skip=[[8,24]]" in given_up["fault"]
+    found = json.loads(Path(given_up["fault"].split("; ")[1].split(" says")[0]).read_text())
+    assert [step["bad_gradients"] for step in found["steps_of_this_start"]] == [[PARAMETER], [PARAMETER]]
+    again = [(part["rank"], part["samples"], part["gradients_not_finite"]) for part in found["last_batch_run_again"]]
+    assert again == [
+        (0, [16, 18], []),
+        (0, [20, 22], []),
+        (1, [17, 19], [PARAMETER]),
+        (1, [21, 23], [PARAMETER]),
+    ]
+    assert not any(part["losses_not_finite"] for part in found["last_batch_run_again"])
