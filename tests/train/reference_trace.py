@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import sys
 import tempfile
 from pathlib import Path
@@ -19,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from colt5dist.data.corpus import CorpusWriter
-from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.train.monitor import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,15 +42,11 @@ def environment() -> dict[str, Any]:
 def train(folder: Path, steps: int) -> list[list[float]]:
     """Loss and gradient norm of each step of a run in a new folder, on text that is the same everywhere."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "launch")]
-    from conftest import MICRO_SETTINGS, random_text
+    from conftest import MICRO_SETTINGS, write_short_texts
     from pretrain import main
 
-    rng = random.Random(1)
-    writer = CorpusWriter(folder / "shards", ByteTokenizer(), validation_fraction=0.1)
-    for _ in range(400):
-        writer.add(random_text(rng, 300))
-    writer.close({})
-    settings = [f"run_dir={folder / 'run'}", f"data.shards={folder / 'shards'}", *MICRO_SETTINGS]
+    shards = write_short_texts(folder / "shards", 400)
+    settings = [f"run_dir={folder / 'run'}", f"data.shards={shards}", *MICRO_SETTINGS]
     settings += ["train.deterministic=true", f"train.steps={steps}", "train.eval_samples=2", "train.routing_every=0"]
     assert main(settings) == 0
     return [[record["loss"], record["grad_norm"]] for record in read_metrics(folder / "run")]

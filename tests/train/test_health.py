@@ -2,19 +2,15 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from colt5dist.data.corpus import CorpusWriter
 from colt5dist.data.skip import SkipList
-from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.config import HealthConfig, RunConfig
 from colt5dist.train.config_file import load_config
@@ -46,19 +42,10 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory,
-    micro_settings: tuple[str, ...],
-    make_text: Callable[[random.Random, int], str],
-) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...], short_texts: Path) -> Runs:
     """All runs, in one process."""
     folder = tmp_path_factory.mktemp("health")
-    rng = random.Random(1)
-    writer = CorpusWriter(folder / "shards", ByteTokenizer(), validation_fraction=0.1)
-    for _ in range(150):
-        writer.add(make_text(rng, 300))
-    writer.close({})
-    settings = [f"data.shards={folder / 'shards'}", "train.eval_samples=2", "train.routing_every=0"]
+    settings = [f"data.shards={short_texts}", "train.eval_samples=2", "train.routing_every=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
