@@ -14,3 +14,10 @@ class SaveError(RuntimeError):
 
     The message is one line, the same on all ranks. The scripts print it and end with status 74.
     """
+
+
+class TrainingFault(RuntimeError):
+    """The numbers of a run are such that it must not go on; raised on all ranks, after rank 0 has told of it.
+
+    The scripts end with status 1, without a traceback.
+    """

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     """Run; returns the exit status."""
     options = parse_arguments(arguments)
     # imported after the arguments are read, so that --help and a slip in them are answered at once
-    from colt5dist.errors import ConfigError, SaveError
+    from colt5dist.errors import ConfigError, SaveError, TrainingFault
     from colt5dist.train.config_file import config_to_yaml, load_config
     from colt5dist.train.runtime import EXIT_SAVE_FAILED, exit_for_wrong_input, ranks_from_environment
 
@@ -64,6 +64,8 @@ def main(arguments: list[str]) -> int:
         return exit_for_wrong_input(error, ranks)
     except SaveError as error:
         return exit_for_wrong_input(error, ranks, EXIT_SAVE_FAILED)
+    except TrainingFault:
+        return 1
 
 
 if __name__ == "__main__":

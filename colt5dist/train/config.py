@@ -215,6 +215,35 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class HealthConfig:
+    """What is done about losses and gradients that are not finite, and about loss spikes."""
+
+    max_skipped: int = 10
+    """Steps in a row, skipped because a loss or gradient was not finite, at which the run is given up."""
+    spike_window: int = 100
+    """Applied steps before a step that its loss is compared with; nothing is told before there are as many."""
+    spike_threshold: float = 10.0
+    """Robust standard deviations above the window's median from which on a loss is a spike."""
+    on_spike: Literal["warn", "rollback"] = "warn"
+    """warn: a line in the log and a count; rollback: also back to the last checkpoint, past the samples around it."""
+    skip_steps: int = 20
+    """Steps up to the spike, its own included, whose samples are passed over after a rollback."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run; further spikes are only warned of."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = [
+            f"health.{name}: {getattr(self, name)} is too small; use {smallest} or more"
+            for name, smallest in (("max_skipped", 1), ("spike_window", 4), ("skip_steps", 1), ("max_rollbacks", 0))
+            if getattr(self, name) < smallest
+        ]
+        if self.spike_threshold <= 0:
+            found.append(f"health.spike_threshold: {self.spike_threshold} is not positive; use for instance 10")
+        return found
+
+
+@dataclass(kw_only=True)
 class ProfileConfig:
     """A window of steps recorded with torch.profiler."""
 
@@ -228,7 +257,7 @@ class ProfileConfig:
         return []
 
 
-SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "profile")
+SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "health", "profile")
 """Fields of `RunConfig` that are sections of their own."""
 
 
@@ -254,6 +283,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Merged last into the JSON that DeepSpeed gets, for what has no key here."""

@@ -1,48 +1,29 @@
 """The training loop, in one order: read, forward and backward, agree, step, account, evaluate, save, stop."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from torch.profiler import record_function
 
-from colt5dist.data import Batch, SkipList, Sources, held_out_batches, parse_mixture, training_batches
+from colt5dist.data import Batch, held_out_batches, training_batches
 from colt5dist.data.loader import TrainingBatches
 from colt5dist.errors import ConfigError
+from colt5dist.train import gradients
 from colt5dist.train.accounting import step_flops
-from colt5dist.train.checkpoint import Saver, TrainerState
+from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.config import RunConfig
-from colt5dist.train.engine import Engine, to_device
+from colt5dist.train.engine import to_device
 from colt5dist.train.evaluation import evaluate
-from colt5dist.train.losses import LossMeans, LossSums, count_target_tokens
-from colt5dist.train.meter import Meter
-from colt5dist.train.monitor import Monitor, Record
+from colt5dist.train.health import Health, LocalBatch
+from colt5dist.train.losses import LossMeans, LossSums, count_target_tokens, training_loss
+from colt5dist.train.monitor import Record
 from colt5dist.train.profile import Profile
 from colt5dist.train.read_ahead import ReadAhead
 from colt5dist.train.routing import record_routing
-from colt5dist.train.runtime import Ranks, raise_together
+from colt5dist.train.run import Run
+from colt5dist.train.runtime import raise_together
 from colt5dist.train.schedule import learning_rate
-from colt5dist.train.stop import StopReason, StopRequests
-
-
-@dataclass(kw_only=True)
-class Run:
-    """All that a run works with."""
-
-    config: RunConfig
-    run_dir: Path
-    ranks: Ranks
-    shards: Sources
-    engine: Engine
-    state: TrainerState
-    monitor: Monitor
-    meter: Meter
-    stop: StopRequests
-    saver: Saver
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Names of the denoising objectives."""
-        return parse_mixture(self.config.data.mixture).names
+from colt5dist.train.spikes import ranges_to_skip, skip_list
+from colt5dist.train.stop import StopReason
 
 
 def train(run: Run) -> StopReason | None:
@@ -56,8 +37,8 @@ def train(run: Run) -> StopReason | None:
     held_out = begin_stage(run, stage)
     if state.first_held_out_loss is None:
         state.first_held_out_loss = evaluate(run.engine, held_out, run.objectives)["eval/loss"]
-    stream = ReadAhead(read_training(run), run.ranks)
-    stream.stop_together()
+    stream = open_stream(run)
+    health = Health(run)
     profile = Profile(config.profile, run.run_dir, run.ranks)
     reason: StopReason | None = None
     while state.step < config.train.steps and reason is None:
@@ -69,23 +50,28 @@ def train(run: Run) -> StopReason | None:
             outcome = run_micro_batches(run, step, stream)
             with record_function("optimizer"):
                 rate = learning_rate(step, config.optimizer, config.schedule)
-                applied, gradient_norm = run.engine.step(rate)
+                applied, norm = health.step(outcome.means, outcome.bad_gradients, outcome.local, rate)
         advance(state, applied, config)
         state.bad_records += outcome.bad_records
         meter.count(outcome.means)
         reason = outcome.reason
+        if outcome.background_save_done:
+            run.saver.advance()
+        if health.observe(applied, outcome.means, outcome.local):
+            stream.close()
+            stream = open_stream(run)
+            continue
         last = step == config.train.steps or reason is not None
         evaluating = step == config.train.steps or is_due(step, config.train.eval_every)
-        if last or evaluating or outcome.routing_due or is_due(step, config.train.log_every):
-            record = step_record(run, outcome, gradient_norm, rate)
+        if last or evaluating or outcome.routing_due or is_due(step, config.train.log_every) or health.is_notable:
+            record = step_record(run, outcome, norm, rate)
+            record.update(health.counts())
             if evaluating:
                 shuffled = config.train.eval_shuffled_inputs
                 record.update(evaluate(run.engine, held_out, run.objectives, shuffled_inputs=shuffled))
-            run.monitor.record(step, record)
+            run.monitor.record(step, record, notes=health.notes())
             run.monitor.say(console_line(step, config.train.steps, record, meter.slowest))
         run.monitor.advance(step)
-        if outcome.background_save_done:
-            run.saver.advance()
         wait = last or outcome.data_failed or outcome.save_requested  # for it to be whole
         if wait or outcome.save_due or is_due(step, config.checkpoint.every_steps):
             run.monitor.flush()
@@ -121,6 +107,10 @@ class StepOutcome:
     """Damaged records that the ranks met in the data of the next step, and replaced."""
     data_failed: bool
     """Whether some rank has no data for the next step, or too much of it is damaged."""
+    bad_gradients: bool
+    """Whether a gradient of some rank is not finite."""
+    local: LocalBatch
+    """This rank's part of the batch and of its losses."""
 
 
 def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
@@ -138,7 +128,7 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
         on_device = to_device(batch, engine.device)
         with run.meter.forward(), record_function("forward"):
             output = engine.forward(on_device, collect_routing=routing_due)
-            loss = (output.token_loss.sum() + run.config.train.z_loss * output.z_loss.sum()) / num_targets
+            loss = training_loss(output, num_targets, run.config.train.z_loss)
         with record_function("backward"):
             engine.backward(loss)
         sums.add(on_device, output)
@@ -152,8 +142,8 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
     flags += [float(run.stop.save_requested()), float(stream.count_bad_records()), float(stream.failure is not None)]
     flags += [float(run.saver.is_due_by_time()), float(run.saver.has_ended())]
     with record_function("agree"):
-        means = sums.read(extra=flags)
-    *reasons, save, bad_records, failed, save_due, saves_ended = means.extra
+        means = sums.read(extra=flags, on_device=[gradients.count_not_finite(engine)])
+    *reasons, save, bad_records, failed, save_due, saves_ended, bad_gradients = means.extra
     too_many = bad_records > 0 and run.state.bad_records + bad_records > run.config.data.max_bad_records
     return StepOutcome(
         means=means,
@@ -165,18 +155,22 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
         routing=routing,
         bad_records=int(bad_records),
         data_failed=bool(failed) or too_many,
+        bad_gradients=bool(bad_gradients),
+        local=LocalBatch(micro_batches, sums.sample_losses),
     )
 
 
 def advance(state: TrainerState, applied: bool, config: RunConfig) -> None:
     """Count one finished step."""
-    skip = SkipList(config.data.skip)
+    skip = skip_list(config, state)
     first = state.samples_consumed
     state.step += 1
     state.samples_consumed = int(skip.take(first, config.train.global_batch_size)[-1]) + 1
     state.skipped_samples += skip.passed(first, state.samples_consumed)
     state.optimizer_step += applied
     state.skipped_steps += not applied
+    state.skipped_from = state.skipped_from if state.skipped_in_a_row else first
+    state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
 
 
 def step_record(run: Run, outcome: StepOutcome, gradient_norm: float, rate: float) -> Record:
@@ -189,7 +183,6 @@ def step_record(run: Run, outcome: StepOutcome, gradient_norm: float, rate: floa
         "input_tokens": means.input_tokens,
         "target_tokens": means.target_tokens,
         **run.meter.read(),
-        "skipped_steps": run.state.skipped_steps,
         "z_loss": means.z_loss,
         "bad_records": run.state.bad_records,
     }
@@ -243,11 +236,18 @@ def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
     return held_out
 
 
+def open_stream(run: Run) -> ReadAhead:
+    """The data from where the state stands, its first step read; ends all ranks if some rank has none."""
+    stream = ReadAhead(read_training(run), run.ranks)
+    stream.stop_together()
+    return stream
+
+
 def read_training(run: Run) -> TrainingBatches:
     """This rank's micro-batches, step after step, from where the state stands."""
     return training_batches(
         run.shards,
-        run.config.data,
+        replace(run.config.data, skip=ranges_to_skip(run.config, run.state)),
         seed=run.config.seed,
         global_batch_size=run.config.train.global_batch_size,
         micro_batch_size=run.config.micro_batch_size(run.ranks.world_size),

@@ -45,10 +45,7 @@ class Monitor:
         self._metrics = os.open(self._metrics_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._unwritten = b""
         self._events_folder = run_dir / "tensorboard"
-        _date_back_events(self._events_folder)
-        self._writer: SummaryWriter | None = SummaryWriter(
-            str(self._events_folder), purge_step=first_step + 1, flush_secs=15
-        )
+        self._writer: SummaryWriter | None = self._open_events(first_step)
         self._has_warned = False
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -70,6 +67,18 @@ class Monitor:
             self._write_events(SummaryWriter.close)
             os.close(self._metrics)
 
+    def roll_back(self, step: int) -> None:
+        """Undo the records and events beyond a step."""
+        if self.is_first:
+            self._write_events(SummaryWriter.close)
+            try:
+                self._drop_metrics(step)
+                self._writer = self._open_events(step)
+            except OSError as error:
+                self._writer = None
+                self._warn(error)
+            self.advance(step)
+
     def say(self, text: str) -> None:
         """Print a line, as it stands."""
         if self._progress:
@@ -82,15 +91,16 @@ class Monitor:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def record(self, step: int, record: Record) -> None:
+    def record(self, step: int, record: Record, notes: dict[str, Any] | None = None) -> None:
         """Append one object to metrics.jsonl, and its numbers to TensorBoard under the same names.
 
-        A number that is not finite is written as null: JSON has no other word for it.
+        A number that is not finite is written as null: JSON has no other word for it. `notes` are no numbers, and stand
+        in metrics.jsonl only.
         """
         if not self.is_first:
             return
         known = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
-        self._write_metrics((json.dumps({"step": step, **known}) + "\n").encode())
+        self._write_metrics((json.dumps({"step": step, **known, **(notes or {})}) + "\n").encode())
         self.scalars(step, known)
 
     def scalars(self, step: int, values: Record) -> None:
@@ -144,6 +154,19 @@ class Monitor:
                 self._unwritten = self._unwritten[os.write(self._metrics, self._unwritten) :]
         except OSError as error:
             self._warn(error)
+
+    def _drop_metrics(self, last_step: int) -> None:
+        """Drop the records beyond a step, written or not; needs no space on the disk."""
+        written = self._metrics_path.read_bytes()
+        lines = (written + self._unwritten).splitlines(keepends=True)
+        kept = b"".join(line for line in lines if json.loads(line)["step"] <= last_step)
+        os.ftruncate(self._metrics, min(len(kept), len(written)))
+        self._unwritten = kept[len(written) :]
+
+    def _open_events(self, last_step: int) -> SummaryWriter:
+        """A writer of TensorBoard's events that takes back those beyond a step."""
+        _date_back_events(self._events_folder)
+        return SummaryWriter(str(self._events_folder), purge_step=last_step + 1, flush_secs=15)
 
     def _write_events(self, call: Callable[[SummaryWriter], object]) -> None:
         """Write to TensorBoard; after an error its writer is of no use any more, and another one is opened."""

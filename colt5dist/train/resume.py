@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "train.timeout_minutes",
     "zero",
     "checkpoint",
+    "health",  # what was rolled back stands in the checkpoints
     "profile",
 )
 """Keys and sections that a resumed run may change without naming them in `resume_allow`."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import colt5dist
-from colt5dist.errors import ConfigError, SaveError
+from colt5dist.errors import ConfigError, SaveError, TrainingFault
 from colt5dist.files import write_whole
 from colt5dist.train.checkpoint import unfinished_folders
 from colt5dist.train.config import RunConfig
@@ -121,7 +121,7 @@ def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[Non
         else:  # rank 0 does not know of it, so nobody else would say it
             print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
         raise
-    except SaveError as error:
+    except (SaveError, TrainingFault) as error:  # one line tells of it
         if ranks.is_first:
             write_status(run_dir, "failed", _last_step(run_dir), str(error))
         raise
