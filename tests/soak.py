@@ -183,9 +183,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=125.0)
-    parser.add_argument(
-        "--warm-up-minutes", type=float, help="not compared (default: 10, at most a quarter)"
-    )
+    parser.add_argument("--warm-up-minutes", type=float, help="not compared (default: 10, at most a quarter)")
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--config", default=str(ROOT / "configs" / "tiny.yaml"))
     parser.add_argument("settings", nargs="*", metavar="key=value")
