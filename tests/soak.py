@@ -3,7 +3,7 @@
     python tests/soak.py --minutes 125 --output runs/soak [--config FILE] [key=value ...]
 
 Every 10 seconds the resident memory of the trainer and its data workers is appended to OUTPUT/memory.csv: anonymous and
-shared memory of all of them, where a page that they share counts once, and the trainer's mapped files (libraries, index).
+shared memory of all of them, where a page that they share counts once, and the trainer's mapped files.
 At the end it prints a table, draws OUTPUT/memory.png where matplotlib is installed, and ends with 0 if everything held.
 """
 
