@@ -12,16 +12,20 @@ from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import TrainerState, save_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, to_device
-from colt5dist.train.evaluation import evaluate
+from colt5dist.train.evaluation import CutShortError, evaluate
+from colt5dist.train.heartbeat import Heartbeat
 from colt5dist.train.losses import LossMeans, LossSums, count_target_tokens
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor, Record
 from colt5dist.train.profile import Profile
 from colt5dist.train.read_ahead import ReadAhead
 from colt5dist.train.routing import record_routing
-from colt5dist.train.runtime import Ranks, raise_together
+from colt5dist.train.runtime import Ranks, raise_together, set_collective_timeout
 from colt5dist.train.schedule import learning_rate
 from colt5dist.train.stop import StopReason, StopRequests
+
+HEARTBEAT_FIRST_SECONDS = 60.0
+"""How much later than the heartbeat, which can name a rank, a collective operation gives up by itself."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +41,7 @@ class Run:
     monitor: Monitor
     meter: Meter
     stop: StopRequests
+    heartbeat: Heartbeat
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -54,16 +59,18 @@ def train(run: Run) -> StopReason | None:
     stage = config.stage_at(state.step + 1)
     held_out = begin_stage(run, stage)
     if state.first_held_out_loss is None:
-        state.first_held_out_loss = evaluate(run.engine, held_out, run.objectives)["eval/loss"]
-    stream = ReadAhead(read_training(run), run.ranks)
+        state.first_held_out_loss = run_evaluation(run, held_out).get("eval/loss")
+    stream = ReadAhead(read_training(run), run.ranks, lambda: run.stop.reason() is not None)
     stream.stop_together()
     profile = Profile(config.profile, run.run_dir, run.ranks)
-    reason: StopReason | None = None
+    reason = run.stop.agree(run.engine.device)
+    first_step = state.step + 1
     while state.step < config.train.steps and reason is None:
         step = state.step + 1
         if config.stage_at(step) is not stage:
             stage = config.stage_at(step)
             held_out = begin_stage(run, stage)
+        run.heartbeat.at("training", step)
         with meter.step(), profile.step(step):
             outcome = run_micro_batches(run, step, stream)
             with record_function("optimizer"):
@@ -72,6 +79,9 @@ def train(run: Run) -> StopReason | None:
         advance(state, applied, config)
         state.bad_records += outcome.bad_records
         meter.count(outcome.means)
+        if step == first_step:
+            run.heartbeat.first_step_is_done()
+            set_collective_timeout(config.train.timeout_seconds + HEARTBEAT_FIRST_SECONDS)
         reason = outcome.reason
         last = step == config.train.steps or reason is not None
         evaluating = step == config.train.steps or is_due(step, config.train.eval_every)
@@ -79,12 +89,13 @@ def train(run: Run) -> StopReason | None:
             record = step_record(run, outcome, gradient_norm, rate)
             if evaluating:
                 shuffled = config.train.eval_shuffled_inputs
-                record.update(evaluate(run.engine, held_out, run.objectives, shuffled_inputs=shuffled))
+                record.update(run_evaluation(run, held_out, shuffled_inputs=shuffled))
             run.monitor.record(step, record)
             run.monitor.say(console_line(step, config.train.steps, record, meter.slowest))
         run.monitor.advance(step)
         if last or outcome.data_failed or outcome.save_requested or is_due(step, config.checkpoint.every_steps):
             run.monitor.flush()
+            run.heartbeat.at("saving", step)
             save_checkpoint(run.run_dir / "checkpoints", run.engine, state, config.checkpoint.keep_last)
             run.stop.obeyed("SAVE")
         if outcome.data_failed:
@@ -136,8 +147,10 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
     routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
     routing = record_routing(run.monitor, step, output.routing, routed_mask)
     if step < run.config.train.steps:
+        run.heartbeat.at("waiting for data", step)
         with run.meter.waiting_for_data(), record_function("data"):
             stream.read()
+    run.heartbeat.at("agreeing on the step", step)
     wanted = run.stop.reason()
     flags = [float(wanted is reason) for reason in StopReason]
     flags += [float(run.stop.save_requested()), float(stream.count_bad_records()), float(stream.failure is not None)]
@@ -229,6 +242,20 @@ def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
         problem = str(error)
     raise_together(problem)
     return held_out
+
+
+def run_evaluation(run: Run, held_out: list[Batch], *, shuffled_inputs: bool = False) -> Record:
+    """The held-out numbers; none if a request to stop cuts the evaluation short, so that the checkpoint is in time."""
+
+    def stop_wanted() -> bool:
+        run.heartbeat.at("evaluating", run.state.step)
+        return run.stop.agree(run.engine.device) is not None
+
+    try:
+        return evaluate(run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted)
+    except CutShortError:
+        run.monitor.say(f"the evaluation of step {run.state.step} is left out: a request to stop")
+        return {}
 
 
 def read_training(run: Run) -> TrainingBatches:

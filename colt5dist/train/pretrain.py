@@ -18,7 +18,9 @@ from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import load_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
+from colt5dist.train.failures import failures_kept
 from colt5dist.train.fragments import refresh_parameters
+from colt5dist.train.heartbeat import Heartbeat
 from colt5dist.train.loop import Run, train
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor
@@ -63,7 +65,14 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     run_directory.agree_on_start(plan)
     run_directory.open_run_directory(config, ranks, hosts)
     stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
-    with run_directory.failures_kept(run_dir, ranks, hosts):
+    heartbeat = Heartbeat(
+        ranks,
+        hosts,
+        run_dir,
+        start_seconds=60 * config.train.timeout_minutes,
+        timeout_seconds=config.train.timeout_seconds,
+    )
+    with heartbeat, failures_kept(config, ranks, hosts, heartbeat.explain):
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
         run_directory.record_start(run_dir, config, ranks, hosts)
@@ -83,6 +92,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 monitor=monitor,
                 meter=meter,
                 stop=stop,
+                heartbeat=heartbeat,
             )
             reason = train(run)
         stop.obeyed("STOP")
