@@ -113,10 +113,16 @@ def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
     return Start(ranks, log)
 
 
-def launch_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
-    """Two ranks under the real `deepspeed` command."""
+def launch_ranks(run_dir: Path, log: Path, settings: Sequence[str], *, processes: int = 2) -> Start:
+    """Some ranks under the real `deepspeed` command."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--master_port", str(free_port())]
-    command += ["--num_accelerators", "2", str(ROOT / "launch" / "pretrain.py"), f"run_dir={run_dir}", *settings]
+    command += [
+        "--num_accelerators",
+        str(processes),
+        str(ROOT / "launch" / "pretrain.py"),
+        f"run_dir={run_dir}",
+        *settings,
+    ]
     with open(log, "ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     runner = psutil.Process(process.pid)
@@ -124,8 +130,8 @@ def launch_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
     while time.monotonic() < deadline:
         for launcher in runner.children():
             ranks = launcher.children()
-            if len(ranks) == 2:
-                return Start([runner, launcher, *ranks], log)
+            if len(ranks) == processes:
+                return Start([runner, launcher, *ranks], log, processes)
         time.sleep(0.1)
     raise AssertionError(f"deepspeed did not start: see {log}")
 
