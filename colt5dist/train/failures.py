@@ -45,19 +45,19 @@ def failures_kept(
         if blamed := explain(error):
             cause = f"{blamed}; seen here as {cause}"
         message = f"rank {ranks.rank} on {hosts[ranks.rank]} failed: {cause}"
-        # rank 0 cannot say it where it is the one to blame
-        speaks = ranks.is_first or blamed.startswith(f"rank 0 on {hosts[0]}")
+        speaks = blamed.startswith(f"rank 0 on {hosts[0]}")  # which then cannot say it itself
         keep_failure(run_dir, ranks, message, f"{message}\n\n{trace}", speaks=speaks)
         raise
 
 
 def keep_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, speaks: bool) -> None:
-    """Write `failures/rank_N.txt`, print the message, and write `status.json` where this rank `speaks` for the run."""
+    """Write `failures/rank_N.txt`, print the message, and write `status.json`: rank 0, or who `speaks` for it."""
     path = run_dir / "failures" / f"rank_{ranks.rank}.txt"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, details.encode())
     print(f"{message}; more in {path}", file=sys.stderr, flush=True)
-    if speaks:
+    # two halves of a cluster may each miss the other: then rank 0's word counts
+    if ranks.is_first or (speaks and not (run_dir / "status.json").exists()):
         write_status(run_dir, "failed", last_step(run_dir), message)
 
 

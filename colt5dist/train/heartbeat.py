@@ -215,7 +215,7 @@ class Heartbeat:
             self._ranks,
             message,
             f"{message}\n\nThe training was here:\n{stack}",
-            speaks=self._ranks.is_first or self._name(0) in self._verdict,
+            speaks=self._name(0) in self._verdict,
         )
         if self._ranks.is_first:
             self._ended.wait(SILENT_BEATS * self._period)  # until the others have read it
