@@ -1,4 +1,4 @@
-"""Two hosts on one machine, as two network namespaces with addresses of their own; needs root and `ip`; by hand or in CI.
+"""Two hosts on one machine: two network namespaces with addresses of their own. Needs root and the command `ip`.
 
     python tests/two_hosts.py --ways cut kill
 
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,18 +76,8 @@ def start_host(number: int, name: str, folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["GLOO_SOCKET_IFNAME"] = "eth0"
     environment.pop("TRITON_INTERPRET", None)
-    command = [
-        "ip",
-        "netns",
-        "exec",
-        name,
-        "unshare",
-        "--uts",
-        "sh",
-        "-c",
-        f'hostname host-{number} && exec "$@"',
-        "sh",
-    ]
+    named = f'hostname host-{number} && exec "$@"'
+    command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", named, "sh"]
     command += [str(Path(sys.executable).parent / "deepspeed"), "-q", "-H", str(folder / "hostfile"), "--no_ssh"]
     command += ["--node_rank", str(number), "--master_addr", ADDRESSES[0], "--master_port", "29613"]
     command += [str(ROOT / "launch" / "pretrain.py"), f"run_dir={folder / 'run'}", *SETTINGS]
@@ -137,10 +127,8 @@ def lose_a_host(way: str, folder: Path) -> float:
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill what a host still runs."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def go_on_alone(folder: Path) -> None:

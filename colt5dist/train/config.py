@@ -47,7 +47,7 @@ class TrainConfig:
     """Minutes in which nothing may move on before the first step is done; then the run is given up."""
     timeout_seconds: float = 600.0
     """Seconds in which nothing may move on after the first step (a step, a batch of an evaluation, a checkpoint).
-    A rank that is silent for half of it is given up, and named."""
+    A rank that is silent for a third of it is given up, and named."""
     deterministic: bool = False
     """Use deterministic algorithms only; slower, and equal runs on one kind of device are equal to the bit."""
 

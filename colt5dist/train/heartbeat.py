@@ -44,7 +44,7 @@ class Heartbeat:
         hosts: host name of every rank.
         run_dir: the run's folder, for `failures/`.
         start_seconds: how long nothing may move on before the first step is done.
-        timeout_seconds: how long after it. A rank that is silent for half of it is given up.
+        timeout_seconds: how long after it. A rank that is silent for a third of it is given up.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Heartbeat:
             for beat in self._beats.values():
                 beat.missed += 1
             self._stood_still += 1
-            self._verdict = self._verdict or self._find_gone(self._timeout_seconds / 2) or self._find_standstill()
+            self._verdict = self._verdict or self._find_gone(self._timeout_seconds / 3) or self._find_standstill()
             if not self._verdict:
                 continue
             self._hurry.set()
