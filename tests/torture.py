@@ -20,7 +20,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import MICRO_SETTINGS, load_script  # noqa: E402
+from conftest import MICRO_SETTINGS, free_port, load_script  # noqa: E402
 
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 os.environ.pop("TRITON_INTERPRET", None)  # conftest.py sets it
@@ -65,13 +64,6 @@ class Start:
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
         return self.processes[-self.num_ranks :]
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def newest_whole(run_dir: Path) -> str | None:

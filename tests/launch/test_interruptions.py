@@ -1,4 +1,4 @@
-"""Signals to the real `deepspeed` command, kills at random moments, and hosts that are lost: the scripts' short forms."""
+"""Signals to the real `deepspeed` command, kills at random moments, lost hosts: the short forms of the scripts."""
 
 import os
 import random

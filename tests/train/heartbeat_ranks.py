@@ -41,7 +41,10 @@ def go_wrong(way: str, rank: int, step: int) -> None:
 def main(run_dir: Path, way: str, timeout_seconds: float) -> None:
     """Add numbers up for ever."""
     ranks = ranks_from_environment()
-    dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+    meeting = f"file://{run_dir.absolute() / 'meeting'}"
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(minutes=30)
+    )
     config = load_config(TINY, [f"run_dir={run_dir}", "zero.stage=1"])
     hosts = ["host-a", "host-b"]
     heartbeat = Heartbeat(ranks, hosts, run_dir, start_seconds=1800, timeout_seconds=timeout_seconds)

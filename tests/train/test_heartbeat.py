@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,11 +22,11 @@ TIMEOUT_SECONDS = 12.0
 GONE = "is gone: killed (for want of memory?), or its host is down or cut off"
 
 
-def start(run_dir: Path, way: str, port: int) -> list[subprocess.Popen[str]]:
+def start(run_dir: Path, way: str) -> list[subprocess.Popen[str]]:
     """Two ranks, of which one goes wrong."""
     run_dir.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(SCRIPT), str(run_dir), way, str(TIMEOUT_SECONDS)]
     return [
         subprocess.Popen(
@@ -55,9 +54,8 @@ WAYS = {
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float, int, str]]:
     """By way: the run's folder, seconds until the other rank ended, its status, what it printed. All at once."""
     root = tmp_path_factory.mktemp("heartbeat")
-    ports = [free_port() for _ in WAYS]
     begin = time.monotonic()
-    started = {way: start(root / way, way, port) for way, port in zip(WAYS, ports, strict=True)}
+    started = {way: start(root / way, way) for way in WAYS}
     found = {}
     for way, processes in started.items():
         survivor = processes[WAYS[way][0]]
@@ -69,14 +67,6 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, flo
                 process.send_signal(signal.SIGCONT)
                 process.kill()
     return found
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("way", WAYS)
