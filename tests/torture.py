@@ -199,6 +199,10 @@ def one_round(run_dir: Path, number: int, rng: random.Random, *, launcher: bool)
     for process in chosen:
         process.kill()
     killed = time.monotonic()
+    if moment == "start" and not launcher:
+        # before all have met there is no heartbeat, and train.timeout_minutes is long: a launcher would end the others
+        for process in start.processes:
+            process.kill()
     wait_for_end(start)
     ended = time.monotonic()
     said = re.findall(r"going on from .*/(step_\d+)", log.read_text(errors="replace"))
