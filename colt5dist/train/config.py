@@ -44,7 +44,11 @@ class TrainConfig:
     max_minutes: float | None = None
     """Minutes after the start at which a checkpoint is written and the run stops with status 75; null: no limit."""
     timeout_minutes: float = 30.0
-    """Minutes a collective operation may take before the run is given up."""
+    """Minutes in which nothing may move on before the first step is done, or while a checkpoint is written or read or the
+    data is opened; then the run is given up."""
+    timeout_seconds: float = 600.0
+    """Seconds in which nothing else may move on after the first step (a step, a batch of an evaluation).
+    A rank that is silent for a third of it is given up, and named."""
     deterministic: bool = False
     """Use deterministic algorithms only; slower, and equal runs on one kind of device are equal to the bit."""
 
@@ -61,6 +65,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 525_600:
                 found.append(f"train.{name}: {value} is not within a year; use a number of minutes above 0")
+        if not 2 <= self.timeout_seconds <= 86_400:
+            found.append(f"train.timeout_seconds: {self.timeout_seconds} is outside [2, 86400]; use for instance 600")
         if (
             self.global_batch_size >= 1
             and self.micro_batch_size >= 1

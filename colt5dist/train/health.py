@@ -73,6 +73,7 @@ class Health:
     def __init__(self, run: Run) -> None:
         self.config, self.run_dir, self.ranks = run.config, run.run_dir, run.ranks
         self.engine, self.state, self.monitor, self.saver = run.engine, run.state, run.monitor, run.saver
+        self.heartbeat = run.heartbeat
         self._skipped: list[SkippedStep] = []
         self._spiked = False
 
@@ -177,7 +178,8 @@ class Health:
         if self.state.rollbacks >= allowed:
             self.monitor.say(f"going on: health.max_rollbacks={allowed} rollbacks are used up")
             return False
-        folder = spikes.roll_back(self.saver, self.config, self.state)
+        with self.heartbeat.patient("rolling back", self.state.step):
+            folder = spikes.roll_back(self.saver, self.config, self.state)
         if folder is None:
             self.monitor.say("going on: there is no checkpoint yet to roll back to")
             return False
@@ -190,7 +192,7 @@ class Health:
     def _give_up(self, local: LocalBatch) -> None:
         """Run the last micro-batches again to see where it begins, write it all down, and end.
 
-        No checkpoint is written: the next start goes on from one before, and meets this again unless something changes.
+        No checkpoint is begun: the next start goes on from one before, and meets this again unless something changes.
         """
         found = gather_objects((self._bad_weights(), self._run_again(local)))
         state = self.state

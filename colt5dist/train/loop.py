@@ -12,7 +12,7 @@ from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import to_device
-from colt5dist.train.evaluation import evaluate
+from colt5dist.train.evaluation import CutShortError, evaluate
 from colt5dist.train.health import Health, LocalBatch
 from colt5dist.train.losses import LossMeans, LossSums, count_target_tokens, training_loss
 from colt5dist.train.monitor import Record
@@ -36,16 +36,16 @@ def train(run: Run) -> StopReason | None:
     stage = config.stage_at(state.step + 1)
     held_out = begin_stage(run, stage)
     if state.first_held_out_loss is None:
-        state.first_held_out_loss = evaluate(run.engine, held_out, run.objectives)["eval/loss"]
-    stream = open_stream(run)
+        state.first_held_out_loss = run_evaluation(run, held_out).get("eval/loss")
+    stream, reason = open_stream(run)
     health = Health(run)
     profile = Profile(config.profile, run.run_dir, run.ranks)
-    reason: StopReason | None = None
     while state.step < config.train.steps and reason is None:
         step = state.step + 1
         if config.stage_at(step) is not stage:
             stage = config.stage_at(step)
             held_out = begin_stage(run, stage)
+        run.heartbeat.at("training", step)
         with meter.step(), profile.step(step):
             outcome = run_micro_batches(run, step, stream)
             with record_function("optimizer"):
@@ -54,12 +54,13 @@ def train(run: Run) -> StopReason | None:
         advance(state, applied, config)
         state.bad_records += outcome.bad_records
         meter.count(outcome.means)
+        run.heartbeat.step_is_done()
         reason = outcome.reason
         if outcome.background_save_done:
             run.saver.advance()
         if health.observe(applied, outcome.means, outcome.local):
             stream.close()
-            stream = open_stream(run)
+            stream, reason = open_stream(run)
             continue
         last = step == config.train.steps or reason is not None
         evaluating = step == config.train.steps or is_due(step, config.train.eval_every)
@@ -68,14 +69,15 @@ def train(run: Run) -> StopReason | None:
             record.update(health.counts())
             if evaluating:
                 shuffled = config.train.eval_shuffled_inputs
-                record.update(evaluate(run.engine, held_out, run.objectives, shuffled_inputs=shuffled))
+                record.update(run_evaluation(run, held_out, shuffled_inputs=shuffled))
             run.monitor.record(step, record, notes=health.notes())
             run.monitor.say(console_line(step, config.train.steps, record, meter.slowest))
         run.monitor.advance(step)
         wait = last or outcome.data_failed or outcome.save_requested  # for it to be whole
         if wait or outcome.save_due or is_due(step, config.checkpoint.every_steps):
             run.monitor.flush()
-            run.saver.save(state, wait=wait, must=last)
+            with run.heartbeat.patient("saving", step):
+                run.saver.save(state, wait=wait, must=last)
             if outcome.save_requested:
                 run.stop.obeyed("SAVE")
         if outcome.data_failed:
@@ -135,8 +137,10 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
     routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
     routing = record_routing(run.monitor, step, output.routing, routed_mask)
     if step < run.config.train.steps:
+        run.heartbeat.at("waiting for data", step)
         with run.meter.waiting_for_data(), record_function("data"):
             stream.read()
+    run.heartbeat.at("agreeing on the step", step)
     wanted = run.stop.reason()
     flags = [float(wanted is reason) for reason in StopReason]
     flags += [float(run.stop.save_requested()), float(stream.count_bad_records()), float(stream.failure is not None)]
@@ -219,28 +223,48 @@ def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
             f"from step {run.state.step + 1} on: {stage.data.input_length} input and {stage.data.target_length} target "
             f"tokens, {stage.micro_batch_size(run.ranks.world_size)} samples a micro-batch"
         )
-    held_out: list[Batch] = []
-    problem = None
-    try:
-        held_out = held_out_batches(
-            run.shards,
-            stage.data,
-            num_samples=stage.train.eval_samples,
-            micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
-            rank=run.ranks.rank,
-            world_size=run.ranks.world_size,
-        )
-    except ConfigError as error:
-        problem = str(error)
-    raise_together(problem)
+    with run.heartbeat.patient("reading the held-out samples", run.state.step + 1):
+        held_out: list[Batch] = []
+        problem = None
+        try:
+            held_out = held_out_batches(
+                run.shards,
+                stage.data,
+                num_samples=stage.train.eval_samples,
+                micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
+                rank=run.ranks.rank,
+                world_size=run.ranks.world_size,
+            )
+        except ConfigError as error:
+            problem = str(error)
+        raise_together(problem)
     return held_out
 
 
-def open_stream(run: Run) -> ReadAhead:
-    """The data from where the state stands, its first step read; ends all ranks if some rank has none."""
-    stream = ReadAhead(read_training(run), run.ranks)
-    stream.stop_together()
-    return stream
+def run_evaluation(run: Run, held_out: list[Batch], *, shuffled_inputs: bool = False) -> Record:
+    """The held-out numbers; none if a request to stop cuts the evaluation short, so that the checkpoint is in time."""
+
+    def stop_wanted() -> bool:
+        run.heartbeat.at("evaluating", run.state.step)
+        return run.stop.agree(run.engine.device) is not None
+
+    try:
+        return evaluate(run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted)
+    except CutShortError:
+        run.monitor.say(f"the evaluation of step {run.state.step} is left out: a request to stop")
+        return {}
+
+
+def open_stream(run: Run) -> tuple[ReadAhead, StopReason | None]:
+    """The data from where the state stands, and why to stop at once: the first step may then be unread.
+
+    Raises:
+        ConfigError: on all ranks, if some rank has no data.
+    """
+    with run.heartbeat.patient("opening the data", run.state.step + 1):
+        stream = ReadAhead(read_training(run), run.ranks, lambda: run.stop.reason() is not None)
+        stream.stop_together()
+        return stream, run.stop.agree(run.engine.device)
 
 
 def read_training(run: Run) -> TrainingBatches:

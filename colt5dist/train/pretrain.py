@@ -18,7 +18,9 @@ from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import Saver, load_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
+from colt5dist.train.failures import failures_kept
 from colt5dist.train.fragments import refresh_parameters
+from colt5dist.train.heartbeat import Heartbeat
 from colt5dist.train.loop import train
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor
@@ -65,7 +67,14 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     plan = resume.compare_hashes(plan, config, shards.fingerprint, shapes, ranks)
     run_directory.open_run_directory(config, ranks, hosts)
     stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
-    with run_directory.failures_kept(run_dir, ranks, hosts):
+    heartbeat = Heartbeat(
+        ranks,
+        hosts,
+        run_dir,
+        start_seconds=60 * config.train.timeout_minutes,
+        timeout_seconds=config.train.timeout_seconds,
+    )
+    with heartbeat, failures_kept(config, ranks, hosts, heartbeat.explain):
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
         run_id = run_directory.record_start(run_dir, config, ranks, hosts)
@@ -86,6 +95,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 meter=meter,
                 stop=stop,
                 saver=Saver(run_dir / "checkpoints", engine, config.checkpoint, run_id=run_id, say=monitor.say),
+                heartbeat=heartbeat,
             )
             try:
                 reason = train(run)

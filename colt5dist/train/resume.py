@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "train.routing_every",
     "train.max_minutes",
     "train.timeout_minutes",
+    "train.timeout_seconds",
     "zero",
     "checkpoint",
     "health",  # what was rolled back stands in the checkpoints

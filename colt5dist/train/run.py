@@ -7,6 +7,7 @@ from colt5dist.data import Sources, parse_mixture
 from colt5dist.train.checkpoint import Saver, TrainerState
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine
+from colt5dist.train.heartbeat import Heartbeat
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor
 from colt5dist.train.runtime import Ranks
@@ -26,6 +27,7 @@ class Run:
     monitor: Monitor
     meter: Meter
     stop: StopRequests
+    heartbeat: Heartbeat
     saver: Saver
 
     @property

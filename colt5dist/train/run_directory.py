@@ -10,10 +10,6 @@ import platform
 import secrets
 import shutil
 import subprocess
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,12 +17,10 @@ from typing import Any
 import torch
 
 import colt5dist
-from colt5dist.errors import ConfigError, SaveError, TrainingFault
 from colt5dist.files import write_whole
 from colt5dist.train.checkpoint import unfinished_folders
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import config_to_yaml
-from colt5dist.train.monitor import read_metrics
 from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
 
 RUN_ID = "run_id"
@@ -108,38 +102,6 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
     """Say how the run ended: finished, stopped or failed."""
     content = {"status": status, "step": step, **({"reason": reason} if reason else {})}
     write_whole(run_dir / "status.json", json.dumps(content).encode())
-
-
-@contextmanager
-def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[None]:
-    """Around the training: keeps an exception's traceback in `failures/`, says where on stderr, and lets it pass."""
-    try:
-        yield
-    except ConfigError as error:
-        if ranks.is_first:
-            write_status(run_dir, "failed", _last_step(run_dir), str(error))
-        else:  # rank 0 does not know of it, so nobody else would say it
-            print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
-        raise
-    except (SaveError, TrainingFault) as error:  # one line tells of it
-        if ranks.is_first:
-            write_status(run_dir, "failed", _last_step(run_dir), str(error))
-        raise
-    except Exception as error:
-        folder = run_dir / "failures"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"rank_{ranks.rank}.txt"
-        write_whole(path, traceback.format_exc().encode())
-        cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-        message = f"rank {ranks.rank} on {hosts[ranks.rank]} failed: {cause}; traceback in {path}"
-        print(message, file=sys.stderr, flush=True)
-        if ranks.is_first:
-            write_status(run_dir, "failed", _last_step(run_dir), cause)
-        raise
-
-
-def _last_step(run_dir: Path) -> int:
-    return max((record["step"] for record in read_metrics(run_dir)), default=0)
 
 
 def _version(package: str) -> str | None:

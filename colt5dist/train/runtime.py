@@ -74,6 +74,14 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
     return device
 
 
+def set_collective_timeout(seconds: float) -> None:
+    """Change what a collective operation may take, in all process groups, DeepSpeed's included."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def finish_process_group() -> None:
     """Leave the process group; without this gloo sometimes turns a good run into a non-zero exit status."""
     if dist.is_initialized():

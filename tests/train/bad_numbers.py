@@ -28,6 +28,7 @@ from colt5dist.train.checkpoint import Saver, TrainerState
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import Engine
+from colt5dist.train.heartbeat import Heartbeat
 from colt5dist.train.loop import train
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor, read_metrics
@@ -108,6 +109,7 @@ def train_badly(
             monitor=monitor,
             meter=Meter(device, ["here"] * ranks.world_size, step_flops(config)),
             stop=StopRequests(run_dir, watch_files=False, max_minutes=None),
+            heartbeat=Heartbeat(ranks, ["here"] * ranks.world_size, run_dir, start_seconds=300, timeout_seconds=300),
             saver=Saver(run_dir / "checkpoints", engine, config.checkpoint, run_id="bad numbers"),
         )
         try:
