@@ -6,9 +6,9 @@
 At random moments, a third of them while a checkpoint is being written, one rank or both are killed with SIGKILL. Most
 rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds; every
 `--launcher-every`-th round is started by the real `deepspeed` command, of which a rank, launch.py, the command itself,
-or everything is killed. After each kill what is left must end by itself; after each start the newest whole checkpoint,
-found here by other means than the trainer's, must be the one that it goes on from. At the end the losses and gradient
-norms of all steps equal the undisturbed run's to the bit.
+or everything is killed. Half of the rounds save in the background. After each kill what is left must end by itself;
+after each start the newest whole checkpoint, found here by other means than the trainer's, must be the one that it goes
+on from. At the end the losses and gradient norms of all steps equal the undisturbed run's to the bit.
 """
 
 import argparse
@@ -176,7 +176,9 @@ def one_round(run_dir: Path, number: int, rng: random.Random, *, launcher: bool)
     log.touch()
     expected = newest_whole(run_dir)
     begin = time.monotonic()
-    start = (launch_ranks if launcher else fork_ranks)(run_dir, log, [*SETTINGS, NEVER_STEPS])
+    asynchronous = rng.random() < 0.5
+    settings = [*SETTINGS, NEVER_STEPS, f"checkpoint.asynchronous={asynchronous}"]
+    start = (launch_ranks if launcher else fork_ranks)(run_dir, log, settings)
     in_save = rng.random() < 1 / 3
     moment = "save"
     if not in_save and rng.random() < 0.2:
@@ -212,6 +214,7 @@ def one_round(run_dir: Path, number: int, rng: random.Random, *, launcher: bool)
     return {
         "round": number,
         "launcher": launcher,
+        "asynchronous": asynchronous,
         "moment": moment,
         "victim": victim,
         "from": expected,

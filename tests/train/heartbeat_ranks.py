@@ -1,6 +1,8 @@
 """One rank of two over gloo that goes wrong in some way; started by test_heartbeat.py.
 
 python tests/train/heartbeat_ranks.py RUN_DIR WAY TIMEOUT_SECONDS
+
+In the way "slow" nothing is wrong: rank 1 only saves for longer than the timeout.
 """
 
 import os
@@ -52,6 +54,12 @@ def main(run_dir: Path, way: str, timeout_seconds: float) -> None:
         for step in range(1, 1_000_000):
             heartbeat.at("training", step)
             go_wrong(way, ranks.rank, step)
+            if way == "slow" and step == 3:
+                with heartbeat.patient("saving", step):
+                    if ranks.rank == 1:
+                        time.sleep(1.25 * timeout_seconds)
+                    dist.all_reduce(torch.ones(1))
+                break
             heartbeat.at("agreeing on the step", step)
             dist.all_reduce(torch.ones(1))
             if step == 1:

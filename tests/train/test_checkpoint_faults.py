@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from colt5dist.train.checkpoint.saver import HostCopy
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import parameter_shapes
 from colt5dist.train.fragments import Fragment
+from colt5dist.train.monitor import read_metrics
 from colt5dist.train.resume import StartPlan, plan_start
 
 SCRIPT = Path(__file__).with_name("save_faults.py")
@@ -139,17 +141,27 @@ def test_the_status_of_a_run_without_its_last_checkpoint(
     results: dict[str, dict[str, Any]], run_pretrain: Callable[..., Any], tmp_path: Path
 ) -> None:
     """74 and one line, asked to stop by file or not; the request counts once."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "STOP").touch()
+
+    def ask_for_a_stop() -> None:
+        while not read_metrics(tmp_path / "run") and not ended.wait(0.05):
+            pass
+        (tmp_path / "run" / "STOP").touch()
+
+    ended = threading.Event()
+    asking = threading.Thread(target=ask_for_a_stop)
+    asking.start()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (CHECKPOINT_BYTES // 2, before[1]))  # the run inherits it
     try:
-        done = run_pretrain(tmp_path / "run", launcher="python", check=False)
+        done = run_pretrain(tmp_path / "run", "train.steps=1000000", launcher="python", check=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        ended.set()
+        asking.join()
     assert done.returncode == 74, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "checkpoint" in line]
-    assert line.startswith("error: checkpoint of step 1 is not written: rank 0: ") and "File too large" in line
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert line.startswith(f"error: checkpoint of step {last} is not written: rank 0: ") and "File too large" in line
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == [] and not (tmp_path / "run" / "STOP").exists()

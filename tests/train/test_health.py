@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colt5dist.data.skip import SkipList
-from colt5dist.train.checkpoint import TrainerState
+from colt5dist.train.checkpoint import TrainerState, find_checkpoints
 from colt5dist.train.config import HealthConfig, RunConfig
 from colt5dist.train.config_file import load_config
 from colt5dist.train.monitor import read_metrics
@@ -98,9 +98,15 @@ def test_the_window_of_losses_goes_on_in_a_resumed_run(runs: Runs) -> None:
     assert runs.numbers("warned, resumed") == runs.numbers("warned")
 
 
-@pytest.mark.parametrize("name", ["rolled back", "rolled back, resumed"])
+@pytest.mark.parametrize(
+    "name",
+    ["rolled back", "rolled back, resumed", "rolled back, beside a save", "rolled back, stopped there"],
+)
 def test_a_rolled_back_run_is_the_run_that_passes_over_those_samples(runs: Runs, name: str) -> None:
-    """To the bit: metrics, TensorBoard and state; also if it was started again after the rollback."""
+    """To the bit: metrics, TensorBoard and state; also if it was started again after the rollback.
+
+    And if the checkpoint that it goes back to was being written, or a signal stops it while it goes back.
+    """
     assert "rolled back to" in runs.starts(name)[0]["printed"]
     assert "samples 32 to 47 are passed over" in runs.starts(name)[0]["printed"]
     assert runs.numbers(name) == runs.numbers("skipping")
@@ -110,6 +116,35 @@ def test_a_rolled_back_run_is_the_run_that_passes_over_those_samples(runs: Runs,
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([n[1] for n in runs.numbers("skipping")])
     state, expected = runs.starts(name)[-1]["state"], runs.starts("skipping")[0]["state"]
     assert state == {**expected, "rolled_back_samples": [[32, 48]], "spikes": 1, "rollbacks": 1}
+
+
+def test_a_stop_in_a_rollback_leaves_the_checkpoint_to_go_on_from(runs: Runs) -> None:
+    first, second = runs.starts("rolled back, stopped there")
+    assert first["status"] == 75 and first["checkpoint"] == "step_00000003"
+    assert first["status.json"] == {"status": "stopped", "step": 3, "reason": "signal"}
+    assert second["status"] == 0 and "going on from" in second["printed"]
+
+
+def test_a_stop_waits_for_the_save_in_the_background(runs: Runs) -> None:
+    """Both are whole: that of step 3, which was under way, and that of the stop."""
+    (start,) = runs.starts("stopped, beside a save")
+    assert start["status"] == 75 and start["status.json"] == {"status": "stopped", "step": 4, "reason": "signal"}
+    whole, others = find_checkpoints(runs.directory("stopped, beside a save") / "checkpoints")
+    assert [folder.name for folder in whole] == ["step_00000003", "step_00000004"] and not others
+
+
+def test_a_run_that_is_given_up_ends_the_save_in_the_background(runs: Runs) -> None:
+    """The checkpoint of step 4, in the middle of the skipped steps, holds their count."""
+    (start,) = runs.starts("given up, beside a save")
+    assert start["status"] == 1 and start["checkpoint"] == "step_00000004" and start["state"]["skipped_in_a_row"] == 2
+
+
+def test_a_rollback_after_a_save_that_failed(runs: Runs) -> None:
+    """It is told of, there is nothing to go back to, and the run goes on."""
+    (start,) = runs.starts("no checkpoint, beside a save")
+    failed = start["printed"].index("checkpoint of step 5 is not written: rank 0: ")
+    assert failed < start["printed"].index("going on: there is no checkpoint yet")
+    assert start["checkpoint"] == "step_00000006"
 
 
 @pytest.mark.parametrize("stage", ["0", "2", "3", "3 offloaded"])
@@ -123,7 +158,11 @@ def test_every_stage_goes_back(runs: Runs, stage: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no checkpoint", "there is no checkpoint yet"), ("used up", "health.max_rollbacks=0 rollbacks are used up")],
+    [
+        ("no checkpoint", "there is no checkpoint yet"),
+        ("no checkpoint, beside a save", "there is no checkpoint yet"),
+        ("used up", "health.max_rollbacks=0 rollbacks are used up"),
+    ],
 )
 def test_a_spike_that_cannot_be_rolled_back_is_told(runs: Runs, name: str, words: str) -> None:
     (start,) = runs.starts(name)

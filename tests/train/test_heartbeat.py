@@ -55,10 +55,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, flo
     """By way: the run's folder, seconds until the other rank ended, its status, what it printed. All at once."""
     root = tmp_path_factory.mktemp("heartbeat")
     begin = time.monotonic()
-    started = {way: start(root / way, way) for way in WAYS}
+    started = {way: start(root / way, way) for way in (*WAYS, "slow")}
     found = {}
     for way, processes in started.items():
-        survivor = processes[WAYS[way][0]]
+        survivor = processes[WAYS.get(way, (0,))[0]]
         try:
             _, printed = survivor.communicate(timeout=120)
             found[way] = (root / way, time.monotonic() - begin, survivor.returncode, printed)
@@ -79,6 +79,13 @@ def test_the_other_rank_ends_and_names_the_one(way: str, ended: dict[str, tuple[
     # rank 0 speaks for the run, and rank 1 where rank 0 cannot
     written = json.loads((run_dir / "status.json").read_text())
     assert (written["status"] == "failed" and "fault" in written["reason"]) or message in written["reason"]
+
+
+def test_a_save_that_takes_long_is_no_standstill(ended: dict[str, tuple[Path, float, int, str]]) -> None:
+    """One rank still writes when train.timeout_seconds are over; the other waits for it."""
+    run_dir, seconds, status, printed = ended["slow"]
+    assert (status, printed) == (0, "") and seconds > 1.25 * TIMEOUT_SECONDS
+    assert not (run_dir / "failures").exists() and not (run_dir / "status.json").exists()
 
 
 def test_an_allocation_that_fails_says_what_to_lower(tmp_path: Path) -> None:
