@@ -5,6 +5,7 @@ Without arguments the embedded default: a tiny model on the running Python's sta
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -40,9 +41,12 @@ def main(arguments: list[str]) -> int:
     """Run; returns the exit status."""
     options = parse_arguments(arguments)
     # imported after the arguments are read, so that --help and a slip in them are answered at once
-    from colt5dist.errors import ConfigError
+    from colt5dist.train.launcher import launcher_processes
+
+    launcher_processes()  # remembered before the long imports: it may die in the meantime
+    from colt5dist.errors import ConfigError, SaveError, TrainingFault
     from colt5dist.train.config_file import config_to_yaml, load_config
-    from colt5dist.train.runtime import exit_for_wrong_input, ranks_from_environment
+    from colt5dist.train.runtime import EXIT_SAVE_FAILED, exit_for_wrong_input, ranks_from_environment
 
     ranks = ranks_from_environment()
     try:
@@ -62,7 +66,13 @@ def main(arguments: list[str]) -> int:
         return pretrain(config, ranks)
     except ConfigError as error:
         return exit_for_wrong_input(error, ranks)
+    except SaveError as error:
+        return exit_for_wrong_input(error, ranks, EXIT_SAVE_FAILED)
+    except TrainingFault:
+        return 1
 
 
 if __name__ == "__main__":
+    # until there is something to save, Ctrl-C ends the start at once, as SIGTERM does
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

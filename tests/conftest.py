@@ -73,6 +73,25 @@ def random_text(rng: random.Random, num_bytes: int) -> str:
     return text[:num_bytes]
 
 
+def write_short_texts(folder: Path, num_documents: int) -> Path:
+    """Shards of documents of which each gives the micro model about one sample; the same ones on every machine."""
+    from colt5dist.data.corpus import CorpusWriter
+    from colt5dist.data.tokenizer import ByteTokenizer
+
+    rng = random.Random(1)
+    writer = CorpusWriter(folder, ByteTokenizer(), validation_fraction=0.1)
+    for _ in range(num_documents):
+        writer.add(random_text(rng, 300))
+    writer.close({})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such shards."""
+    return write_short_texts(tmp_path_factory.mktemp("short-texts") / "shards", 150)
+
+
 @pytest.fixture(scope="session")
 def make_text() -> Callable[[random.Random, int], str]:
     """The function random_text."""
@@ -127,6 +146,22 @@ def run_pretrain() -> Pretrain:
         if check:
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_torchrun() -> Callable[..., None]:
+    """Run a script of the tests on some CPU processes; it has to succeed."""
+
+    def run(script: Path, *arguments: str, processes: int) -> None:
+        command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
     return run
 

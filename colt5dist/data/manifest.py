@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from colt5dist.errors import ConfigError
@@ -131,11 +131,21 @@ def read_manifest(folder: Path) -> Manifest:
             **{field.name: content[field.name] for field in fields(Manifest) if field.name not in _NESTED},
         )
         whole = manifest.checksum == content["checksum"]
+        files = [*(entry.file for entry in manifest.shards), *(entry.file for entry in manifest.index)]
+        outside = [name for name in files if not _is_inside(name)]
     except (KeyError, TypeError):
         whole = False
     if not whole:
         raise ConfigError(f"{path}: is damaged or was edited, its checksum differs; prepare the shards again")
+    if outside:
+        raise ConfigError(f"{path}: names a file outside the folder: {outside[0]}; do not use these shards")
     return manifest
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path stays below the folder that it is taken from, here and where it is fetched to."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 _NESTED = ("tokenizer", "shards", "index")

@@ -44,7 +44,11 @@ class TrainConfig:
     max_minutes: float | None = None
     """Minutes after the start at which a checkpoint is written and the run stops with status 75; null: no limit."""
     timeout_minutes: float = 30.0
-    """Minutes a collective operation may take before the run is given up."""
+    """Minutes in which nothing may move on before the first step is done, or while a checkpoint is written or read or
+    the data is opened; then the run is given up."""
+    timeout_seconds: float = 600.0
+    """Seconds in which nothing else may move on after the first step (a step, a batch of an evaluation).
+    A rank that is silent for a third of it is given up, and named."""
     deterministic: bool = False
     """Use deterministic algorithms only; slower, and equal runs on one kind of device are equal to the bit."""
 
@@ -61,6 +65,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 525_600:
                 found.append(f"train.{name}: {value} is not within a year; use a number of minutes above 0")
+        if not 2 <= self.timeout_seconds <= 86_400:
+            found.append(f"train.timeout_seconds: {self.timeout_seconds} is outside [2, 86400]; use for instance 600")
         if (
             self.global_batch_size >= 1
             and self.micro_batch_size >= 1
@@ -185,17 +191,62 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
     every_steps: int = 1000
-    """Steps between two checkpoints; the last step and a requested stop are always saved."""
+    """Steps between two checkpoints; the last step and a requested stop are always saved; 0: only those."""
+    every_minutes: float | None = None
+    """Minutes between two checkpoints by the clock of rank 0, counted from the newer of start and last save; null: by
+    steps only."""
     keep_last: int = 2
     """Newest whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of it are never deleted; 0: none."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written does to the run. The last one of a run or before a stop always ends it
+    with status 74; older checkpoints stay as they are in any case."""
+    asynchronous: bool = False
+    """Copy to host memory and write beside training; takes 12 bytes a parameter of it, shared by the ranks."""
 
     def problems(self) -> list[str]:
         """What is wrong with these fields, one line each."""
-        return [
-            f"checkpoint.{name}: {getattr(self, name)} is not positive; use 1 or more"
-            for name in ("every_steps", "keep_last")
-            if getattr(self, name) < 1
+        found = []
+        if self.keep_last < 1:
+            found.append(f"checkpoint.keep_last: {self.keep_last} is not positive; use 1 or more")
+        for name in ("every_steps", "keep_every"):
+            if getattr(self, name) < 0:
+                found.append(f"checkpoint.{name}: {getattr(self, name)} is negative; use 0 or more")
+        if self.every_minutes is not None and not 0 < self.every_minutes <= 525_600:
+            found.append(
+                f"checkpoint.every_minutes: {self.every_minutes} is not within a year; use a number of minutes above 0"
+            )
+        return found
+
+
+@dataclass(kw_only=True)
+class HealthConfig:
+    """What is done about losses and gradients that are not finite, and about loss spikes."""
+
+    max_skipped: int = 10
+    """Steps in a row, skipped because a loss or gradient was not finite, at which the run is given up."""
+    spike_window: int = 100
+    """Applied steps before a step that its loss is compared with; nothing is told before there are as many."""
+    spike_threshold: float = 10.0
+    """Robust standard deviations above the window's median from which on a loss is a spike."""
+    on_spike: Literal["warn", "rollback"] = "warn"
+    """warn: a line in the log and a count; rollback: also back to the last checkpoint, past the samples around it."""
+    skip_steps: int = 20
+    """Steps up to the spike, its own included, whose samples are passed over after a rollback."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run; further spikes are only warned of."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = [
+            f"health.{name}: {getattr(self, name)} is too small; use {smallest} or more"
+            for name, smallest in (("max_skipped", 1), ("spike_window", 4), ("skip_steps", 1), ("max_rollbacks", 0))
+            if getattr(self, name) < smallest
         ]
+        if self.spike_threshold <= 0:
+            found.append(f"health.spike_threshold: {self.spike_threshold} is not positive; use for instance 10")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -212,7 +263,7 @@ class ProfileConfig:
         return []
 
 
-SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "profile")
+SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "health", "profile")
 """Fields of `RunConfig` that are sections of their own."""
 
 
@@ -227,7 +278,8 @@ class RunConfig:
     resume: Literal["never", "auto", "must"] = "auto"
     """auto: go on from the newest whole checkpoint, if any; must: fail without one; never: need an empty folder."""
     resume_allow: list[str] = field(default_factory=list)
-    """Keys that may differ from the run that is resumed, for instance [optimizer.lr]."""
+    """Keys that may differ from the run that is resumed, for instance [optimizer.lr]; from_zero: start at step 0 where
+    checkpoints are there, but none of them is whole."""
     init_from: str | None = None
     """Run directory or checkpoint of another run whose weights, and nothing else, this run starts from."""
     model: CoLT5Config = field(default_factory=CoLT5Config)
@@ -237,6 +289,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Merged last into the JSON that DeepSpeed gets, for what has no key here."""

@@ -18,6 +18,8 @@ from colt5dist.train.config import RunConfig
 
 FREE_SECTIONS = ("deepspeed",)
 """Sections whose keys are not ours to know."""
+ALLOW_FROM_ZERO = "from_zero"
+"""The word in `resume_allow` that is no key: starting at step 0 beside checkpoints of which none is whole."""
 
 
 def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
@@ -60,7 +62,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         problems += [
             f"resume_allow: no such key {key}; {_did_you_mean(key, known)}"
             for key in config.resume_allow
-            if key not in known
+            if key not in known and key != ALLOW_FROM_ZERO
         ]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -1,6 +1,7 @@
 """The held-out loss: the same samples every time, on every world size."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -10,8 +11,17 @@ from colt5dist.train.losses import LossMeans, LossSums
 from colt5dist.train.monitor import Record
 
 
+class CutShortError(Exception):
+    """An evaluation was not finished, on any rank, because the run is to stop."""
+
+
 def evaluate(
-    engine: Engine, batches: list[Batch], objectives: tuple[str, ...], *, shuffled_inputs: bool = False
+    engine: Engine,
+    batches: list[Batch],
+    objectives: tuple[str, ...],
+    *,
+    shuffled_inputs: bool = False,
+    stop_wanted: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Mean held-out loss in nats a token, in all and by objective, and in bits a byte of the target text.
 
@@ -21,24 +31,34 @@ def evaluate(
         objectives: names of the objectives, in the order of `batch["objective"]`.
         shuffled_inputs: also measure with every input moved on by one sample: the loss of a decoder that reads another
             document's encoder output. It is far above the loss when the decoder has learnt to read.
+        stop_wanted: asked before each batch; has the same answer on all ranks.
+
+    Raises:
+        CutShortError: on all ranks, if `stop_wanted`.
     """
-    means = _measure(engine, batches, objectives)
+    means = _measure(engine, batches, objectives, stop_wanted)
     record: Record = {"eval/loss": means.loss}
     record.update({f"eval/loss/{name}": loss for name, loss in means.by_objective.items()})
     record["eval/bits_per_byte"] = means.loss_sum / math.log(2) / means.target_bytes if means.target_bytes else None
     if shuffled_inputs:
-        record["eval/loss_shuffled_inputs"] = _measure(engine, _shuffle_inputs(batches), objectives).loss
+        record["eval/loss_shuffled_inputs"] = _measure(engine, _shuffle_inputs(batches), objectives, stop_wanted).loss
     return record
 
 
-def _measure(engine: Engine, batches: list[Batch], objectives: tuple[str, ...]) -> LossMeans:
+def _measure(
+    engine: Engine, batches: list[Batch], objectives: tuple[str, ...], stop_wanted: Callable[[], bool]
+) -> LossMeans:
     sums = LossSums(objectives, engine.device)
     engine.train(False)
-    with torch.no_grad():
-        for batch in batches:
-            on_device = to_device(batch, engine.device)
-            sums.add(on_device, engine.forward(on_device))
-    engine.train(True)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if stop_wanted():
+                    raise CutShortError
+                on_device = to_device(batch, engine.device)
+                sums.add(on_device, engine.forward(on_device))
+    finally:
+        engine.train(True)
     return sums.read()
 
 

@@ -20,6 +20,8 @@ class LossSums:
     def __init__(self, objectives: tuple[str, ...], device: torch.device) -> None:
         self.objectives = objectives
         self._sums = torch.zeros(2 * len(objectives) + 3, dtype=torch.float64, device=device)
+        self.sample_losses: list[torch.Tensor] = []
+        """Loss of each sample, (batch,) float64 a micro-batch; this rank's own."""
 
     def add(self, batch: Batch, output: CoLT5Output) -> None:
         """Count one micro-batch."""
@@ -27,17 +29,23 @@ class LossSums:
         kinds = torch.nn.functional.one_hot(batch["objective"].clamp(min=0), num).to(
             torch.float64
         )  # (batch, objectives)
-        token_loss = output.token_loss.detach().double()
-        self._sums[:num] += kinds.T @ token_loss.sum(dim=1)
+        sample_loss = output.token_loss.detach().double().sum(dim=1)
+        self.sample_losses.append(sample_loss)
+        self._sums[:num] += kinds.T @ sample_loss
         self._sums[num : 2 * num] += kinds.T @ batch["target_mask"].sum(dim=1).double()
         self._sums[2 * num] += output.z_loss.detach().double().sum()
         self._sums[2 * num + 1] += batch["input_mask"].sum()
         self._sums[2 * num + 2] += batch["target_bytes"].sum()
 
-    def read(self, extra: Sequence[float] = ()) -> "LossMeans":
-        """Add up over ranks, with `extra` numbers of the caller, and read on the host; all ranks get the same."""
+    def read(self, extra: Sequence[float] = (), on_device: Sequence[torch.Tensor] = ()) -> "LossMeans":
+        """Add up over ranks, with numbers of the caller, and read on the host; all ranks get the same.
+
+        Args:
+            extra: numbers of the host.
+            on_device: (k,) float64 tensors of the device; their numbers come after `extra`.
+        """
         others = torch.tensor(extra, dtype=torch.float64, device=self._sums.device)
-        values = sum_over_ranks(torch.cat([self._sums, others])).tolist()
+        values = sum_over_ranks(torch.cat([self._sums, others, *on_device])).tolist()
         num = len(self.objectives)
         losses, tokens = values[:num], values[num : 2 * num]
         return LossMeans(
@@ -68,6 +76,11 @@ class LossMeans:
     target_tokens: int
     target_bytes: int
     extra: tuple[float, ...]
+
+
+def training_loss(output: CoLT5Output, num_targets: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """A micro-batch's share of the global batch's loss, which has `num_targets` valid target tokens in all."""
+    return (output.token_loss.sum() + z_loss * output.z_loss.sum()) / num_targets
 
 
 def count_target_tokens(batches: list[Batch], device: torch.device) -> torch.Tensor:

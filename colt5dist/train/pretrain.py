@@ -12,16 +12,19 @@ from colt5dist.data import (
     open_sources,
     unigram_entropy,
 )
-from colt5dist.errors import ConfigError
-from colt5dist.train import run_directory
+from colt5dist.errors import ConfigError, SaveError
+from colt5dist.train import resume, run_directory
 from colt5dist.train.accounting import step_flops
-from colt5dist.train.checkpoint import load_checkpoint
+from colt5dist.train.checkpoint import Saver, load_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
+from colt5dist.train.failures import failures_kept
 from colt5dist.train.fragments import refresh_parameters
-from colt5dist.train.loop import Run, train
+from colt5dist.train.heartbeat import Heartbeat
+from colt5dist.train.loop import train
 from colt5dist.train.meter import Meter
 from colt5dist.train.monitor import Monitor
+from colt5dist.train.run import Run
 from colt5dist.train.runtime import (
     EXIT_STOPPED,
     Ranks,
@@ -42,11 +45,12 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
 
     Raises:
         ConfigError: wrong input, found before a device is touched.
+        SaveError: a checkpoint could not be written, and the run does not go on without it.
     """
     check_devices(config, ranks)
     shards = open_run_shards(config)
     shapes = parameter_shapes(config)
-    plan = run_directory.plan_start(config, shards.fingerprint, shapes)
+    plan = resume.plan_start(config, shards.fingerprint, shapes)
     run_dir = Path(str(config.run_dir))
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
@@ -60,13 +64,20 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     make_deterministic(config)
     device = initialise_process_group(ranks, config.train.timeout_minutes)
     hosts = gather_host_names()
-    run_directory.agree_on_start(plan)
+    plan = resume.compare_hashes(plan, config, shards.fingerprint, shapes, ranks)
     run_directory.open_run_directory(config, ranks, hosts)
     stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
-    with run_directory.failures_kept(run_dir, ranks, hosts):
+    heartbeat = Heartbeat(
+        ranks,
+        hosts,
+        run_dir,
+        start_seconds=60 * config.train.timeout_minutes,
+        timeout_seconds=config.train.timeout_seconds,
+    )
+    with heartbeat, failures_kept(config, ranks, hosts, heartbeat.explain):
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
-        run_directory.record_start(run_dir, config, ranks, hosts)
+        run_id = run_directory.record_start(run_dir, config, ranks, hosts)
         meter = Meter(device, hosts, step_flops(config))
         monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
         with monitor:
@@ -83,8 +94,14 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 monitor=monitor,
                 meter=meter,
                 stop=stop,
+                saver=Saver(run_dir / "checkpoints", engine, config.checkpoint, run_id=run_id, say=monitor.say),
+                heartbeat=heartbeat,
             )
-            reason = train(run)
+            try:
+                reason = train(run)
+            except SaveError:
+                stop.obeyed("STOP")
+                raise
         stop.obeyed("STOP")
         if plan.is_finished(config):
             reason = None  # asked for at the last step
@@ -96,7 +113,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
 
 
-def load_start(plan: run_directory.StartPlan, engine: Engine) -> None:
+def load_start(plan: resume.StartPlan, engine: Engine) -> None:
     """Fill the engine from the checkpoint that the start goes on from, if there is one.
 
     Raises:
@@ -143,6 +160,8 @@ def make_deterministic(config: RunConfig) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # nothing reads memory before it is written; filling DeepSpeed's buckets took ten times as long as a small step
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> list[str]:

@@ -1,29 +1,50 @@
 """The samples of the next step, read before the ranks agree on this one: so a rank that has none does not hang them."""
 
+import multiprocessing
+import queue
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+import torch
 
 from colt5dist.data.batch import Batch
 from colt5dist.data.loader import DataWorkerError, TrainingBatches
 from colt5dist.errors import ConfigError
 from colt5dist.train.runtime import Ranks, raise_together
 
+LOOK_SECONDS = 0.2
+
 
 class ReadAhead:
     """One step's micro-batches of this rank, and what is wrong with the data, kept until all ranks know of it."""
 
-    def __init__(self, batches: TrainingBatches, ranks: Ranks) -> None:
-        """Read the first step."""
+    def __init__(self, batches: TrainingBatches, ranks: Ranks, stop_wanted: Callable[[], bool]) -> None:
+        """Read the first step; `stop_wanted` ends every wait for data."""
         self._batches = batches
         self._ranks = ranks
+        self._stop_wanted = stop_wanted
+        self._reader = _Reader()
+        self._reading: Future[list[Batch]] | None = None
         self._coming: list[Batch] = []
         self._num_bad_records = 0
         self.failure: ConfigError | DataWorkerError | None = None
         self.read()
 
     def read(self) -> None:
-        """Read the next step, or keep the reason why it cannot be read."""
+        """Read the next step, or keep the reason why it cannot be read; a request to stop leaves it unread."""
+        self._reading = self._reader.submit(lambda: next(self._batches))
+        while not self._reading.done() and not self._stop_wanted():
+            try:
+                self._reading.exception(timeout=LOOK_SECONDS)
+            except FutureTimeoutError:
+                continue
+        if not self._reading.done():
+            return  # the ranks are about to agree on the stop
         try:
-            self._coming = next(self._batches)
+            self._coming = self._reading.result()
         except (ConfigError, DataWorkerError) as error:
             self.failure = error
         found = self._batches.new_bad_records()
@@ -64,4 +85,40 @@ class ReadAhead:
 
     def close(self) -> None:
         """Stop the reader processes."""
+        if self._reading and not self._reading.done():
+            # one waits for a disk or a network, perhaps for ever, and obeys no signal that it could catch
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        self._reader.close()
         self._batches.close()
+
+
+class _Reader:
+    """A thread that waits for data, so that the trainer's need not. A daemon: a read that never ends keeps nobody."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[tuple[Future[list[Batch]], Callable[[], list[Batch]]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        threading.Thread(target=self._run, name="read ahead", daemon=True).start()
+
+    def submit(self, task: Callable[[], list[Batch]]) -> "Future[list[Batch]]":
+        """Have a task done."""
+        future: Future[list[Batch]] = Future()
+        self._tasks.put((future, task))
+        return future
+
+    def close(self) -> None:
+        """End the thread after what it is doing."""
+        self._tasks.put(None)
+
+    def _run(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # page-locked memory belongs to the thread's device
+        while (item := self._tasks.get()) is not None:
+            future, task = item
+            try:
+                future.set_result(task())
+            except BaseException as error:
+                future.set_exception(error)

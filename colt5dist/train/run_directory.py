@@ -1,7 +1,7 @@
-"""The run directory: what is there decides whether a run starts, goes on, or is finished.
+"""The run directory: what a run writes there beside metrics and checkpoints.
 
-In it: `config.yaml` (resolved), `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `status.json`,
-`failures/`.
+In it: `run_id`, `config.yaml` (resolved), `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
+`status.json`, `failures/`.
 """
 
 import json
@@ -10,11 +10,6 @@ import platform
 import secrets
 import shutil
 import subprocess
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,145 +17,14 @@ from typing import Any
 import torch
 
 import colt5dist
-from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
-from colt5dist.train.checkpoint import (
-    COMPLETE,
-    TrainerState,
-    checkpoint_bytes,
-    find_checkpoints,
-    model_problems,
-    optimizer_problems,
-    read_state,
-    remove_unfinished,
-)
+from colt5dist.train.checkpoint import unfinished_folders
 from colt5dist.train.config import RunConfig
-from colt5dist.train.config_file import config_leaves, config_to_yaml, saved_leaves
-from colt5dist.train.engine import num_elements
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.config_file import config_to_yaml
 from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
 
-MAY_CHANGE = (
-    "run_dir",
-    "resume",
-    "resume_allow",
-    "init_from",
-    "data.shards",  # its fingerprint is compared
-    "data.sources",  # likewise
-    "data.num_workers",
-    "data.skip",  # what was passed over stands in the checkpoints
-    "data.max_bad_records",
-    "data.cache_gb",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.log_every",
-    "train.eval_every",
-    "train.routing_every",
-    "train.max_minutes",
-    "train.timeout_minutes",
-    "zero",
-    "checkpoint",
-    "profile",
-)
-"""Keys and sections that a resumed run may change without naming them in `resume_allow`."""
-
-
-@dataclass(frozen=True)
-class StartPlan:
-    """How the run begins."""
-
-    resume_from: Path | None
-    """Checkpoint to go on from."""
-    init_from: Path | None
-    """Checkpoint of another run to take the weights from."""
-    state: TrainerState
-    """State before the first step of this start."""
-    notes: tuple[str, ...]
-    """What the user should know about it."""
-
-    def is_finished(self, config: RunConfig) -> bool:
-        """Whether the last step is already done."""
-        return self.state.step >= config.train.steps
-
-
-def plan_start(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int, ...]]) -> StartPlan:
-    """Decide from the run directory how to begin; reads only.
-
-    Args:
-        config: the run.
-        fingerprint: of the shards' manifest.
-        shapes: parameters of the model.
-
-    Raises:
-        ConfigError: the folder holds another run, or none where one must be, or too little space is left.
-    """
-    run_dir = Path(str(config.run_dir))
-    whole, damaged = find_checkpoints(run_dir / "checkpoints")
-    notes = [f"passed over {folder}: not whole" for folder in damaged]
-    broken = [folder for folder in damaged if (folder / COMPLETE).exists()]
-    if broken and not whole:
-        raise ConfigError(
-            f"{broken[-1]}: damaged, and no other checkpoint is there; put it back, or move it away to start anew"
-        )
-    if config.resume == "never" and ((run_dir / "config.yaml").exists() or whole):
-        raise ConfigError(f"run_dir: {run_dir} already holds a run; name another folder, or set resume=auto")
-    if config.resume == "must" and not whole:
-        raise ConfigError(f"resume: no whole checkpoint in {run_dir / 'checkpoints'}; set resume=auto to start anew")
-    needed = checkpoint_bytes(sum(num_elements(shape) for shape in shapes.values()))
-    problems = space_problems(run_dir, needed, config.checkpoint.keep_last + 1 - len(whole))
-    if whole:
-        problems += _difference_problems(config, run_dir)
-        problems += model_problems(whole[-1], shapes) + optimizer_problems(whole[-1], config.optimizer)
-        state = read_state(whole[-1])
-        if state.data_fingerprint != fingerprint:
-            problems.append(
-                f"{_shards_name(config)} is not what this run was trained on; name the same shards, or another run_dir"
-            )
-        if not problems:
-            return StartPlan(whole[-1], None, state, (*notes, f"going on from {whole[-1]}"))
-    init_from = None
-    if config.init_from and not whole:
-        init_from = _newest(Path(config.init_from))
-        problems += model_problems(init_from, shapes)
-        notes.append(f"weights from {init_from}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return StartPlan(None, init_from, TrainerState(data_fingerprint=fingerprint), tuple(notes))
-
-
-def _shards_name(config: RunConfig) -> str:
-    if not config.data.sources:
-        return f"data.shards: {config.data.shards}"
-    return f"data.sources: {', '.join(f'{source.weight:g} x {source.shards}' for source in config.data.sources)}"
-
-
-def agree_on_start(plan: StartPlan) -> None:
-    """See that all ranks found the same checkpoint; a file system may show the hosts different ones.
-
-    Raises:
-        ConfigError: they did not.
-    """
-    mine = (str(plan.resume_from), str(plan.init_from), plan.state.step)
-    first = broadcast_from_first(mine)
-    raise_together(
-        None if mine == first else f"run_dir: checkpoint {mine[0]} on one host, {first} on rank 0's; start again"
-    )
-
-
-def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) -> list[str]:
-    """Whether the disk holds the checkpoints that are kept at once."""
-    existing = run_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    needed = checkpoint_size * max(num_checkpoints, 1)
-    if free >= needed:
-        return []
-    return [
-        f"run_dir: {run_dir} has {free / 1e9:.3f} GB of free space, checkpoints need {needed / 1e9:.3f} GB "
-        f"({max(num_checkpoints, 1)} of {checkpoint_size / 1e9:.3f}); make room, choose another disk, or lower "
-        "checkpoint.keep_last"
-    ]
+RUN_ID = "run_id"
+"""File with a random name of the run, drawn at its first start."""
 
 
 def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Path:
@@ -193,13 +57,29 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
     return run_dir
 
 
-def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str]) -> None:
-    """Write config.yaml and environment.json, once nothing can be refused any more; clear what an old start left."""
+def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str]) -> str:
+    """Write config.yaml and environment.json, once nothing can be refused any more; clear what an old start left.
+
+    Returns:
+        The run's id, drawn if it has none yet.
+    """
     if ranks.is_first:
+        if read_run_id(run_dir) is None:
+            write_whole(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
         write_whole(run_dir / "config.yaml", config_to_yaml(config).encode())
         write_whole(run_dir / "environment.json", json.dumps(environment(ranks, hosts), indent=1).encode())
         (run_dir / "status.json").unlink(missing_ok=True)
-        remove_unfinished(run_dir / "checkpoints")
+        for folder in unfinished_folders(run_dir / "checkpoints"):
+            shutil.rmtree(folder)
+    return str(broadcast_from_first(read_run_id(run_dir)))
+
+
+def read_run_id(run_dir: Path) -> str | None:
+    """The name that the run's checkpoints bear, so that those of another run are told from them; None before it."""
+    try:
+        return (run_dir / RUN_ID).read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
 
 
 def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
@@ -222,64 +102,6 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
     """Say how the run ended: finished, stopped or failed."""
     content = {"status": status, "step": step, **({"reason": reason} if reason else {})}
     write_whole(run_dir / "status.json", json.dumps(content).encode())
-
-
-@contextmanager
-def failures_kept(run_dir: Path, ranks: Ranks, hosts: list[str]) -> Iterator[None]:
-    """Around the training: keeps an exception's traceback in `failures/`, says where on stderr, and lets it pass."""
-    try:
-        yield
-    except ConfigError as error:
-        if ranks.is_first:
-            write_status(run_dir, "failed", _last_step(run_dir), str(error))
-        else:  # rank 0 does not know of it, so nobody else would say it
-            print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
-        raise
-    except Exception as error:
-        folder = run_dir / "failures"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"rank_{ranks.rank}.txt"
-        write_whole(path, traceback.format_exc().encode())
-        cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-        message = f"rank {ranks.rank} on {hosts[ranks.rank]} failed: {cause}; traceback in {path}"
-        print(message, file=sys.stderr, flush=True)
-        if ranks.is_first:
-            write_status(run_dir, "failed", _last_step(run_dir), cause)
-        raise
-
-
-def _last_step(run_dir: Path) -> int:
-    return max((record["step"] for record in read_metrics(run_dir)), default=0)
-
-
-def _newest(path: Path) -> Path:
-    """The checkpoint that `init_from` names: a checkpoint folder, or the newest whole one of a run directory."""
-    for root in (path / "checkpoints", path):
-        whole, _ = find_checkpoints(root)
-        if whole:
-            return whole[-1]
-    if (path / "COMPLETE").exists():
-        return path
-    raise ConfigError(f"init_from: no whole checkpoint in {path}; name a run directory or a checkpoint folder")
-
-
-def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
-    """Settings that differ from those the run was started with and may not."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        return [f"{path}: missing beside checkpoints; put it back, or name another run_dir"]
-    new = config_leaves(config)
-    old = {**config_leaves(RunConfig()), **saved_leaves(path)}  # a key that is newer than the run has its default there
-    allowed = (*MAY_CHANGE, *config.resume_allow)
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        may = any(key == name or key.startswith(f"{name}.") for name in allowed)
-        if old.get(key) != new.get(key) and not may:
-            found.append(
-                f"{key}: {new.get(key)} here, {old.get(key)} in the run that is resumed; set it back, name another "
-                f"run_dir, or allow it with resume_allow=[{key}]"
-            )
-    return found
 
 
 def _version(package: str) -> str | None:

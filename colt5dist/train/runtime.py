@@ -7,6 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,10 @@ import torch.distributed as dist
 from colt5dist.errors import ConfigError
 
 EXIT_WRONG_INPUT = 2
+EXIT_SAVE_FAILED = 74
 EXIT_STOPPED = 75
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,14 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
     return device
 
 
+def set_collective_timeout(seconds: float) -> None:
+    """Change what a collective operation may take, in all process groups, DeepSpeed's included."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def finish_process_group() -> None:
     """Leave the process group; without this gloo sometimes turns a good run into a non-zero exit status."""
     if dist.is_initialized():
@@ -96,11 +108,16 @@ def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
     return [r.tolist() for r in rows]
 
 
+def gather_objects(mine: T) -> list[T]:
+    """The small object of every rank, on every rank."""
+    objects: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(objects, mine)
+    return objects
+
+
 def gather_host_names() -> list[str]:
     """Host name of every rank, on every rank."""
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
-    return names
+    return gather_objects(socket.gethostname())
 
 
 def broadcast_from_first(value: object) -> object:
@@ -116,16 +133,16 @@ def raise_together(problem: str | None, kind: type[Exception] = ConfigError) -> 
     Raises:
         ConfigError: (or `kind`) if any rank brought a problem.
     """
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    problems = gather_objects(problem)
     found = list(dict.fromkeys(p for p in problems if p))
     if found:
         finish_process_group()
         raise kind("\n".join(found))
 
 
-def exit_for_wrong_input(error: ConfigError, ranks: Ranks) -> int:
-    """Report wrong input: rank 0 prints one line a problem, the others give it the time to do so.
+def exit_for_wrong_input(error: Exception, ranks: Ranks, status: int = EXIT_WRONG_INPUT) -> int:
+    """Report wrong input, or what else ends all ranks alike: rank 0 prints one line a problem, the others give it the
+    time to do so.
 
     The launcher ends all ranks as soon as one leaves with a non-zero status: without the wait the lines could be lost.
 
@@ -137,7 +154,7 @@ def exit_for_wrong_input(error: ConfigError, ranks: Ranks) -> int:
             print(f"error: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)
-    return EXIT_WRONG_INPUT
+    return status
 
 
 def _describe_single_process() -> None:

@@ -1,6 +1,7 @@
 """Requests to stop or to save, from signals, files, the clock and the launcher's death.
 
-A handler only sets a flag; the loop adds the flags of all ranks once a step, so that all agree on the same step.
+A handler only sets a flag; the ranks add their flags once a step, and between the batches of an evaluation, so that
+all agree on the same place.
 What the `deepspeed` launcher sends itself (a second SIGTERM, a SIGTERM after Ctrl-C) is an echo and changes nothing.
 """
 
@@ -11,10 +12,11 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 
-import psutil
+import torch
 
-PROGRAMS = {"deepspeed", "torchrun"}
-MODULES = ("deepspeed.launcher", "torch.distributed")
+from colt5dist.train.launcher import launcher_is_gone
+from colt5dist.train.runtime import sum_over_ranks
+
 STOP_AT_ONCE_SECONDS = 3.0
 
 
@@ -42,7 +44,6 @@ class StopRequests:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.signalled = False
         self._first_interrupt: float | None = None
-        self._launchers = _launcher_processes()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else the run was started with nohup
@@ -56,9 +57,16 @@ class StopRequests:
             return StopReason.FILE
         if self.deadline is not None and time.monotonic() > self.deadline:
             return StopReason.TIME
-        if any(not _is_alive(p) for p in self._launchers):
+        if launcher_is_gone():
             return StopReason.LAUNCHER
         return None
+
+    def agree(self, device: torch.device) -> StopReason | None:
+        """Why some rank wants to stop; every rank calls this at the same time, and all get the same answer."""
+        mine = self.reason()
+        wanted = torch.tensor([mine is reason for reason in StopReason], dtype=torch.float32, device=device)
+        counts = sum_over_ranks(wanted).tolist()
+        return next((reason for reason, count in zip(StopReason, counts, strict=True) if count), None)
 
     def save_requested(self) -> bool:
         """Whether a file SAVE asks for a checkpoint now."""
@@ -76,26 +84,3 @@ class StopRequests:
                 os._exit(128 + number)  # asked twice by hand: give up at once, without a checkpoint
             self._first_interrupt = self._first_interrupt or now
         self.signalled = True
-
-
-def _launcher_processes() -> list[psutil.Process]:
-    """The launcher's processes above this one; their death leaves this rank an orphan, which is a request to stop."""
-    try:
-        ancestors = psutil.Process().parents()[:2]
-        return [p for p in ancestors if _is_launcher(p.cmdline())]
-    except psutil.Error:
-        return []
-
-
-def _is_launcher(command: list[str]) -> bool:
-    """Whether a command is `deepspeed`, `torchrun`, or one of their modules run by Python."""
-    programs = {Path(part).name for part in command[:3]}
-    modules = {command[i + 1] for i, part in enumerate(command[:-1]) if part == "-m"}
-    return bool(programs & PROGRAMS) or any(module.startswith(MODULES) for module in modules)
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -1,6 +1,10 @@
 """The benchmarks run, on small shapes, and say of a wrong result that it is wrong, not how long it took."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +34,27 @@ def test_layer(capsys):
     for name in ("conditional block", "colt5-attention, routing in float32", "dense block, flash attention"):
         assert name in printed
     assert "wrong" not in printed
+
+
+def test_checkpoint(tmp_path, micro_settings):
+    script = Path(__file__).resolve().parents[2] / "launch" / "benchmark.py"
+    places = ["--config", str(script.parents[1] / "configs" / "tiny.yaml"), "--folder", str(tmp_path / "runs")]
+    command = [
+        sys.executable,
+        str(script),
+        "checkpoint",
+        *micro_settings,
+        *places,
+        "--output",
+        str(tmp_path / "x.json"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "x.json").read_text())["stage 1"]
+    assert figures["bytes"] > 900_000
+    for name in ("foreground, again: training stands still", "background, again: until it is whole"):
+        assert figures[name] > 0 and name in done.stdout
 
 
 def test_a_wrong_result_has_no_time(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -231,3 +232,14 @@ def test_verify_names_the_record(copy: Path) -> None:
     assert len(verified.damage) == 2
     assert f"{copy / '000000.tar'}: at byte" in verified.damage[0] and "record" in verified.damage[0]
     assert str(copy / "validation/000000.tar") in verified.damage[1]
+
+
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/secret.tar", "a/../../secret.tar", ""])
+@pytest.mark.parametrize("kind", ["shards", "index"])
+def test_a_manifest_cannot_name_files_outside_its_folder(copy: Path, kind: str, name: str) -> None:
+    """Its checksum is right: whoever made the shards has written it."""
+    manifest = read_manifest(copy)
+    first, *rest = getattr(manifest, kind)
+    replace(manifest, **{kind: (replace(first, file=name), *rest)}).write(copy)
+    with pytest.raises(ConfigError, match="names a file outside the folder"):
+        open_shards(copy)

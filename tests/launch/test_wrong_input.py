@@ -41,6 +41,10 @@ CASES = {
     "deepspeed owns its batch size": (["deepspeed.train_batch_size=3"], "train.global_batch_size"),
     "unknown deepspeed section": (["deepspeed.zero_optimisation.stage=3"], "deepspeed.zero_optimisation: "),
     "profile window": (["profile.steps=[5]"], "profile.steps: "),
+    "no minutes": (["checkpoint.every_minutes=0"], "checkpoint.every_minutes: 0.0 is not within a year"),
+    "negative retention": (["checkpoint.keep_every=-1"], "checkpoint.keep_every: -1 is negative"),
+    "unknown policy": (["checkpoint.on_error=ignore"], "checkpoint.on_error: "),
+    "unknown permission": (["resume_allow=[from_one]"], "resume_allow: no such key from_one"),
     "head dimension": (["model.head_dim=7"], "model.head_dim: 7 is odd"),
 }
 

@@ -4,9 +4,7 @@ This also probes the semi-private places of DeepSpeed that colt5dist/train/fragm
 """
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,26 @@ STAGES = (0, 1, 2, 3)
 SCRIPT = Path(__file__).with_name("zero_matrix.py")
 
 
-def run_matrix(
-    output: Path, folder: Path, settings: tuple[str, ...], processes: int, stages: str = "0123"
-) -> dict[str, Any]:
-    """Run zero_matrix.py on CPU processes."""
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(output), str(folder), stages, *settings],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return json.loads(output.read_text())
+Matrix = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]) -> dict[int, dict[str, Any]]:
+def run_matrix(run_torchrun: Callable[..., None]) -> Matrix:
+    """Run zero_matrix.py on CPU processes."""
+
+    def run(
+        output: Path, folder: Path, settings: tuple[str, ...], processes: int, stages: str = "0123"
+    ) -> dict[str, Any]:
+        run_torchrun(SCRIPT, str(output), str(folder), stages, *settings, processes=processes)
+        return json.loads(output.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(
+    run_matrix: Matrix, tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]
+) -> dict[int, dict[str, Any]]:
     """Trained and saved with 2 processes; loaded with 2 and with 1."""
     folder = tmp_path_factory.mktemp("matrix")
     two = run_matrix(folder / "two.json", folder, (*micro_settings, "train.micro_batch_size=2"), 2)
@@ -71,8 +69,18 @@ def test_a_checkpoint_loads_at_every_stage_and_world_size(
     close(results[world_size][f"load {written} {stage}"], results[2][f"train {written}"][2:])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("written", STAGES)
+def test_a_rank_reads_only_what_it_needs(results: dict[int, dict[str, Any]], written: int, stage: int) -> None:
+    """Of two ranks the first reads half of a checkpoint where the stage shares the states out, and all at stage 0."""
+    share = results[2][f"share read {written} {stage}"]
+    assert share == pytest.approx(0.5 if stage else 1, abs=0.05)
+
+
 @pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def bf16(
+    run_matrix: Matrix, tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
     """Stages 1-3 in bf16 on 2 processes, with and without the optimizer in host memory."""
     found = {}
     for offload in ("none", "optimizer"):

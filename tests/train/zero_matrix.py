@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 
 from colt5dist.data.batch import Batch
-from colt5dist.train.checkpoint import TrainerState, load_checkpoint, save_checkpoint, step_folder
+from colt5dist.train.checkpoint import (
+    Saver,
+    TrainerState,
+    load_checkpoint,
+    read_fragments,
+    read_index,
+    step_folder,
+)
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import Engine, to_device
@@ -82,16 +89,20 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
             *spoilt, applied = train_step(engine, config, 3, spoil=True)
             results[f"nan {stage}"] = {"applied": applied, "finite": math.isfinite(spoilt[0])}
             state = TrainerState(step=3, optimizer_step=2, samples_consumed=24, skipped_steps=1)
-            save_checkpoint(root, engine, state, keep_last=1)
+            Saver(root, engine, config.checkpoint, run_id="matrix").save(state)
             steps += [train_step(engine, config, step) for step in (4, 5)]
             results[f"train {stage}"] = [(loss, norm) for loss, norm, _ in steps]
     for written in stages:
         for stage in stages:
             config = load_config(TINY, [*settings, f"zero.stage={stage}"])
             engine = Engine(config, ranks.world_size, device)
-            state = load_checkpoint(step_folder(folder / f"stage{written}", 3), engine)
+            source = step_folder(folder / f"stage{written}", 3)
+            state = load_checkpoint(source, engine)
             refresh_parameters(engine)
             assert state.optimizer_step == 2
+            index = read_index(source)
+            num_bytes = 4 * sum(math.prod(entry["shape"]) for entry in index.values())
+            results[f"share read {written} {stage}"] = read_fragments(source, index, engine) / num_bytes
             results[f"load {written} {stage}"] = [train_step(engine, config, step)[:2] for step in (4, 5)]
     dist.barrier()
     if ranks.is_first:

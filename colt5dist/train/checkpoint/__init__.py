@@ -1,0 +1,52 @@
+"""Checkpoints: one format for every ZeRO stage and world size, safetensors and JSON only.
+
+A checkpoint is a folder `step_00001000/` with
+- `rank_00000.safetensors`, ...: flat float32 fragments named `parameter|key|offset`, one file a rank that wrote;
+- `index.json`: for each parameter and key its full shape and the fragments, with file, offset and length;
+- `trainer.json`: the trainer's few integers (`TrainerState`);
+- `COMPLETE`: written last: the run, the step, and size and hashes of every file.
+
+It is written as `.step_00001000.tmp` and renamed once COMPLETE is in it: what has the name is whole, or was damaged
+later. Loading reads the slices that overlap what a rank owns now, whatever world size and stage wrote them.
+"""
+
+from colt5dist.train.checkpoint.layout import (
+    checkpoint_bytes,
+    checkpoint_folders,
+    find_checkpoints,
+    is_whole,
+    model_problems,
+    optimizer_problems,
+    read_index,
+    read_state,
+    step_folder,
+    unfinished_folders,
+)
+from colt5dist.train.checkpoint.marker import COMPLETE, hash_problem, json_problem, read_marker, size_problem
+from colt5dist.train.checkpoint.publish import put_aside
+from colt5dist.train.checkpoint.reader import load_checkpoint, read_fragments
+from colt5dist.train.checkpoint.saver import Saver
+from colt5dist.train.checkpoint.state import TrainerState
+
+__all__ = [
+    "COMPLETE",
+    "Saver",
+    "TrainerState",
+    "checkpoint_bytes",
+    "checkpoint_folders",
+    "find_checkpoints",
+    "hash_problem",
+    "is_whole",
+    "json_problem",
+    "load_checkpoint",
+    "model_problems",
+    "optimizer_problems",
+    "put_aside",
+    "read_fragments",
+    "read_index",
+    "read_marker",
+    "read_state",
+    "size_problem",
+    "step_folder",
+    "unfinished_folders",
+]

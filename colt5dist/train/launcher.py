@@ -1,0 +1,65 @@
+"""The processes that started this one: their death leaves a rank an orphan, which is a request to stop."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+PROGRAMS = {"deepspeed", "torchrun"}
+MODULES = ("deepspeed.launcher", "torch.distributed")
+ORPHANS_GO_TO = {"systemd", "init"}
+
+
+@cache
+def launcher_processes() -> tuple[psutil.Process, ...]:
+    """The launcher's processes above this one, as they are at the first call; so call it early."""
+    try:
+        ancestors = psutil.Process().parents()[:2]
+        return tuple(p for p in ancestors if _is_launcher(p.cmdline()))
+    except psutil.Error:
+        return ()
+
+
+def launcher_is_gone() -> bool:
+    """Whether one of the launcher's processes has ended, before the first look at them or since."""
+    return any(not _is_alive(process) for process in launcher_processes()) or _started_by_an_orphan()
+
+
+@cache
+def _started_by_an_orphan() -> bool:
+    """Whether `deepspeed` was gone before its child, which starts the ranks, had started this one.
+
+    That child imports for seconds first. It never leads a process group, unless a supervisor started it by itself.
+    """
+    try:
+        for process in launcher_processes():
+            if "deepspeed.launcher.launch" in process.cmdline() and not _leads_its_group(process):
+                parent = process.parent()
+                return parent is None or (
+                    not _is_launcher(parent.cmdline()) and (parent.pid == 1 or parent.name() in ORPHANS_GO_TO)
+                )
+    except psutil.Error:
+        return True
+    return False
+
+
+def _leads_its_group(process: psutil.Process) -> bool:
+    try:
+        return os.getpgid(process.pid) == process.pid
+    except ProcessLookupError:
+        return False
+
+
+def _is_launcher(command: list[str]) -> bool:
+    """Whether a command is `deepspeed`, `torchrun`, or one of their modules run by Python."""
+    programs = {Path(part).name for part in command[:3]}
+    modules = {command[i + 1] for i, part in enumerate(command[:-1]) if part == "-m"}
+    return bool(programs & PROGRAMS) or any(module.startswith(MODULES) for module in modules)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

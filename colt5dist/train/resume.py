@@ -1,0 +1,280 @@
+"""How a start begins: what the run directory holds decides whether a run starts, goes on, or is finished."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from colt5dist.errors import ConfigError
+from colt5dist.train.checkpoint import (
+    COMPLETE,
+    TrainerState,
+    checkpoint_bytes,
+    checkpoint_folders,
+    find_checkpoints,
+    hash_problem,
+    json_problem,
+    model_problems,
+    optimizer_problems,
+    put_aside,
+    read_marker,
+    read_state,
+    size_problem,
+    unfinished_folders,
+)
+from colt5dist.train.config import RunConfig
+from colt5dist.train.config_file import ALLOW_FROM_ZERO, config_leaves, saved_leaves
+from colt5dist.train.engine import num_elements
+from colt5dist.train.run_directory import RUN_ID, read_run_id
+from colt5dist.train.runtime import Ranks, broadcast_from_first, gather_objects, raise_together
+
+MAY_CHANGE = (
+    "run_dir",
+    "resume",
+    "resume_allow",
+    "init_from",
+    "data.shards",  # its fingerprint is compared
+    "data.sources",  # likewise
+    "data.num_workers",
+    "data.skip",  # what was passed over stands in the checkpoints
+    "data.max_bad_records",
+    "data.cache_gb",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.log_every",
+    "train.eval_every",
+    "train.routing_every",
+    "train.max_minutes",
+    "train.timeout_minutes",
+    "train.timeout_seconds",
+    "zero",
+    "checkpoint",
+    "health",  # what was rolled back stands in the checkpoints
+    "profile",
+)
+"""Keys and sections that a resumed run may change without naming them in `resume_allow`."""
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """How the run begins."""
+
+    resume_from: Path | None
+    """Checkpoint to go on from."""
+    init_from: Path | None
+    """Checkpoint of another run to take the weights from."""
+    state: TrainerState
+    """State before the first step of this start."""
+    notes: tuple[str, ...]
+    """What the user should know about it."""
+
+    def is_finished(self, config: RunConfig) -> bool:
+        """Whether the last step is already done."""
+        return self.state.step >= config.train.steps
+
+
+def plan_start(
+    config: RunConfig,
+    fingerprint: str,
+    shapes: dict[str, tuple[int, ...]],
+    damaged: Mapping[Path, str] | None = None,
+) -> StartPlan:
+    """Decide from the run directory how to begin; reads only.
+
+    Args:
+        config: the run.
+        fingerprint: of the shards' manifest.
+        shapes: parameters of the model.
+        damaged: checkpoints that were found damaged though their sizes are right, and what is wrong with them.
+
+    Raises:
+        ConfigError: the folder holds another run, or none where one must be, or too little space is left.
+    """
+    run_dir = Path(str(config.run_dir))
+    root = run_dir / "checkpoints"
+    run_id = read_run_id(run_dir)
+    whole, passed_over = _sort_out(root, run_id, damaged or {})
+    notes = [f"passed over {folder}: {problem}" for folder, problem in passed_over.items()]
+    notes += [
+        f"removed {folder}, which an interrupted save or deletion has left" for folder in unfinished_folders(root)
+    ]
+    started = (run_dir / "config.yaml").exists()
+    if config.resume == "never" and (started or whole or passed_over):
+        raise ConfigError(f"run_dir: {run_dir} already holds a run; name another folder, or set resume=auto")
+    if config.resume == "must" and not whole:
+        mend = "put one there, or name another run_dir" if passed_over else "set resume=auto to start anew"
+        raise ConfigError(f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; {mend}")
+    if passed_over and not whole and ALLOW_FROM_ZERO not in config.resume_allow:
+        raise ConfigError(
+            f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; put a whole one there, name another "
+            f"run_dir, or start at step 0 beside them with resume_allow=[{ALLOW_FROM_ZERO}]"
+        )
+    needed = checkpoint_bytes(sum(num_elements(shape) for shape in shapes.values()))
+    problems = space_problems(run_dir, needed, config.checkpoint.keep_last + 1 - len(whole))
+    if whole:
+        if run_id is None:
+            problems.append(
+                f"{run_dir / RUN_ID}: missing beside checkpoints; put it back, or write into it the run_id of "
+                f"{whole[-1] / 'COMPLETE'}: {read_marker(whole[-1]).run_id}"
+            )
+        problems += _difference_problems(config, run_dir)
+        problems += model_problems(whole[-1], shapes) + optimizer_problems(whole[-1], config.optimizer)
+        state = read_state(whole[-1])
+        if state.data_fingerprint != fingerprint:
+            problems.append(
+                f"{_shards_name(config)} is not what this run was trained on; name the same shards, or another run_dir"
+            )
+        if not problems:
+            return StartPlan(whole[-1], None, state, (*notes, f"going on from {whole[-1]}"))
+    init_from = None
+    if config.init_from and not whole:
+        init_from = _newest(Path(config.init_from))
+        problems += model_problems(init_from, shapes)
+        notes.append(f"weights from {init_from}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if started:
+        notes.append(f"no {'whole ' if passed_over else ''}checkpoint in {root}: starting at step 0")
+    return StartPlan(None, init_from, TrainerState(data_fingerprint=fingerprint), tuple(notes))
+
+
+def compare_hashes(
+    plan: StartPlan, config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int, ...]], ranks: Ranks
+) -> StartPlan:
+    """The plan with the newest checkpoint whose files are as they were written; all ranks share the reading.
+
+    Together they read the checkpoint once. One that is damaged is put aside and passed over for the next older one.
+
+    Raises:
+        ConfigError: on all ranks, if none is left or some rank sees another one than rank 0.
+    """
+    agree_on_start(plan)
+    damaged: dict[Path, str] = {}
+    notes: list[str] = []
+    while folder := plan.resume_from or plan.init_from:
+        begin = time.perf_counter()
+        problems = gather_objects(_share_problem(folder, ranks))
+        problem = next((problem for problem in problems if problem), None)
+        if problem is None:
+            size, seconds = read_marker(folder).num_bytes / 1e9, time.perf_counter() - begin
+            notes.append(f"compared the hashes of {folder}: {size:.2f} GB in {seconds:.1f} s")
+            break
+        refusal = None
+        if folder == plan.init_from:
+            refusal = f"init_from: {folder} is damaged: {problem}; name another checkpoint"
+        else:
+            damaged[folder] = problem
+            try:
+                plan = plan_start(config, fingerprint, shapes, damaged)
+            except ConfigError as error:
+                refusal = str(error)
+        raise_together(refusal)
+        agree_on_start(plan)
+    if ranks.is_first:
+        for folder in damaged:  # their sizes are right: the next start would take them for whole
+            try:
+                notes.append(f"renamed {folder} to {put_aside(folder, 'damaged').name}")
+            except OSError as error:
+                notes.append(f"{folder}: damaged, and cannot be renamed ({error.strerror})")
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _share_problem(folder: Path, ranks: Ranks) -> str | None:
+    """What is wrong with this rank's share of a checkpoint."""
+    try:
+        return hash_problem(folder, lambda piece, name: piece % ranks.world_size == ranks.rank)
+    except ValueError as error:
+        return str(error)
+
+
+def _sort_out(root: Path, run_id: str | None, damaged: Mapping[Path, str]) -> tuple[list[Path], dict[Path, str]]:
+    """Whole checkpoints of the run, oldest first, and the others with what is wrong with them.
+
+    Of the newest the JSON files are compared with their hashes, because the plan is made of them.
+    """
+    whole: list[Path] = []
+    others: dict[Path, str] = {}
+    for folder in reversed(checkpoint_folders(root)):
+        problem = damaged.get(folder) or size_problem(folder, run_id)
+        if problem is None and not whole:
+            problem = json_problem(folder)
+        if problem is None:
+            whole.insert(0, folder)
+        else:
+            others[folder] = problem
+    return whole, others
+
+
+def _reasons(passed_over: Mapping[Path, str]) -> str:
+    return (
+        f" ({'; '.join(f'{folder.name}: {problem}' for folder, problem in passed_over.items())})" if passed_over else ""
+    )
+
+
+def _shards_name(config: RunConfig) -> str:
+    if not config.data.sources:
+        return f"data.shards: {config.data.shards}"
+    return f"data.sources: {', '.join(f'{source.weight:g} x {source.shards}' for source in config.data.sources)}"
+
+
+def agree_on_start(plan: StartPlan) -> None:
+    """See that all ranks found the same checkpoint; a file system may show the hosts different ones.
+
+    Raises:
+        ConfigError: they did not.
+    """
+    mine = (str(plan.resume_from), str(plan.init_from), plan.state.step)
+    first = broadcast_from_first(mine)
+    raise_together(
+        None if mine == first else f"run_dir: checkpoint {mine[0]} on one host, {first} on rank 0's; start again"
+    )
+
+
+def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) -> list[str]:
+    """Whether the disk holds the checkpoints that are kept at once."""
+    existing = run_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    needed = checkpoint_size * max(num_checkpoints, 1)
+    if free >= needed:
+        return []
+    return [
+        f"run_dir: {run_dir} has {free / 1e9:.3f} GB of free space, checkpoints need {needed / 1e9:.3f} GB "
+        f"({max(num_checkpoints, 1)} of {checkpoint_size / 1e9:.3f}); make room, choose another disk, or lower "
+        "checkpoint.keep_last"
+    ]
+
+
+def _newest(path: Path) -> Path:
+    """The checkpoint that `init_from` names: a checkpoint folder, or the newest whole one of a run directory."""
+    for root in (path / "checkpoints", path):
+        whole, _ = find_checkpoints(root)
+        if whole:
+            return whole[-1]
+    if (path / COMPLETE).exists():
+        problem = size_problem(path)
+        if problem is None:
+            return path
+        raise ConfigError(f"init_from: {path} is damaged: {problem}; name another checkpoint")
+    raise ConfigError(f"init_from: no whole checkpoint in {path}; name a run directory or a checkpoint folder")
+
+
+def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
+    """Settings that differ from those the run was started with and may not."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return [f"{path}: missing beside checkpoints; put it back, or name another run_dir"]
+    new = config_leaves(config)
+    old = {**config_leaves(RunConfig()), **saved_leaves(path)}  # a key that is newer than the run has its default there
+    allowed = (*MAY_CHANGE, *config.resume_allow)
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        may = any(key == name or key.startswith(f"{name}.") for name in allowed)
+        if old.get(key) != new.get(key) and not may:
+            found.append(
+                f"{key}: {new.get(key)} here, {old.get(key)} in the run that is resumed; set it back, name another "
+                f"run_dir, or allow it with resume_allow=[{key}]"
+            )
+    return found

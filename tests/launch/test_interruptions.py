@@ -1,0 +1,75 @@
+"""Signals to the real `deepspeed` command, kills at random moments, lost hosts: the short forms of the scripts."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import signals  # noqa: E402
+import two_hosts  # noqa: E402
+
+TORTURE_MINUTES = 3.0
+
+
+@pytest.fixture
+def trainer_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the launched processes inherit."""
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    yield
+
+
+@pytest.mark.parametrize(
+    ("way", "moment", "processes"),
+    [
+        ("group", "training", 2),
+        ("runner", "evaluating", 1),
+        ("rank", "training", 2),
+        ("interrupt", "saving", 1),
+        ("slurm", "training", 1),
+    ],
+)
+def test_a_signal_loses_nothing(
+    way: str,
+    moment: str,
+    processes: int,
+    trainer_environment: None,
+    micro_settings: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    """All end within 25 s with the last step in a whole checkpoint; the launcher's echoes change nothing."""
+    arguments = (tmp_path / "run", tmp_path / "log", way, moment, random.Random(0), micro_settings)
+    seen = signals.one_signal(*arguments, processes=processes)
+    reason = "launcher is gone" if way == "runner" else "signal"
+    assert seen["status"] == {"status": "stopped", "step": seen["step"], "reason": reason}
+
+
+def test_kills_at_random_moments_change_no_loss(tmp_path: Path) -> None:
+    """tests/torture.py: the newest whole checkpoint is taken every time, and the losses are the undisturbed run's."""
+    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--minutes", str(TORTURE_MINUTES), "--seed", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "torture")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60 * TORTURE_MINUTES + 420,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert ", 0 of them differ from the undisturbed run" in done.stdout
+
+
+@pytest.mark.skipif(bool(two_hosts.why_not()), reason=two_hosts.why_not() or "-")
+def test_a_host_that_is_cut_off(tmp_path: Path) -> None:
+    """The other stops within train.timeout_seconds and names it; one host goes on."""
+    seconds = two_hosts.lose_a_host("cut", tmp_path / "cut")
+    assert seconds <= two_hosts.TIMEOUT_SECONDS
+    two_hosts.go_on_alone(tmp_path / "cut")

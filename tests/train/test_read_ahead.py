@@ -1,0 +1,149 @@
+"""The wait for data ends when a stop is wanted, or when the data is not there; it never hangs the run."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from colt5dist.data.corpus import CorpusWriter
+from colt5dist.data.tokenizer import ByteTokenizer
+from colt5dist.train.checkpoint import find_checkpoints
+from colt5dist.train.monitor import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+HANGING = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from colt5dist.data import DataConfig, training_batches
+    from colt5dist.data.shards import open_shards
+    from colt5dist.train.read_ahead import ReadAhead
+    from colt5dist.train.runtime import ranks_from_environment
+    from colt5dist.train.stop import StopRequests
+
+    folder, num_workers = Path(sys.argv[1]), int(sys.argv[2])
+    shards = open_shards(folder)
+    for path in folder.glob("*.tar"):
+        path.unlink()
+        os.mkfifo(path)  # opening it waits for ever, as a file on a dead network does
+    stop = StopRequests(folder, watch_files=False, max_minutes=None)
+    batches = training_batches(
+        shards, DataConfig(input_length=96, target_length=40, num_workers=num_workers), seed=0, global_batch_size=4,
+        micro_batch_size=4, rank=0, world_size=1, first_sample=0,
+    )
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    begin = time.monotonic()
+    stream = ReadAhead(batches, ranks_from_environment(), lambda: stop.reason() is not None)
+    print(f"waited {time.monotonic() - begin:.1f} {stream.failure}", flush=True)
+    stream.close()
+"""
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_text: Callable[[random.Random, int], str]) -> Path:
+    """A few documents."""
+    rng = random.Random(1)
+    writer = CorpusWriter(tmp_path / "shards", ByteTokenizer(), validation_fraction=0.1)
+    for _ in range(150):
+        writer.add(make_text(rng, 300))
+    writer.close({})
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_signal_ends_a_wait_that_would_never_end(shards: Path, num_workers: int) -> None:
+    """Also the process ends, with a reader that is stuck in the operating system."""
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HANGING), str(shards), str(num_workers)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    waited, failure = done.stdout.split()[1:]
+    assert 0.4 < float(waited) < 10 and failure == "None"
+    assert time.monotonic() - begin < 60
+
+
+@dataclass
+class Started:
+    """A run of one process whose first steps are done."""
+
+    process: subprocess.Popen[str]
+    run_dir: Path
+
+    def workers(self) -> list[psutil.Process]:
+        """Its reader processes."""
+        return psutil.Process(self.process.pid).children()
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and stderr."""
+        _, printed = self.process.communicate(timeout=60)
+        return self.process.returncode, printed
+
+
+@pytest.fixture
+def started(
+    tmp_path: Path, micro_settings: tuple[str, ...], make_text: Callable[[random.Random, int], str]
+) -> Iterator[Started]:
+    """Training from 60 shards in tmp_path/many, with one reader process."""
+    rng = random.Random(2)
+    writer = CorpusWriter(tmp_path / "many", ByteTokenizer(), validation_fraction=0.1, shard_bytes=1 << 20)
+    for _ in range(600):
+        writer.add(make_text(rng, 1000) * 100)
+    writer.close({})
+    run_dir = tmp_path / "run"
+    settings = [*micro_settings, f"run_dir={run_dir}", f"data.shards={tmp_path / 'many'}", "data.num_workers=1"]
+    settings += ["train.steps=1000000", "train.eval_samples=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *settings]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(run_dir)) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        yield Started(process, run_dir)
+    finally:
+        process.kill()
+
+
+def saved_and_failed(run_dir: Path) -> str:
+    """The reason in status.json, of a run whose last recorded step is in a whole checkpoint."""
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["status"] == "failed" and status["step"] == read_metrics(run_dir)[-1]["step"]
+    whole, damaged = find_checkpoints(run_dir / "checkpoints")
+    assert whole[-1].name == f"step_{status['step']:08d}" and not damaged
+    return status["reason"]
+
+
+def test_a_killed_worker_ends_the_run_with_a_checkpoint(started: Started) -> None:
+    (worker,) = started.workers()
+    worker.kill()
+    status, printed = started.end()
+    assert status == 1
+    assert "a reader process of rank 0 ended" in printed and "a reader process of rank 0 ended" in saved_and_failed(
+        started.run_dir
+    )
+
+
+def test_shards_that_vanish_end_the_run_with_a_checkpoint(started: Started, tmp_path: Path) -> None:
+    """The one that is open may be read on; the next is missing, and named."""
+    for path in (tmp_path / "many").glob("*.tar"):
+        path.unlink()
+    status, printed = started.end()
+    assert status == 2
+    assert f"{tmp_path / 'many'}" in printed and ".tar" in saved_and_failed(started.run_dir)
+    assert "Traceback" not in printed
