@@ -18,6 +18,7 @@ import torch
 
 from colt5dist.benchmark import device_line
 from colt5dist.train.checkpoint import Saver, TrainerState, hash_problem, load_checkpoint, read_marker, step_folder
+from colt5dist.train.checkpoint.publish import wait_for_deletions
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import Engine, parameter_shapes
@@ -105,6 +106,7 @@ def main(arguments: list[str]) -> int:
         results[f"stage {stage}"] = figures
         barrier()
         if ranks.is_first:
+            wait_for_deletions()
             shutil.rmtree(folder)
     if ranks.is_first and options.output:
         options.output.write_text(json.dumps(results, indent=1))

@@ -17,7 +17,7 @@ import torch
 from colt5dist.data import open_sources
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import find_checkpoints, read_marker, size_problem
-from colt5dist.train.checkpoint.publish import Retention, delete_old, put_aside
+from colt5dist.train.checkpoint.publish import Retention, delete_old, put_aside, wait_for_deletions
 from colt5dist.train.checkpoint.saver import HostCopy
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import parameter_shapes
@@ -281,6 +281,7 @@ def test_a_clock_that_was_set_back_changes_nothing(run_dir: Path, micro_settings
     delete_old(
         run_dir / "checkpoints", (run_dir / "run_id").read_text().strip(), 4, Retention(keep_last=1, keep_every=0)
     )
+    wait_for_deletions()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == WHOLE[3:]
 
 
@@ -303,8 +304,20 @@ def test_only_whole_checkpoints_of_the_run_count_as_kept(run_dir: Path, folder: 
     damage(root / WHOLE[3], "truncated", root)
     damage(root / WHOLE[2], "another run", folder / "beside" / "checkpoints" / WHOLE[2])
     delete_old(root, (run_dir / "run_id").read_text().strip(), 4, Retention(keep_last=1, keep_every=0))
+    wait_for_deletions()
     assert [path.name for path in sorted(root.iterdir())] == WHOLE[1:]
     assert find_checkpoints(root, (run_dir / "run_id").read_text().strip())[0] == [root / WHOLE[1]]
+
+
+def test_what_an_interrupted_deletion_left_goes_with_the_next(run_dir: Path) -> None:
+    root = run_dir / "checkpoints"
+    for name in (WHOLE[0], "step_00000009"):
+        left = root / f".{name}.deleted"
+        left.mkdir()
+        (left / "rank_00000.safetensors").write_bytes(b"left")
+    delete_old(root, (run_dir / "run_id").read_text().strip(), 4, Retention(keep_last=3, keep_every=0))
+    wait_for_deletions()
+    assert [path.name for path in sorted(root.iterdir())] == WHOLE[1:]
 
 
 def test_what_is_put_aside_is_never_overwritten(run_dir: Path) -> None:

@@ -31,14 +31,23 @@ def run_matrix(run_torchrun: Callable[..., None]) -> Matrix:
 
 
 @pytest.fixture(scope="module")
-def results(
+def results_of(
     run_matrix: Matrix, tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]
-) -> dict[int, dict[str, Any]]:
-    """Trained and saved with 2 processes; loaded with 2 and with 1."""
-    folder = tmp_path_factory.mktemp("matrix")
-    two = run_matrix(folder / "two.json", folder, (*micro_settings, "train.micro_batch_size=2"), 2)
-    one = run_matrix(folder / "one.json", folder, (*micro_settings, "train.micro_batch_size=8"), 1)
-    return {1: one, 2: two}
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """By the numbers of processes that saved and that loaded; where these are one, trained by them, too."""
+    found = {}
+    for saved in (2, 1):
+        folder = tmp_path_factory.mktemp("matrix")
+        for loaded, micro_batch_size in ((2, 2), (1, 8)) if saved == 2 else ((1, 8), (2, 2)):
+            settings = (*micro_settings, f"train.micro_batch_size={micro_batch_size}")
+            found[saved, loaded] = run_matrix(folder / f"{loaded}.json", folder, settings, loaded)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(results_of: dict[tuple[int, int], dict[str, Any]]) -> dict[str, Any]:
+    """Trained, saved and loaded with 2 processes."""
+    return results_of[2, 2]
 
 
 def close(values: list[list[float]], reference: list[list[float]]) -> None:
@@ -48,32 +57,32 @@ def close(values: list[list[float]], reference: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_stages_train_alike(results: dict[int, dict[str, Any]], stage: int) -> None:
+def test_stages_train_alike(results: dict[str, Any], stage: int) -> None:
     """The losses of two steps, of two after a skipped one, and the gradient norms."""
-    close(results[2][f"train {stage}"], results[2]["train 0"])
+    close(results[f"train {stage}"], results["train 0"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_is_skipped(results: dict[int, dict[str, Any]], stage: int) -> None:
+def test_a_gradient_that_is_not_finite_is_skipped(results: dict[str, Any], stage: int) -> None:
     """One rank's NaN: nobody applies the step; that the steps after it agree with stage 0 is tested above."""
-    assert results[2][f"nan {stage}"] == {"applied": False, "finite": True}
+    assert results[f"nan {stage}"] == {"applied": False, "finite": True}
 
 
-@pytest.mark.parametrize("world_size", [2, 1])
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (2, 1), (1, 1), (1, 2)])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("written", STAGES)
 def test_a_checkpoint_loads_at_every_stage_and_world_size(
-    results: dict[int, dict[str, Any]], written: int, stage: int, world_size: int
+    results_of: dict[tuple[int, int], dict[str, Any]], written: int, stage: int, saved: int, loaded: int
 ) -> None:
     """Going on from a checkpoint equals the run that wrote it, cut into other micro-batches, too."""
-    close(results[world_size][f"load {written} {stage}"], results[2][f"train {written}"][2:])
+    close(results_of[saved, loaded][f"load {written} {stage}"], results_of[saved, saved][f"train {written}"][2:])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("written", STAGES)
-def test_a_rank_reads_only_what_it_needs(results: dict[int, dict[str, Any]], written: int, stage: int) -> None:
+def test_a_rank_reads_only_what_it_needs(results: dict[str, Any], written: int, stage: int) -> None:
     """Of two ranks the first reads half of a checkpoint where the stage shares the states out, and all at stage 0."""
-    share = results[2][f"share read {written} {stage}"]
+    share = results[f"share read {written} {stage}"]
     assert share == pytest.approx(0.5 if stage else 1, abs=0.05)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,31 @@ TOLERANCE = 2e-3
 """Relative; bf16 has 8 bits, and the stages add gradients in another order."""
 
 
+def run_matrix(folder: Path, processes: int, settings: tuple[str, ...], stages: str = "0123") -> dict[str, Any]:
+    """What zero_matrix.py finds on that many GPUs."""
+    output = folder / f"{processes}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(output), str(folder), stages, *settings, "train.micro_batch_size=2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return json.loads(output.read_text())
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The matrix of zero_matrix.py for each kind of activation checkpointing."""
+    """The matrix for each kind of activation checkpointing."""
     processes = min(2, torch.cuda.device_count())
-    found = {}
-    for mode in ("none", "full", "full_keep_routing"):
-        folder = tmp_path_factory.mktemp(mode)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        settings = (*micro_settings, "train.micro_batch_size=2", f"train.activation_checkpointing={mode}")
-        done = subprocess.run(
-            [*command, str(SCRIPT), str(folder / "out.json"), str(folder), "0123", *settings],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
+    return {
+        mode: run_matrix(
+            tmp_path_factory.mktemp(mode), processes, (*micro_settings, f"train.activation_checkpointing={mode}")
         )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        found[mode] = json.loads((folder / "out.json").read_text())
-    return found
+        for mode in ("none", "full", "full_keep_routing")
+    }
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -53,3 +60,15 @@ def test_bf16_checkpoints_load_at_every_stage(results: dict[str, dict[str, Any]]
     expected = [loss for loss, _ in results["none"][f"train {written}"][2:]]
     loaded = [loss for loss, _ in results["none"][f"load {written} {stage}"]]
     assert loaded == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 1)])
+def test_bf16_checkpoints_load_on_another_number_of_gpus(
+    saved: int, loaded: int, tmp_path: Path, micro_settings: tuple[str, ...]
+) -> None:
+    there = run_matrix(tmp_path, saved, micro_settings, "123")
+    here = run_matrix(tmp_path, loaded, micro_settings, "123")
+    for written, stage in product((1, 2, 3), repeat=2):
+        expected = [loss for loss, _ in there[f"train {written}"][2:]]
+        assert [loss for loss, _ in here[f"load {written} {stage}"]] == pytest.approx(expected, rel=TOLERANCE)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from colt5dist.train.checkpoint.marker import (
     describe_file,
     size_problem,
 )
+
+DELETED = ".deleted"
+"""Ending of the folder of a checkpoint that is on its way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +84,26 @@ def delete_old(root: Path, run_id: str, newest_step: int, retention: Retention) 
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; its name and its marker go first, so that an interruption leaves nothing in its place."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
+    """Delete a checkpoint; its name and its marker go first, so that an interruption leaves nothing in its place.
+
+    The large files go in a thread, since training would stand still for them; what an interruption leaves of them goes
+    with those of the next checkpoint that is deleted.
+    """
+    doomed = folder.with_name(f".{folder.name}{DELETED}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
     os.rename(folder, doomed)
     (doomed / COMPLETE).unlink(missing_ok=True)
     fsync_path(doomed)
-    shutil.rmtree(doomed)
+    for left in folder.parent.glob(f".*{DELETED}"):
+        threading.Thread(target=shutil.rmtree, args=(left, True), name=DELETED).start()
+
+
+def wait_for_deletions() -> None:
+    """Wait until nothing is left of the checkpoints that were deleted."""
+    for thread in threading.enumerate():
+        if thread.name == DELETED:
+            thread.join()
 
 
 def put_aside(folder: Path, reason: str) -> Path:
