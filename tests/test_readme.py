@@ -2,6 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import config_leaves
@@ -14,6 +17,14 @@ def test_named_files_exist() -> None:
     named = set(re.findall(r"(?:tests|configs|launch|colt5dist)/[\w/]+\.(?:py|yaml)", README))
     assert len(named) > 15
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_library_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["out"].shape == (2, 4096, 256)
+    assert names["weights"].sum(dim=-1).tolist() == pytest.approx([512.0, 512.0], rel=1e-3)
 
 
 def test_named_keys_exist() -> None:

@@ -9,7 +9,7 @@ from colt5dist.data.checks import data_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.held_out import held_out_batches, unigram_entropy
 from colt5dist.data.loader import training_batches
-from colt5dist.data.mixture import length_notes, parse_mixture, required_sentinels
+from colt5dist.data.mixture import length_notes, parse_mixture, required_sentinels, text_tokens_of_sample
 from colt5dist.data.shards import ShardSet, open_shards
 from colt5dist.data.skip import SkipList
 from colt5dist.data.sources import Sources, open_sources
@@ -30,6 +30,7 @@ __all__ = [
     "open_sources",
     "parse_mixture",
     "required_sentinels",
+    "text_tokens_of_sample",
     "training_batches",
     "unigram_entropy",
 ]

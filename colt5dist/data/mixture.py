@@ -140,6 +140,13 @@ def lengths_of_mixture(mixture: MIXTURE_TYPE, input_length: int, target_length: 
     return tuple(sample_lengths(objective, input_length, target_length) for objective in objectives)
 
 
+def text_tokens_of_sample(config: "DataConfig") -> float:
+    """Tokens of text that a full sample is made of, in the mean over the mixture."""
+    weights = parse_mixture(config.mixture).weights
+    lengths = lengths_of_mixture(config.mixture, config.input_length, config.target_length)
+    return sum(w * length.raw_tokens for w, length in zip(weights, lengths, strict=True)) / sum(weights)
+
+
 def required_sentinels(config: "DataConfig") -> int:
     """Sentinel ids that the mixture needs at the configured lengths, the longest of the schedule's included."""
     return max(

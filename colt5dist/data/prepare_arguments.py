@@ -7,6 +7,12 @@ from typing import NoReturn
 
 from colt5dist.data.prepare_config import PrepareConfig
 
+USAGE = """prepare.py --input GLOB [GLOB ...] --output DIR [option ...]
+       prepare.py verify SHARDS
+       prepare.py info SHARDS
+       prepare.py show SHARDS --config FILE --sample N"""
+PLOT = "needs matplotlib: pip install 'colt5dist[bench]'"
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error is said."""
@@ -15,21 +21,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
-def _parser(description: str | None) -> Parser:
-    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _parser(description: str | None, usage: str | None = None) -> Parser:
+    return Parser(
+        description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
 
 def parse_prepare(arguments: list[str], description: str | None) -> tuple[PrepareConfig, Path | None]:
     """The settings of a preparation, and where a picture of the lengths is wanted."""
     defaults = PrepareConfig
-    parser = _parser(description)
+    parser = _parser(description, USAGE)
     add = parser.add_argument
     kinds = "text (a document a file), .jsonl, .parquet; text and jsonl also .gz and .zst"
     add("--input", nargs="+", required=True, metavar="GLOB", help=f"patterns of files, or folders: {kinds}")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to be made")
     add("--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
     add("--train-tokenizer", type=int, metavar="IDS", help="make a tokenizer of so many ids from the inputs first")
-    add("--workers", type=int, default=defaults.workers, metavar="N", help="processes that tokenize (default: none)")
+    add(
+        "--workers",
+        type=int,
+        default=defaults.workers,
+        metavar="N",
+        help="processes that tokenize, beside the one that writes (default: 0, which does both in one process)",
+    )
     add("--text-key", default=defaults.text_key, metavar="KEY", help="key or column of the text (default: %(default)s)")
     share = "share of the documents to hold out; at least one is (default: %(default)s)"
     add("--validation-fraction", type=float, default=defaults.validation_fraction, metavar="SHARE", help=share)
@@ -38,7 +52,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     add("--strict", action="store_true", help="stop at the first document that cannot be read")
     size = "largest size of a shard (default: %(default)s)"
     add("--shard-bytes", type=int, default=defaults.shard_bytes, metavar="BYTES", help=size)
-    add("--histogram", type=Path, metavar="PNG", help="draw how long the documents are (needs matplotlib)")
+    add("--histogram", type=Path, metavar="PNG", help=f"draw how long the documents are ({PLOT})")
     options = vars(parser.parse_args(arguments))
     histogram = options.pop("histogram")
     return PrepareConfig(**options), histogram
@@ -57,7 +71,7 @@ def parse_info(arguments: list[str]) -> argparse.Namespace:
     """`info`: folder or address, histogram."""
     parser = _parser("Say what a folder of shards holds and what it was made from.")
     parser.add_argument("shards")
-    parser.add_argument("--histogram", type=Path, metavar="PNG", help="draw how long the documents are")
+    parser.add_argument("--histogram", type=Path, metavar="PNG", help=f"draw how long the documents are ({PLOT})")
     return parser.parse_args(arguments)
 
 

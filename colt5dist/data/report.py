@@ -4,12 +4,14 @@ from colt5dist.data.documents import Problems
 from colt5dist.data.lengths import length_lines
 from colt5dist.data.manifest import Manifest
 from colt5dist.data.shards import ShardSet
+from colt5dist.wording import count
 
 
 def summary_lines(training: Manifest, validation: Manifest, problems: Problems) -> list[str]:
     """What was made: counts, what was left out, and how long the documents are."""
     lines = [
-        f"{name}: {part.documents:,} documents, {part.tokens:,} tokens, {len(part.shards)} shards"
+        f"{name}: {count(part.documents, 'document')}, {count(part.tokens, 'token')}, "
+        f"{count(len(part.shards), 'shard')}"
         for name, part in (("training", training), ("held out", validation))
     ]
     lines += problems.lines()

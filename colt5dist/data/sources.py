@@ -48,6 +48,11 @@ class Sources:
         """The held-out documents, mixed by the same weights."""
         return Sources(tuple(part.validation for part in self.parts), self.weights)
 
+    def passes(self, num_tokens: int) -> list[float]:
+        """How often each set is read from end to end by samples of so many tokens of text in all."""
+        parts = zip(self.parts, shares(self.weights), strict=True)
+        return [num_tokens * share / ROUND / part.num_tokens for part, share in parts]
+
 
 def as_sources(shards: ShardSet | Sources) -> Sources:
     """One shard set, or several."""

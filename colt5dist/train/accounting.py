@@ -2,10 +2,13 @@
 
 import re
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
+from colt5dist.data.config import DataConfig
 from colt5dist.model.config import CoLT5Config
 from colt5dist.train.config import RunConfig
 from colt5dist.train.deepspeed_config import uses_bf16
@@ -24,6 +27,19 @@ PEAK_BF16_FLOPS = {
     "A10": 125e12,
 }
 """Dense bf16 matrix rate by words of the device's name, from the vendor's data sheets; the first match counts."""
+
+
+def tokens_of_run(config: RunConfig, per_sample: Callable[[DataConfig], float]) -> int:
+    """Sum over all samples of a run, each by the lengths of its stage.
+
+    Args:
+        config: the run.
+        per_sample: tokens of one sample of a stage.
+    """
+    bounds = [1, *(entry.step for entry in config.data.length_schedule), config.train.steps + 1]
+    steps = [max(0, min(stop, config.train.steps + 1) - first) for first, stop in pairwise(bounds)]
+    stages = zip(config.stages, steps, strict=True)
+    return round(config.train.global_batch_size * sum(per_sample(stage.data) * number for stage, number in stages))
 
 
 def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: int) -> int:

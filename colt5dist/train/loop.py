@@ -24,6 +24,7 @@ from colt5dist.train.runtime import raise_together
 from colt5dist.train.schedule import learning_rate
 from colt5dist.train.spikes import ranges_to_skip, skip_list
 from colt5dist.train.stop import StopReason
+from colt5dist.wording import count
 
 
 def train(run: Run) -> StopReason | None:
@@ -36,7 +37,7 @@ def train(run: Run) -> StopReason | None:
     stage = config.stage_at(state.step + 1)
     held_out = begin_stage(run, stage)
     if state.first_held_out_loss is None:
-        state.first_held_out_loss = run_evaluation(run, held_out).get("eval/loss")
+        state.first_held_out_loss = first_evaluation(run, held_out)
     stream, reason = open_stream(run)
     health = Health(run)
     profile = Profile(config.profile, run.run_dir, run.ranks)
@@ -253,6 +254,16 @@ def run_evaluation(run: Run, held_out: list[Batch], *, shuffled_inputs: bool = F
     except CutShortError:
         run.monitor.say(f"the evaluation of step {run.state.step} is left out: a request to stop")
         return {}
+
+
+def first_evaluation(run: Run, held_out: list[Batch]) -> float | None:
+    """The held-out loss before the first step, said at once: what follows can take minutes on a CPU."""
+    loss = run_evaluation(run, held_out).get("eval/loss")
+    every = run.config.train.log_every
+    if loss is not None:
+        lines = f"; from here on a line every {count(every, 'step')}" if every > 1 else ""
+        run.monitor.say(f"held-out loss before the first step: {loss:.4f} nats a token{lines}")
+    return loss
 
 
 def open_stream(run: Run) -> tuple[ReadAhead, StopReason | None]:

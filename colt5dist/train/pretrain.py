@@ -10,11 +10,12 @@ from colt5dist.data import (
     data_problems,
     length_notes,
     open_sources,
+    text_tokens_of_sample,
     unigram_entropy,
 )
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
-from colt5dist.train.accounting import step_flops
+from colt5dist.train.accounting import step_flops, tokens_of_run
 from colt5dist.train.checkpoint import Saver, load_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
@@ -35,6 +36,10 @@ from colt5dist.train.runtime import (
 )
 from colt5dist.train.stop import StopReason, StopRequests
 from colt5dist.train.summary import summary
+from colt5dist.wording import count
+
+MANY_PASSES = 4
+"""Passes over the same text up to which it is about as good as new text (Muennighoff et al., arXiv 2305.16264)."""
 
 
 def pretrain(config: RunConfig, ranks: Ranks) -> int:
@@ -81,8 +86,9 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         meter = Meter(device, hosts, step_flops(config))
         monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
         with monitor:
-            notes = [note for stage in config.stages for note in length_notes(stage.data)]
-            for line in (*plan.notes, *dict.fromkeys(notes), *describe(config, ranks, engine, shapes)):
+            notes = [f"note: {note}" for stage in config.stages for note in length_notes(stage.data)]
+            own = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
+            for line in (*plan.notes, *dict.fromkeys(notes), *own):
                 monitor.say(line)
             run = Run(
                 config=config,
@@ -174,10 +180,28 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
             f" (for zero.stage={config.zero.stage}: DeepSpeed's stage {config.zero.stage} in bf16 trains otherwise)"
         )
     batch = (
-        f"{config.train.global_batch_size} samples a step: {ranks.world_size} devices x {accumulation} micro-batches"
+        f"{config.train.global_batch_size} samples a step: {count(ranks.world_size, 'device')} x "
+        f"{count(accumulation, 'micro-batch', 'micro-batches')}"
     )
     return [
         f"{number:,} parameters, {engine.dtype} on {ranks.world_size} x {engine.device.type}, {stage}",
         f"{batch} x {config.micro_batch_size(ranks.world_size)}, {config.data.input_length} input and "
         f"{config.data.target_length} target tokens each",
     ]
+
+
+def describe_data(config: RunConfig, shards: Sources) -> list[str]:
+    """How often the run reads its text, and a note where that is often."""
+    num_tokens = tokens_of_run(config, text_tokens_of_sample)
+    passes = shards.passes(num_tokens)
+    lines = [
+        f"data: {sum(part.num_tokens for part in shards.parts):,} tokens of training text; "
+        f"{count(config.train.steps, 'step')} read {num_tokens:,}: {', '.join(f'{number:.2g}' for number in passes)} "
+        "passes"
+    ]
+    if max(passes) > MANY_PASSES:
+        lines.append(
+            f"note: train.steps: some text is read {max(passes):.0f} times; watch the held-out loss: it rises "
+            "again where text is learnt by heart"
+        )
+    return lines

@@ -27,11 +27,15 @@ def summary(run_dir: Path, first_loss: float | None, unigram_entropy: float, tok
             f"held-out loss: {first_loss:.4f} before, {last['eval/loss']:.4f} after step {last['step']} (nats a token)"
         )
         lines.append(f"unigram entropy of the held-out tokens: {unigram_entropy:.4f}; the loss is {side}")
-        lines.append(f"held-out bits a byte: {last['eval/bits_per_byte']:.4f}")
+        lines.append(
+            f"held-out bits a byte of the text that is asked for: {last['eval/bits_per_byte']:.4f} (sentinels and end "
+            "tokens cost bits, and are no bytes)"
+        )
         if last.get("eval/loss_shuffled_inputs") is not None:
             change = last["eval/loss_shuffled_inputs"] / last["eval/loss"] - 1
             lines.append(
-                f"held-out loss with another sample's input: {last['eval/loss_shuffled_inputs']:.4f} ({change:+.1%})"
+                f"held-out loss with another sample's input: {last['eval/loss_shuffled_inputs']:.4f} ({change:+.1%}; "
+                "near 0 % until the decoder has learnt to read the encoder, after some thousand steps)"
             )
     if tokens_per_second:
         lines.append(f"speed: {tokens_per_second:,.0f} tokens/s")

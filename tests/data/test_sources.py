@@ -72,6 +72,12 @@ def test_samples_come_from_their_sets(three: list[ShardSet]) -> None:
     )
 
 
+def test_passes_over_each_set(three: list[ShardSet]) -> None:
+    passes = open_sources(config(three, [1, 2, 1])).passes(1_000_000)
+    read = [number * part.num_tokens for number, part in zip(passes, three, strict=True)]
+    assert read == pytest.approx([250_000, 500_000, 250_000])
+
+
 def test_the_fingerprint_knows_sets_and_weights(three: list[ShardSet]) -> None:
     """One set keeps its own; equal proportions are equal."""
     assert open_sources(config(three[:1], [3])).fingerprint == three[0].fingerprint

@@ -26,8 +26,8 @@ def test_text_to_shards(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     shards = open_shards(tmp_path / "out/shards")
     assert shards.num_documents + shards.validation.num_documents == 20
-    assert f"training: {shards.num_documents} documents, {shards.num_tokens:,} tokens, 1 shards" in done.stdout
-    assert f"held out: {shards.validation.num_documents} documents" in done.stdout
+    assert f"training: {shards.num_documents} documents, {shards.num_tokens:,} tokens, 1 shard\n" in done.stdout
+    assert f"held out: {shards.validation.num_documents} document, " in done.stdout
     assert f"left out, not UTF-8: 1 ({tmp_path / 'bad.txt'})" in done.stdout
     assert "512 to 1,023" in done.stdout and done.stdout.endswith(f"written: {tmp_path / 'out/shards'}\n")
     again = call("--input", tmp_path / "*.txt", "--output", tmp_path / "out/shards", "--validation-fraction", "0.1")
