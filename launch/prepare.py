@@ -16,6 +16,7 @@ from colt5dist.data.progress import progress
 from colt5dist.data.report import info_lines, summary_lines
 from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
+from colt5dist.wording import count
 
 
 def run_prepare(arguments: list[str]) -> int:
@@ -43,7 +44,8 @@ def run_verify(arguments: list[str]) -> int:
         print(f"damaged: {line}")
     for line in verified.notes:
         print(f"note: {line}")
-    print(f"{verified.num_files} files, {verified.num_bytes:,} bytes: {'damaged' if verified.damage else 'whole'}")
+    state = "damaged" if verified.damage else "whole"
+    print(f"{count(verified.num_files, 'file')}, {count(verified.num_bytes, 'byte')}: {state}")
     return 1 if verified.damage else 0
 
 

@@ -62,7 +62,9 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     for row in zip(*tables, strict=True):
         lines.append(f"  {row[0].stage:<10} " + "".join(f"{cell.device_bytes / 1e9:>12.2f}" for cell in row))
     if engine_stage(replace(config, zero=replace(config.zero, stage=0)), on_gpu=True) == 1:
-        lines.append("  note: in bf16, zero.stage=0 runs as stage 1, as DeepSpeed's stage 0 trains otherwise")
+        lines.append(
+            "  note: in bf16 stage 0 runs as stage 1, hence the same memory (DeepSpeed's stage 0 trains otherwise)"
+        )
     return "\n".join(lines)
 
 
@@ -78,7 +80,7 @@ def stage_lines(stage: RunConfig, world_size: int) -> list[str]:
     accumulation = stage.gradient_accumulation_steps(world_size)
     activations = activation_bytes(stage, micro_batch_size, on_gpu=True) / 1e9
     lines = [
-        f"batch: {batch} samples = {count(world_size, 'device')} x "
+        f"batch: {count(batch, 'sample')} = {count(world_size, 'device')} x "
         f"{count(accumulation, 'micro-batch', 'micro-batches')} x {micro_batch_size}",
         f"tokens a step: {input_and_target(batch * data.input_length, batch * data.target_length)}",
         f"FLOPs a step: {step_flops(stage):.3e} (multiply-add = 2, backward = 2 forwards, as routed)",

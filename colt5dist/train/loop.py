@@ -41,6 +41,7 @@ def train(run: Run) -> StopReason | None:
     stream, reason = open_stream(run)
     health = Health(run)
     profile = Profile(config.profile, run.run_dir, run.ranks)
+    first_step = state.step + 1
     while state.step < config.train.steps and reason is None:
         step = state.step + 1
         if config.stage_at(step) is not stage:
@@ -73,6 +74,8 @@ def train(run: Run) -> StopReason | None:
                 record.update(run_evaluation(run, held_out, shuffled_inputs=shuffled))
             run.monitor.record(step, record, notes=health.notes())
             run.monitor.say(console_line(step, config.train.steps, record, meter.slowest))
+        elif step == first_step:
+            run.monitor.say(f"step {step}/{config.train.steps} | loss {outcome.means.loss:.4f} | {meter.seconds:.1f} s")
         run.monitor.advance(step)
         wait = last or outcome.data_failed or outcome.save_requested  # for it to be whole
         if wait or outcome.save_due or is_due(step, config.checkpoint.every_steps):

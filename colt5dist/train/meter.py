@@ -90,6 +90,11 @@ class Meter:
         }
 
     @property
+    def seconds(self) -> float:
+        """Time of the steps since the last read, on this rank."""
+        return self._seconds
+
+    @property
     def mean_rate(self) -> float | None:
         """Valid input and target tokens a second over all steps that were read; None before the first."""
         return self.total_tokens / self.total_seconds if self.total_seconds else None

@@ -180,7 +180,7 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
             f" (for zero.stage={config.zero.stage}: DeepSpeed's stage {config.zero.stage} in bf16 trains otherwise)"
         )
     batch = (
-        f"{config.train.global_batch_size} samples a step: {count(ranks.world_size, 'device')} x "
+        f"{count(config.train.global_batch_size, 'sample')} a step: {count(ranks.world_size, 'device')} x "
         f"{count(accumulation, 'micro-batch', 'micro-batches')}"
     )
     return [
@@ -196,12 +196,12 @@ def describe_data(config: RunConfig, shards: Sources) -> list[str]:
     passes = shards.passes(num_tokens)
     lines = [
         f"data: {sum(part.num_tokens for part in shards.parts):,} tokens of training text; "
-        f"{count(config.train.steps, 'step')} read {num_tokens:,}: {', '.join(f'{number:.2g}' for number in passes)} "
+        f"{count(config.train.steps, 'step')} read {num_tokens:,}: {', '.join(f'{number:,.2f}' for number in passes)} "
         "passes"
     ]
     if max(passes) > MANY_PASSES:
         lines.append(
-            f"note: train.steps: some text is read {max(passes):.0f} times; watch the held-out loss: it rises "
-            "again where text is learnt by heart"
+            f"note: train.steps: some text is read {max(passes):,.0f} times; watch the held-out loss, which rises "
+            "when the model memorises its text: prepare more text, or train fewer steps"
         )
     return lines

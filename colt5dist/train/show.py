@@ -14,6 +14,7 @@ from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import load_config
+from colt5dist.wording import count
 
 SENTINEL, SPECIAL, PLAIN = "\033[1;33m", "\033[1;36m", "\033[0m"
 SHOWN_PIECES = 5
@@ -50,7 +51,7 @@ def show_sample(path: str, settings: list[str], number: int, *, world_size: int,
         f"sample {number}: step {step}, rank {rank} of {world_size}, micro-batch {row // size}, row {row % size}",
         f"objective: {parse_mixture(config.data.mixture).names[int(batch['objective'][0])]}",
         f"shards: {shards.remote.address('') if shards.remote else shards.folder}, epoch {planned.epoch}, "
-        f"block {planned.block}, {planned.chunk.num_tokens} tokens of text",
+        f"block {planned.block}, {count(planned.chunk.num_tokens, 'token')} of text",
     ]
     lines += [f"replaced by the next sample: {line}" for line in samples.new_bad_records()]
     starts, stops = planned.chunk.starts.tolist(), planned.chunk.stops.tolist()
@@ -62,13 +63,17 @@ def show_sample(path: str, settings: list[str], number: int, *, world_size: int,
         name = shards.manifest.shards[shard].file
         lines.append(f"  document {document} of {name}: tokens {offset} to {offset + stop - start - 1}")
     if len(starts) > SHOWN_PIECES:
-        lines.append(f"  and {len(starts) - SHOWN_PIECES} more documents")
+        lines.append(f"  and {count(len(starts) - SHOWN_PIECES, 'more document')}")
     for title, ids, mask in (
         ("inputs", batch["input_ids"], batch["input_mask"]),
         ("targets", batch["target_ids"], batch["target_mask"]),
     ):
         valid = ids[0][mask[0]].tolist()
-        lines += [f"{title}, {len(valid)} tokens:", render(valid, sources.tokenizer, samples.first_sentinel, colour)]
+        num_sentinels = sum(token >= samples.first_sentinel for token in valid)
+        sentinels = f", {num_sentinels} of them sentinels" if num_sentinels else ""
+        lines.append(f"{title}, {count(len(valid), 'token')}{sentinels}:")
+        lines.append(render(valid, sources.tokenizer, samples.first_sentinel, colour))
+    lines.append("(sentinels and end tokens in the targets count in the loss; they stand for no bytes of text)")
     return lines
 
 
