@@ -264,7 +264,7 @@ def first_evaluation(run: Run, held_out: list[Batch]) -> float | None:
     loss = run_evaluation(run, held_out).get("eval/loss")
     every = run.config.train.log_every
     if loss is not None:
-        lines = f"; from here on a line every {count(every, 'step')}" if every > 1 else ""
+        lines = f"; a line follows for the first step, then every {count(every, 'step')}" if every > 1 else ""
         run.monitor.say(f"held-out loss before the first step: {loss:.4f} nats a token{lines}")
     return loss
 
