@@ -8,6 +8,7 @@ What the `deepspeed` launcher sends itself (a second SIGTERM, a SIGTERM after Ct
 import os
 import signal
 import time
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from colt5dist.train.launcher import launcher_is_gone
 from colt5dist.train.runtime import sum_over_ranks
 
 STOP_AT_ONCE_SECONDS = 3.0
+HEARD = b"\nsignal: the run ends after this step and its checkpoint; Ctrl-C once more gives up without them\n"
 
 
 class StopReason(Enum):
@@ -34,7 +36,7 @@ class StopRequests:
 
     Args:
         run_dir: folder in which the files STOP and SAVE are looked for.
-        watch_files: whether this rank looks for them (one rank is enough).
+        watch_files: whether this rank looks for them (one rank is enough), and says that it was asked to stop.
         max_minutes: minutes from now after which to stop.
     """
 
@@ -83,4 +85,7 @@ class StopRequests:
             if self._first_interrupt is not None and now - self._first_interrupt > STOP_AT_ONCE_SECONDS:
                 os._exit(128 + number)  # asked twice by hand: give up at once, without a checkpoint
             self._first_interrupt = self._first_interrupt or now
+        if not self.signalled and self.watch_files:
+            with suppress(OSError):  # nobody may be reading any more
+                os.write(2, HEARD)  # not print, which this handler may have interrupted
         self.signalled = True

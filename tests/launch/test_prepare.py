@@ -86,6 +86,8 @@ def test_verify_info_and_show(tmp_path: Path) -> None:
     # samples 0 and 1 are passed over: 21 is the twentieth of steps of 8
     assert shown.stdout.startswith("sample 21: step 3, rank 3 of 4, micro-batch 0, row 0\n")
     assert "document" in shown.stdout and "</s>" in shown.stdout and "\033[1;3" in shown.stdout
+    num_sentinels = shown.stdout.split("\ntargets, ")[1].count("\033[1;33m")
+    assert f" tokens, {num_sentinels} of them sentinels:" in shown.stdout.split("\ntargets")[1]
     assert "is in data.skip" in call("show", shards, "--config", tiny, "--sample", 1, "data.skip=[[0, 2]]").stderr
     content = bytearray((shards / "000000.tar").read_bytes())
     content[3000] ^= 1

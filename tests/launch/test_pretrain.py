@@ -216,12 +216,15 @@ def test_adafactor_goes_on_to_the_bit(run_pretrain: Pretrain, tmp_path: Path) ->
 
 
 def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """The schedule starts anew; what the weights begin with is said at once, and so is the first step."""
     run_dir = tmp_path / "run"
-    run_pretrain(run_dir, f"init_from={reference[0]}", "train.steps=1", launcher="python")
+    done = run_pretrain(run_dir, f"init_from={reference[0]}", "train.steps=2", "train.log_every=2", launcher="python")
     (record,) = read_metrics(run_dir)
-    before = json.loads((run_dir / "checkpoints" / "step_00000001" / "trainer.json").read_text())["state"]
+    before = json.loads((run_dir / "checkpoints" / "step_00000002" / "trainer.json").read_text())["state"]
     assert before["first_held_out_loss"] == pytest.approx(read_metrics(reference[0])[-1]["eval/loss"], rel=1e-6)
-    assert record["lr"] == pytest.approx(0.003 / 4)  # the schedule starts anew
+    assert record["step"] == 2 and record["lr"] == pytest.approx(0.003 * 2 / 4)
+    first = f"held-out loss before the first step: {before['first_held_out_loss']:.4f} "
+    assert done.stdout.index(first) < done.stdout.index("step 1/2 | loss ") < done.stdout.index("step 2/2 | loss ")
 
 
 def test_the_file_stop_saves_first(micro_settings: tuple[str, ...], tmp_path: Path) -> None:

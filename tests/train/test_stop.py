@@ -31,13 +31,16 @@ def requests(run_dir: Path, **options: object) -> StopRequests:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_and_its_echoes_change_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_asks_and_its_echoes_change_nothing(
+    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests were started with nohup
     stop = requests(tmp_path)
     assert stop.reason() is None
     for echo in (number, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), echo)
         assert stop.reason() is StopReason.SIGNAL
+    assert capfd.readouterr().err.count("the run ends after this step") == 1
 
 
 def test_files_count_once(tmp_path: Path) -> None:
