@@ -183,10 +183,12 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
         f"{count(config.train.global_batch_size, 'sample')} a step: {count(ranks.world_size, 'device')} x "
         f"{count(accumulation, 'micro-batch', 'micro-batches')}"
     )
+    lengths = f"{config.data.target_length} target tokens each"
+    if config.data.input_length:
+        lengths = f"{config.data.input_length} input and {lengths}"
     return [
         f"{number:,} parameters, {engine.dtype} on {ranks.world_size} x {engine.device.type}, {stage}",
-        f"{batch} x {config.micro_batch_size(ranks.world_size)}, {config.data.input_length} input and "
-        f"{config.data.target_length} target tokens each",
+        f"{batch} x {config.micro_batch_size(ranks.world_size)}, {lengths}",
     ]
 
 
