@@ -1,7 +1,7 @@
 """Kill a run of two processes again and again, start it again, and compare its losses with an undisturbed run's.
 
     python tests/torture.py --rounds 200          # by hand, long
-    python tests/torture.py --minutes 3 --seed 1  # as in the tests
+    python tests/torture.py --minutes 1.5 --seed 1  # as in the tests
 
 At random moments, a third of them while a checkpoint is being written, one rank or both are killed with SIGKILL. Most
 rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds; every
@@ -33,7 +33,8 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import MICRO_SETTINGS, free_port, load_script  # noqa: E402
+from conftest import MICRO_SETTINGS, free_port  # noqa: E402
+from forks import become_rank, rank_places  # noqa: E402
 
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 os.environ.pop("TRITON_INTERPRET", None)  # conftest.py sets it
@@ -81,26 +82,11 @@ def newest_whole(run_dir: Path) -> str | None:
 
 def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
     """Two ranks that are forks of this process."""
-    port, ranks = free_port(), []
-    main = load_script("pretrain").main
-    for rank in range(2):
+    ranks = []
+    for place in rank_places(2, free_port()):
         pid = os.fork()
         if pid == 0:
-            with open(log, "ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-            os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-            status = 1
-            try:
-                status = main([f"run_dir={run_dir}", *settings])
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
+            become_rank(place, [f"run_dir={run_dir}", *settings], log, log)
         ranks.append(psutil.Process(pid))
     return Start(ranks, log)
 
