@@ -5,9 +5,12 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -137,22 +140,34 @@ def trainer_environment() -> dict[str, str]:
     return environment
 
 
+Fork = Callable[[Path, Sequence[str], int], subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="session")
-def fork_server(shard_cache: Path) -> Iterator[ForkServer]:
-    """Where `run_pretrain` forks its ranks."""
+def fork(shard_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
+    """Run a script on some ranks that are forks of one process."""
     server = ForkServer(trainer_environment())
-    yield server
+
+    def run(script: Path, arguments: Sequence[str], processes: int) -> subprocess.CompletedProcess[str]:
+        output = tmp_path_factory.mktemp("output")
+        statuses = server.run(script, arguments, processes, free_port(), output)
+        printed = [(output / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess([], next((status for status in statuses if status), 0), *printed)
+
+    yield run
     server.close()
 
 
 @pytest.fixture(scope="session")
-def run_pretrain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pretrain:
+def run_pretrain(fork: Fork) -> Pretrain:
     """Run launch/pretrain.py on the micro model, as forks of one process or with a real launcher.
 
     `launcher`: forks, python, deepspeed or torchrun; forks where no launcher and nothing of the start is looked at.
     """
 
-    def launch(run_dir: Path, settings: tuple[str, ...], processes: int, launcher: str) -> subprocess.CompletedProcess:
+    def launch(
+        run_dir: Path, settings: Sequence[str], processes: int, launcher: str
+    ) -> subprocess.CompletedProcess[str]:
         bin_dir = Path(sys.executable).parent
         deepspeed = [str(bin_dir / "deepspeed"), "-q", "--master_port", str(free_port()), "--num_accelerators"]
         commands = {
@@ -163,19 +178,12 @@ def run_pretrain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         command = [*commands[launcher], str(ROOT / "launch" / "pretrain.py"), f"run_dir={run_dir}", *settings]
         return subprocess.run(command, env=trainer_environment(), capture_output=True, text=True, timeout=300)
 
-    def fork(run_dir: Path, settings: tuple[str, ...], processes: int) -> subprocess.CompletedProcess:
-        server: ForkServer = request.getfixturevalue("fork_server")
-        output = tmp_path_factory.mktemp("output")
-        statuses = server.run([f"run_dir={run_dir}", *settings], processes, free_port(), output)
-        printed = [(output / name).read_text() for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess([], next((s for s in statuses if s), 0), *printed)
-
     def run(
         run_dir: Path, *settings: str, processes: int = 1, launcher: str = "forks", check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         settings = (*MICRO_SETTINGS, *settings)
         if launcher == "forks":
-            done = fork(run_dir, settings, processes)
+            done = fork(ROOT / "launch" / "pretrain.py", (f"run_dir={run_dir}", *settings), processes)
         else:
             done = launch(run_dir, settings, processes, launcher)
         if check:
@@ -186,15 +194,13 @@ def run_pretrain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def run_torchrun() -> Callable[..., None]:
-    """Run a script of the tests on some CPU processes; it has to succeed."""
+def run_ranks(fork: Fork) -> Callable[..., str]:
+    """Run a script of the tests on some CPU processes; it has to succeed; gives what it printed."""
 
-    def run(script: Path, *arguments: str, processes: int) -> None:
-        command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
-        done = subprocess.run(
-            [*command, str(script), *arguments], env=trainer_environment(), capture_output=True, text=True, timeout=300
-        )
+    def run(script: Path, *arguments: str, processes: int) -> str:
+        done = fork(script, arguments, processes)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     return run
 

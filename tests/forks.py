@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 300
 
 
@@ -27,11 +26,12 @@ class ForkServer:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
-    def run(self, arguments: Sequence[str], processes: int, port: int, output: Path) -> list[int]:
-        """`launch/pretrain.py` on some ranks, or without the variables of a launcher if it is one.
+    def run(self, script: Path, arguments: Sequence[str], processes: int, port: int, output: Path) -> list[int]:
+        """A script on some ranks, or without the variables of a launcher if it is one.
 
         Args:
-            arguments: of the command.
+            script: what each rank runs.
+            arguments: of the script.
             processes: number of ranks.
             port: that they meet on.
             output: folder for `stdout` and `stderr`.
@@ -39,7 +39,8 @@ class ForkServer:
         Returns:
             The exit status of each rank.
         """
-        request = {"arguments": list(arguments), "processes": processes, "port": port, "output": str(output)}
+        request = {"script": str(script), "arguments": arguments, "processes": processes, "port": port}
+        request["output"] = str(output)
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
@@ -51,19 +52,20 @@ class ForkServer:
         self._process.wait()
 
 
-def become_rank(place: dict[str, object], arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
-    """In a new fork: run `launch/pretrain.py` there, and end."""
+def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
+    """In a new fork: run a script there, and end."""
+    import runpy
     import traceback
 
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), descriptor)
     os.environ.update({key: str(value) for key, value in place.items()})
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
     status = 1
     try:
-        sys.path.insert(0, str(ROOT / "launch"))
-        from pretrain import main
-
-        status = main(list(arguments))
+        runpy.run_path(str(script), run_name="__main__")
+        status = 0
     except SystemExit as ended:
         status = int(ended.code or 0)
     except BaseException:
@@ -79,14 +81,18 @@ def rank_places(processes: int, port: int) -> list[dict[str, object]]:
     return [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in range(processes)]
 
 
+def import_everything() -> None:
+    """What a start imports, also what DeepSpeed imports only when an engine is made: that brings torch's compilers."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    import colt5dist.train.pretrain  # noqa: F401
+
+
 def serve() -> None:
     """Answer requests until stdin ends."""
     import signal
 
-    import deepspeed  # noqa: F401
-
-    import colt5dist.train.pretrain  # noqa: F401
-
+    import_everything()
     for line in sys.stdin:
         request = json.loads(line)
         output = Path(request["output"])
@@ -96,7 +102,8 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 signal.alarm(TIMEOUT_SECONDS)
-                become_rank(place, request["arguments"], output / "stdout", output / "stderr")
+                script = Path(request["script"])
+                become_rank(place, script, request["arguments"], output / "stdout", output / "stderr")
             ranks.append(pid)
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import MICRO_SETTINGS, free_port  # noqa: E402
-from forks import become_rank, rank_places  # noqa: E402
+from forks import become_rank, import_everything, rank_places  # noqa: E402
 
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 os.environ.pop("TRITON_INTERPRET", None)  # conftest.py sets it
@@ -86,7 +86,7 @@ def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
     for place in rank_places(2, free_port()):
         pid = os.fork()
         if pid == 0:
-            become_rank(place, [f"run_dir={run_dir}", *settings], log, log)
+            become_rank(place, ROOT / "launch" / "pretrain.py", [f"run_dir={run_dir}", *settings], log, log)
         ranks.append(psutil.Process(pid))
     return Start(ranks, log)
 
@@ -233,10 +233,7 @@ def main(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # what loses its parent comes to this process, and can be waited for
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    import deepspeed  # noqa: F401 (imported once, for all forks)
-
-    import colt5dist.train.pretrain  # noqa: F401
-
+    import_everything()
     rng = random.Random(options.seed)
     run_dir = folder / "run"
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
