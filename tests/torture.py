@@ -33,11 +33,8 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import MICRO_SETTINGS, free_port  # noqa: E402
+from conftest import MICRO_SETTINGS, free_port, trainer_environment  # noqa: E402
 from forks import become_rank, import_everything, rank_places  # noqa: E402
-
-os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-os.environ.pop("TRITON_INTERPRET", None)  # conftest.py sets it
 
 SETTINGS = (
     *MICRO_SETTINGS,
@@ -50,6 +47,12 @@ NEVER_STEPS = "train.steps=1000000"
 END_SECONDS = 60.0
 """What is left of a run after a kill must have ended by then."""
 START_SECONDS = 180.0
+
+
+def train_on_cpu() -> None:
+    """What the processes that train inherit, in a script of its own; tests set it for as long as they take."""
+    os.environ.update(trainer_environment())
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 @dataclass
@@ -261,4 +264,5 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    train_on_cpu()
     sys.exit(main(sys.argv[1:]))
