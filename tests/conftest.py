@@ -55,6 +55,12 @@ MICRO_SETTINGS = (
 """A true CoLT5 of some ten thousand parameters; the threshold makes stage 3 partition even its smallest ones."""
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two files at a time where all tests are run; where some are chosen, this process runs them."""
+    chosen = config.option.markexpr or config.option.keyword or config.args_source is config.ArgsSource.ARGS
+    return 0 if chosen else min(2, len(os.sched_getaffinity(0)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` on a machine without a CUDA device."""
     if torch.cuda.is_available():
