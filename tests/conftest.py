@@ -5,9 +5,12 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -18,6 +21,9 @@ if not torch.cuda.is_available():
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from forks import ForkServer  # noqa: E402
 
 MICRO_SETTINGS = (
     "model.vocab_size=384",
@@ -49,6 +55,12 @@ MICRO_SETTINGS = (
 """A true CoLT5 of some ten thousand parameters; the threshold makes stage 3 partition even its smallest ones."""
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two files at a time where all tests are run; where some are chosen, this process runs them."""
+    chosen = config.option.markexpr or config.option.keyword or config.args_source is config.ArgsSource.ARGS
+    return 0 if chosen else min(2, len(os.sched_getaffinity(0)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` on a machine without a CUDA device."""
     if torch.cuda.is_available():
@@ -61,8 +73,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of this session's own: tests build the standard library's shards once and for themselves."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A cache folder of this session's own: tests build the standard library's shards once and for themselves.
+
+    With `pytest -n` its processes share it; building is made for that.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["COLT5DIST_CACHE"] = str(folder)
     return folder
 
@@ -122,27 +139,59 @@ def pretrain_main() -> Callable[[list[str]], int]:
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
-def run_pretrain() -> Pretrain:
-    """Run the real `deepspeed launch/pretrain.py` on the micro model with some CPU processes, or Python with none."""
+def trainer_environment() -> dict[str, str]:
+    """What the processes that train inherit: one thread each, no GPU, no interpreter of kernels."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    return environment
 
-    def run(
-        run_dir: Path, *settings: str, processes: int = 1, launcher: str = "deepspeed", check: bool = True
+
+Fork = Callable[[Path, Sequence[str], int], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def fork(shard_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
+    """Run a script on some ranks that are forks of one process."""
+    server = ForkServer(trainer_environment())
+
+    def run(script: Path, arguments: Sequence[str], processes: int) -> subprocess.CompletedProcess[str]:
+        output = tmp_path_factory.mktemp("output")
+        statuses = server.run(script, arguments, processes, free_port(), output)
+        printed = [(output / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess([], next((status for status in statuses if status), 0), *printed)
+
+    yield run
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_pretrain(fork: Fork) -> Pretrain:
+    """Run launch/pretrain.py on the micro model, as forks of one process or with a real launcher.
+
+    `launcher`: forks, python, deepspeed or torchrun; forks where no launcher and nothing of the start is looked at.
+    """
+
+    def launch(
+        run_dir: Path, settings: Sequence[str], processes: int, launcher: str
     ) -> subprocess.CompletedProcess[str]:
         bin_dir = Path(sys.executable).parent
+        deepspeed = [str(bin_dir / "deepspeed"), "-q", "--master_port", str(free_port()), "--num_accelerators"]
         commands = {
-            "deepspeed": [str(bin_dir / "deepspeed"), "-q", "--master_port", "0", "--num_accelerators", str(processes)],
+            "deepspeed": [*deepspeed, str(processes)],
             "torchrun": [str(bin_dir / "torchrun"), "--standalone", "--nproc-per-node", str(processes)],
             "python": [sys.executable],
         }
-        if launcher == "deepspeed":
-            commands["deepspeed"][3] = str(free_port())
-        command = [*commands[launcher], str(ROOT / "launch" / "pretrain.py"), f"run_dir={run_dir}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        environment.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            [*command, *MICRO_SETTINGS, *settings], env=environment, capture_output=True, text=True, timeout=300
-        )
+        command = [*commands[launcher], str(ROOT / "launch" / "pretrain.py"), f"run_dir={run_dir}", *settings]
+        return subprocess.run(command, env=trainer_environment(), capture_output=True, text=True, timeout=300)
+
+    def run(
+        run_dir: Path, *settings: str, processes: int = 1, launcher: str = "forks", check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        settings = (*MICRO_SETTINGS, *settings)
+        if launcher == "forks":
+            done = fork(ROOT / "launch" / "pretrain.py", (f"run_dir={run_dir}", *settings), processes)
+        else:
+            done = launch(run_dir, settings, processes, launcher)
         if check:
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done
@@ -151,17 +200,13 @@ def run_pretrain() -> Pretrain:
 
 
 @pytest.fixture(scope="session")
-def run_torchrun() -> Callable[..., None]:
-    """Run a script of the tests on some CPU processes; it has to succeed."""
+def run_ranks(fork: Fork) -> Callable[..., str]:
+    """Run a script of the tests on some CPU processes; it has to succeed; gives what it printed."""
 
-    def run(script: Path, *arguments: str, processes: int) -> None:
-        command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        environment.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=300
-        )
+    def run(script: Path, *arguments: str, processes: int) -> str:
+        done = fork(script, arguments, processes)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     return run
 

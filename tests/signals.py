@@ -24,7 +24,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from torture import Start, launch_ranks, newest_whole, wait_for_line, wait_for_save
+from torture import Start, launch_ranks, newest_whole, train_on_cpu, wait_for_line, wait_for_save
 
 ALLOWED_SECONDS = 25.0
 MOMENTS = ("start-up", "evaluating", "training", "saving")
@@ -124,4 +124,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    train_on_cpu()
     sys.exit(main(sys.argv[1:]))

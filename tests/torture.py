@@ -1,7 +1,7 @@
 """Kill a run of two processes again and again, start it again, and compare its losses with an undisturbed run's.
 
     python tests/torture.py --rounds 200          # by hand, long
-    python tests/torture.py --minutes 3 --seed 1  # as in the tests
+    python tests/torture.py --minutes 1.5 --seed 1  # as in the tests
 
 At random moments, a third of them while a checkpoint is being written, one rank or both are killed with SIGKILL. Most
 rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds; every
@@ -33,10 +33,8 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import MICRO_SETTINGS, free_port, load_script  # noqa: E402
-
-os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-os.environ.pop("TRITON_INTERPRET", None)  # conftest.py sets it
+from conftest import MICRO_SETTINGS, free_port, trainer_environment  # noqa: E402
+from forks import become_rank, import_everything, rank_places  # noqa: E402
 
 SETTINGS = (
     *MICRO_SETTINGS,
@@ -49,6 +47,12 @@ NEVER_STEPS = "train.steps=1000000"
 END_SECONDS = 60.0
 """What is left of a run after a kill must have ended by then."""
 START_SECONDS = 180.0
+
+
+def train_on_cpu() -> None:
+    """What the processes that train inherit, in a script of its own; tests set it for as long as they take."""
+    os.environ.update(trainer_environment())
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 @dataclass
@@ -81,26 +85,11 @@ def newest_whole(run_dir: Path) -> str | None:
 
 def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
     """Two ranks that are forks of this process."""
-    port, ranks = free_port(), []
-    main = load_script("pretrain").main
-    for rank in range(2):
+    ranks = []
+    for place in rank_places(2, free_port()):
         pid = os.fork()
         if pid == 0:
-            with open(log, "ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-            os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-            status = 1
-            try:
-                status = main([f"run_dir={run_dir}", *settings])
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
+            become_rank(place, ROOT / "launch" / "pretrain.py", [f"run_dir={run_dir}", *settings], log, log)
         ranks.append(psutil.Process(pid))
     return Start(ranks, log)
 
@@ -247,10 +236,7 @@ def main(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # what loses its parent comes to this process, and can be waited for
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    import deepspeed  # noqa: F401 (imported once, for all forks)
-
-    import colt5dist.train.pretrain  # noqa: F401
-
+    import_everything()
     rng = random.Random(options.seed)
     run_dir = folder / "run"
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
@@ -278,4 +264,5 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    train_on_cpu()
     sys.exit(main(sys.argv[1:]))

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from conftest import MICRO_SETTINGS  # noqa: E402
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-TIMEOUT_SECONDS = 16
+TIMEOUT_SECONDS = 24
 SETTINGS = (
     *MICRO_SETTINGS,
     "train.steps=1000000",

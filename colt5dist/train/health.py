@@ -226,7 +226,8 @@ class Health:
             path.parent.mkdir(exist_ok=True)
             write_whole(path, json.dumps(content, indent=1).encode())
             print(f"error: {message}", file=sys.stderr, flush=True)
-        self.saver.finish()  # the checkpoint of a step before, if it is being written in the background
+        with self.heartbeat.patient("saving", last):
+            self.saver.finish()  # the checkpoint of a step before, if it is being written in the background
         barrier()  # the launcher ends all ranks as soon as one leaves
         raise TrainingFault(message)
 

@@ -32,7 +32,7 @@ def state(run_dir: Path, step: int) -> dict[str, object]:
 def test_lengths_change_in_a_run(run_pretrain: Pretrain, tmp_path: Path) -> None:
     """Three stages: 1 process, against 2 at ZeRO stage 3 that are stopped at a boundary and go on as 1 at stage 1."""
     settings = (SCHEDULE, SKIP, "train.routing_every=1")
-    done = run_pretrain(tmp_path / "one", *settings, "train.steps=6", "zero.stage=2", launcher="python")
+    done = run_pretrain(tmp_path / "one", *settings, "train.steps=6", "zero.stage=2")
     records = read_metrics(tmp_path / "one")
     # span corruption fills an input, prefix-LM nearly
     for record, length in zip(records, (256, 256, 128, 128, 512, 512), strict=True):
@@ -46,7 +46,7 @@ def test_lengths_change_in_a_run(run_pretrain: Pretrain, tmp_path: Path) -> None
         assert line in done.stdout
     two = tmp_path / "two"
     run_pretrain(two, *settings, "train.steps=2", "zero.stage=3", "data.num_workers=2", processes=2)
-    run_pretrain(two, *settings, "train.steps=6", "zero.stage=1", "train.micro_batch_size=2", launcher="python")
+    run_pretrain(two, *settings, "train.steps=6", "zero.stage=1", "train.micro_batch_size=2")
     assert [r["loss"] for r in read_metrics(two)] == pytest.approx([r["loss"] for r in records], rel=2e-5)
     # 48 samples were used, 7 passed over
     assert state(two, 6)["samples_consumed"] == state(tmp_path / "one", 6)["samples_consumed"] == 55
@@ -89,6 +89,6 @@ def test_damage_that_one_rank_meets(run_pretrain: Pretrain, shards: ShardSet, tm
     assert f"error: {shards.folder}/000000.tar: at byte" in done.stderr
     assert json.loads((tmp_path / "stopped/status.json").read_text())["status"] == "failed"
     assert state(tmp_path / "stopped", 2)["step"] == 2
-    done = run_pretrain(tmp_path / "whole", *settings, processes=2, launcher="torchrun")
+    done = run_pretrain(tmp_path / "whole", *settings, processes=2)
     assert "rank 1: damaged record: " in done.stderr
     assert [record["bad_records"] for record in read_metrics(tmp_path / "whole")] == [0, 1, 1, 1]

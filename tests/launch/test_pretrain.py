@@ -84,11 +84,11 @@ def test_tensorboard_has_the_same_numbers(reference: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("launcher", "processes", "settings"),
     [
-        ("deepspeed", 2, ("zero.stage=0", "train.micro_batch_size=1")),
+        ("forks", 2, ("zero.stage=0", "train.micro_batch_size=1")),
         ("deepspeed", 2, ("zero.stage=1", "train.micro_batch_size=2", "data.num_workers=2")),
-        ("deepspeed", 2, ("zero.stage=2", "train.activation_checkpointing=full")),
+        ("forks", 2, ("zero.stage=2", "train.activation_checkpointing=full")),
         ("torchrun", 2, ("zero.stage=3", "train.activation_checkpointing=full_keep_routing")),
-        ("deepspeed", 1, ("zero.stage=2", "zero.offload=optimizer", "train.micro_batch_size=8")),
+        ("forks", 1, ("zero.stage=2", "zero.offload=optimizer", "train.micro_batch_size=8")),
     ],
     ids=["stage0-accumulate4", "stage1-accumulate2-workers2", "stage2-full", "stage3-keep-routing", "offload"],
 )
@@ -120,7 +120,7 @@ SAME = ("train.steps=8", "checkpoint.every_steps=4", "train.eval_every=4", "trai
 
 
 def test_a_killed_run_goes_on_to_the_bit(reference: tuple[Path, str], half: Path, run_pretrain: Pretrain) -> None:
-    run_pretrain(half, *SAME, launcher="python")
+    run_pretrain(half, *SAME)
     assert losses(half) == losses(reference[0])
     gradient_norms = [[r["grad_norm"] for r in read_metrics(d)] for d in (half, reference[0])]
     assert gradient_norms[0] == gradient_norms[1]
@@ -132,8 +132,8 @@ def test_a_longer_run_is_the_same_run(reference: tuple[Path, str], run_pretrain:
     """4 steps and then 4 more equal 8, and a third start says that it is finished."""
     run_dir = tmp_path / "run"
     four = ("train.steps=4", *SAME[1:])
-    run_pretrain(run_dir, *four, launcher="python")
-    run_pretrain(run_dir, *SAME, launcher="python")
+    run_pretrain(run_dir, *four)
+    run_pretrain(run_dir, *SAME)
     assert losses(run_dir) == losses(reference[0])
     done = run_pretrain(run_dir, *SAME)
     assert "finished" in done.stdout
@@ -149,12 +149,12 @@ def test_it_goes_on_with_other_processes_and_stage(
 
 
 def test_another_setting_is_refused_and_can_be_allowed(half: Path, run_pretrain: Pretrain) -> None:
-    refused = run_pretrain(half, *SAME, "optimizer.lr=0.1", check=False)
+    refused = run_pretrain(half, *SAME, "optimizer.lr=0.1", launcher="deepspeed", check=False)
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error")]
     assert "optimizer.lr: 0.1 here, 0.003 in the run that is resumed" in line
     assert "Traceback" not in refused.stderr
-    run_pretrain(half, *SAME, "optimizer.lr=0.1", "resume_allow=[optimizer.lr]", launcher="python")
+    run_pretrain(half, *SAME, "optimizer.lr=0.1", "resume_allow=[optimizer.lr]")
 
 
 Main = Callable[[list[str]], int]
@@ -201,7 +201,7 @@ def test_copies_of_checkpoints_are_left_alone(half: Path, run_pretrain: Pretrain
     shutil.copytree(half / "checkpoints" / "step_00000004", copy)
     leftover = half / "checkpoints" / ".step_00000007.tmp"
     leftover.mkdir()
-    run_pretrain(half, *SAME, "checkpoint.keep_last=1", "profile.steps=[7,20]", launcher="python")
+    run_pretrain(half, *SAME, "checkpoint.keep_last=1", "profile.steps=[7,20]")
     assert (copy / "COMPLETE").exists() and not leftover.exists()
     assert sorted(p.name for p in (half / "checkpoints").iterdir()) == ["step_00000004.bak", "step_00000008"]
     assert (half / "profile" / "trace.json").stat().st_size  # what the run did of the window
@@ -209,16 +209,16 @@ def test_copies_of_checkpoints_are_left_alone(half: Path, run_pretrain: Pretrain
 
 def test_adafactor_goes_on_to_the_bit(run_pretrain: Pretrain, tmp_path: Path) -> None:
     settings = ("optimizer.name=adafactor", "zero.stage=0")
-    run_pretrain(tmp_path / "four", *settings, launcher="python")
-    run_pretrain(tmp_path / "two", *settings, "train.steps=2", launcher="python")
-    run_pretrain(tmp_path / "two", *settings, launcher="python")
+    run_pretrain(tmp_path / "four", *settings)
+    run_pretrain(tmp_path / "two", *settings, "train.steps=2")
+    run_pretrain(tmp_path / "two", *settings)
     assert losses(tmp_path / "two") == losses(tmp_path / "four")
 
 
 def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
     """The schedule starts anew; what the weights begin with is said at once, and so is the first step."""
     run_dir = tmp_path / "run"
-    done = run_pretrain(run_dir, f"init_from={reference[0]}", "train.steps=2", "train.log_every=2", launcher="python")
+    done = run_pretrain(run_dir, f"init_from={reference[0]}", "train.steps=2", "train.log_every=2")
     (record,) = read_metrics(run_dir)
     before = json.loads((run_dir / "checkpoints" / "step_00000002" / "trainer.json").read_text())["state"]
     assert before["first_held_out_loss"] == pytest.approx(read_metrics(reference[0])[-1]["eval/loss"], rel=1e-6)
@@ -256,7 +256,7 @@ def test_the_file_stop_saves_first(micro_settings: tuple[str, ...], tmp_path: Pa
 
 
 def test_max_minutes_stops_with_75(run_pretrain: Pretrain, tmp_path: Path) -> None:
-    done = run_pretrain(tmp_path / "run", "train.max_minutes=0.001", launcher="python", check=False)
+    done = run_pretrain(tmp_path / "run", "train.max_minutes=0.001", check=False)
     assert done.returncode == 75
     assert status(tmp_path / "run")["reason"] == "train.max_minutes"
 
@@ -265,7 +265,7 @@ def test_max_minutes_stops_with_75(run_pretrain: Pretrain, tmp_path: Path) -> No
 def test_controls_and_baseline_train(
     model: str, reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path
 ) -> None:
-    run_pretrain(tmp_path / "run", model, "train.steps=2", "zero.stage=3", launcher="python")
+    run_pretrain(tmp_path / "run", model, "train.steps=2", "zero.stage=3")
     values = losses(tmp_path / "run")
     assert all(math.isfinite(value) for value in values)
     assert values != losses(reference[0])[:2]

@@ -1,10 +1,13 @@
-"""One rank of two over gloo that goes wrong in some way; started by test_heartbeat.py.
+"""Pairs of ranks over gloo of which one goes wrong in some way; started by test_heartbeat.py.
 
-python tests/train/heartbeat_ranks.py RUN_DIR WAY TIMEOUT_SECONDS
+    python tests/train/heartbeat_ranks.py FOLDER TIMEOUT_SECONDS WAY=SURVIVOR...
 
+Runs all pairs at once, each in a folder of its way's name, until the survivors, by rank, have ended; prints as JSON, by
+way, the survivor's exit status and the seconds that it took, and leaves in the folder what it printed as `stderr_RANK`.
 In the way "slow" nothing is wrong: rank 1 only saves for longer than the timeout.
 """
 
+import json
 import os
 import signal
 import sys
@@ -20,7 +23,12 @@ from colt5dist.train.failures import failures_kept
 from colt5dist.train.heartbeat import Heartbeat
 from colt5dist.train.runtime import ranks_from_environment, set_collective_timeout
 
-TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "configs" / "tiny.yaml"
+LONGEST_SECONDS = 200
+sys.path.insert(0, str(ROOT / "tests"))
+
+from forks import become_rank, rank_places  # noqa: E402
 
 
 def go_wrong(way: str, rank: int, step: int) -> None:
@@ -40,7 +48,7 @@ def go_wrong(way: str, rank: int, step: int) -> None:
             time.sleep(3600)
 
 
-def main(run_dir: Path, way: str, timeout_seconds: float) -> None:
+def run_rank(run_dir: Path, way: str, timeout_seconds: float) -> None:
     """Add numbers up for ever."""
     ranks = ranks_from_environment()
     meeting = f"file://{run_dir.absolute() / 'meeting'}"
@@ -68,5 +76,43 @@ def main(run_dir: Path, way: str, timeout_seconds: float) -> None:
                 set_collective_timeout(2 if "collective" in way else 3600)
 
 
+def start(run_dir: Path, timeout_seconds: str) -> list[int]:
+    """Two ranks as forks; their process ids."""
+    run_dir.mkdir()
+    pids = []
+    for place in rank_places(2, 0):
+        pid = os.fork()
+        if pid == 0:
+            arguments = ["rank", str(run_dir), run_dir.name, timeout_seconds]
+            become_rank(place, Path(__file__), arguments, run_dir / "stdout", run_dir / f"stderr_{place['RANK']}")
+        pids.append(pid)
+    return pids
+
+
+def main(root: Path, timeout_seconds: str, ways: dict[str, int]) -> None:
+    """Start all pairs and wait for the survivors."""
+    begin = time.monotonic()
+    pairs = {way: start(root / way, timeout_seconds) for way in ways}
+    waiting = {pairs[way][survivor]: way for way, survivor in ways.items()}
+    alive = {pid for pair in pairs.values() for pid in pair}
+    ended: dict[str, tuple[int, float]] = {}
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(LONGEST_SECONDS)
+    try:
+        while waiting:
+            pid, status = os.wait()
+            alive.remove(pid)
+            if pid in waiting:
+                ended[waiting.pop(pid)] = (os.waitstatus_to_exitcode(status), time.monotonic() - begin)
+    finally:
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+    print(json.dumps(ended))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
+    if sys.argv[1] == "rank":
+        run_rank(Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+    else:
+        survivors = (argument.split("=") for argument in sys.argv[3:])
+        main(Path(sys.argv[1]), sys.argv[2], {way: int(rank) for way, rank in survivors})

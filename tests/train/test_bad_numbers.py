@@ -4,9 +4,7 @@ This also probes the semi-private places of DeepSpeed that colt5dist/train/gradi
 """
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +28,16 @@ BAD_STEPS = (2, 3, 4, 5, 6)
 
 @pytest.fixture(scope="module")
 def results(
-    tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...], short_texts: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    micro_settings: tuple[str, ...],
+    short_texts: Path,
+    run_ranks: Callable[..., str],
 ) -> dict[str, dict[str, Any]]:
     """Seven steps of two processes for each variant, in one launch."""
     folder = tmp_path_factory.mktemp("bad")
     settings = [*micro_settings, f"data.shards={short_texts}", "train.micro_batch_size=2", "train.steps=7"]
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [*command, str(folder / "out.json"), str(folder), *VARIANTS, "--", *settings, "train.eval_samples=2"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    own = [str(folder / "out.json"), str(folder), *VARIANTS, "--", *settings, "train.eval_samples=2"]
+    run_ranks(SCRIPT, *own, processes=2)
     return json.loads((folder / "out.json").read_text())
 
 

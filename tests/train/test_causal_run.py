@@ -28,7 +28,7 @@ CAUSAL = (
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, run_pretrain: Pretrain) -> Path:
     """Four steps on one process, parameters recomputed with their routing kept."""
     run_dir = tmp_path_factory.mktemp("causal") / "run"
-    run_pretrain(run_dir, *CAUSAL, "train.activation_checkpointing=full_keep_routing", launcher="python")
+    run_pretrain(run_dir, *CAUSAL, "train.activation_checkpointing=full_keep_routing")
     return run_dir
 
 
@@ -52,9 +52,7 @@ def test_sharded_parameters_on_two_processes_resumed_on_one(
     """Stage 3 on two processes, then stage 1 on one: the losses of the run on one process."""
     run_dir = tmp_path / "run"
     run_pretrain(run_dir, *CAUSAL, "train.steps=2", "zero.stage=3", "train.activation_checkpointing=full", processes=2)
-    run_pretrain(
-        run_dir, *CAUSAL, "zero.stage=1", "train.activation_checkpointing=full", "resume=must", launcher="python"
-    )
+    run_pretrain(run_dir, *CAUSAL, "zero.stage=1", "train.activation_checkpointing=full", "resume=must")
     assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=2e-5)
 
 
@@ -63,7 +61,7 @@ def test_a_longer_text_starts_from_the_weights_of_another_run(
     undisturbed: Path, tmp_path: Path, run_pretrain: Pretrain
 ) -> None:
     settings = (*CAUSAL, "data.target_length=416", f"init_from={undisturbed}", "train.steps=1")
-    run_pretrain(tmp_path / "run", *settings, launcher="python")
+    run_pretrain(tmp_path / "run", *settings)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
     assert losses(tmp_path / "run")[0] < losses(undisturbed)[1]
 

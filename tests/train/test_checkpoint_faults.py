@@ -55,11 +55,11 @@ def full_disk(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def results(
-    folder: Path, full_disk: str, run_torchrun: Callable[..., None], micro_settings: tuple[str, ...]
+    folder: Path, full_disk: str, run_ranks: Callable[..., str], micro_settings: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
     """What save_faults.py saw, on two processes."""
     output = folder / "results.json"
-    run_torchrun(SCRIPT, str(output), str(folder), full_disk, *micro_settings, processes=2)
+    run_ranks(SCRIPT, str(output), str(folder), full_disk, *micro_settings, processes=2)
     return json.loads(output.read_text())
 
 

@@ -1,9 +1,7 @@
 """Runs with bad numbers: given up after many skipped steps, loss spikes told and rolled back, what a restart knows."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +40,16 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...], short_texts: Path) -> Runs:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    micro_settings: tuple[str, ...],
+    short_texts: Path,
+    run_ranks: Callable[..., str],
+) -> Runs:
     """All runs, in one process."""
     folder = tmp_path_factory.mktemp("health")
     settings = [f"data.shards={short_texts}", "train.eval_samples=2", "train.routing_every=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder / "out.json"), str(folder), *micro_settings, *settings],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    run_ranks(SCRIPT, str(folder / "out.json"), str(folder), *micro_settings, *settings, processes=1)
     return Runs(folder)
 
 

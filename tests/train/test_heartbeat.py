@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,20 +19,6 @@ SCRIPT = Path(__file__).with_name("heartbeat_ranks.py")
 TINY = ROOT / "configs" / "tiny.yaml"
 TIMEOUT_SECONDS = 12.0
 GONE = "is gone: killed (for want of memory?), or its host is down or cut off"
-
-
-def start(run_dir: Path, way: str) -> list[subprocess.Popen[str]]:
-    """Two ranks, of which one goes wrong."""
-    run_dir.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPT), str(run_dir), way, str(TIMEOUT_SECONDS)]
-    return [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
 
 
 WAYS = {
@@ -54,19 +39,20 @@ WAYS = {
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float, int, str]]:
     """By way: the run's folder, seconds until the other rank ended, its status, what it printed. All at once."""
     root = tmp_path_factory.mktemp("heartbeat")
-    begin = time.monotonic()
-    started = {way: start(root / way, way) for way in (*WAYS, "slow")}
-    found = {}
-    for way, processes in started.items():
-        survivor = processes[WAYS.get(way, (0,))[0]]
-        try:
-            _, printed = survivor.communicate(timeout=120)
-            found[way] = (root / way, time.monotonic() - begin, survivor.returncode, printed)
-        finally:
-            for process in processes:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-    return found
+    survivors = {**{way: survivor for way, (survivor, _) in WAYS.items()}, "slow": 0}
+    command = [sys.executable, str(SCRIPT), str(root), str(TIMEOUT_SECONDS)]
+    done = subprocess.run(
+        [*command, *(f"{way}={rank}" for way, rank in survivors.items())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return {
+        way: (root / way, seconds, status, (root / way / f"stderr_{survivors[way]}").read_text())
+        for way, (status, seconds) in json.loads(done.stdout).items()
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)

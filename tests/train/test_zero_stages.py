@@ -18,13 +18,13 @@ Matrix = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def run_matrix(run_torchrun: Callable[..., None]) -> Matrix:
+def run_matrix(run_ranks: Callable[..., str]) -> Matrix:
     """Run zero_matrix.py on CPU processes."""
 
     def run(
         output: Path, folder: Path, settings: tuple[str, ...], processes: int, stages: str = "0123"
     ) -> dict[str, Any]:
-        run_torchrun(SCRIPT, str(output), str(folder), stages, *settings, processes=processes)
+        run_ranks(SCRIPT, str(output), str(folder), stages, *settings, processes=processes)
         return json.loads(output.read_text())
 
     return run

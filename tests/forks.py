@@ -1,0 +1,112 @@
+"""Ranks as forks of one process that has imported everything: a start takes a second or two, a launcher's ten.
+
+python tests/forks.py      # a line of JSON on stdin starts some ranks, a line on stdout has their exit statuses
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 300
+
+
+class ForkServer:
+    """The process that is forked, seen from the one that asks for it.
+
+    Args:
+        environment: of the ranks; torch and Triton read parts of it when they are imported.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        command = [sys.executable, str(Path(__file__).resolve())]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def run(self, script: Path, arguments: Sequence[str], processes: int, port: int, output: Path) -> list[int]:
+        """A script on some ranks, or without the variables of a launcher if it is one.
+
+        Args:
+            script: what each rank runs.
+            arguments: of the script.
+            processes: number of ranks.
+            port: that they meet on.
+            output: folder for `stdout` and `stderr`.
+
+        Returns:
+            The exit status of each rank.
+        """
+        request = {"script": str(script), "arguments": arguments, "processes": processes, "port": port}
+        request["output"] = str(output)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
+    """In a new fork: run a script there, and end."""
+    import runpy
+    import traceback
+
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), descriptor)
+    os.environ.update({key: str(value) for key, value in place.items()})
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    status = 1
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def rank_places(processes: int, port: int) -> list[dict[str, object]]:
+    """The variables that a launcher gives each rank."""
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in range(processes)]
+
+
+def import_everything() -> None:
+    """What a start imports, also what DeepSpeed imports only when an engine is made: that brings torch's compilers."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    import colt5dist.train.pretrain  # noqa: F401
+
+
+def serve() -> None:
+    """Answer requests until stdin ends."""
+    import signal
+
+    import_everything()
+    for line in sys.stdin:
+        request = json.loads(line)
+        output = Path(request["output"])
+        places = rank_places(request["processes"], request["port"]) if request["processes"] > 1 else [{}]
+        ranks = []
+        for place in places:
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(TIMEOUT_SECONDS)
+                script = Path(request["script"])
+                become_rank(place, script, request["arguments"], output / "stdout", output / "stderr")
+            ranks.append(pid)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
