@@ -281,6 +281,7 @@ def test_workers_ignore_signals_and_end_with_the_trainer(shards: ShardSet, how: 
 
 def test_a_killed_worker_is_a_named_error(shards: ShardSet) -> None:
     """Not a hang, and not an error from a signal handler in the middle of something else."""
+    others = psutil.Process().children()  # of other tests
     batches = training_batches(
         shards,
         config(num_workers=1),
@@ -292,7 +293,7 @@ def test_a_killed_worker_is_a_named_error(shards: ShardSet) -> None:
         first_sample=0,
     )
     next(batches)
-    (worker,) = psutil.Process().children()
+    (worker,) = set(psutil.Process().children()) - set(others)
     worker.kill()
     time.sleep(0.2)
     with pytest.raises(DataWorkerError, match=r"a reader process of rank 0 ended \(.*\); if it was killed for want of"):

@@ -213,8 +213,10 @@ def test_a_killed_worker_is_named(inputs: Path, tmp_path: Path, monkeypatch: pyt
     # so that when it is killed, most of the texts have not been given to it
     monkeypatch.setattr("colt5dist.data.encoding.BATCH_TEXTS", 1)
 
+    others = psutil.Process().children()  # of other tests
+
     def kill_worker(done: int, total: int, writer: object) -> None:
-        for child in psutil.Process().children():
+        for child in set(psutil.Process().children()) - set(others):
             os.kill(child.pid, signal.SIGKILL)
 
     with pytest.raises(ConfigError, match="--workers: a worker process was killed"):
