@@ -22,15 +22,13 @@ LARGEST = 1e12
 stages, which would skip a step that others apply."""
 
 
-def own_gradients(engine: Engine) -> list[tuple[str, torch.Tensor]]:
-    """Name of each parameter that this rank holds a gradient of, and that gradient's part, or its norm."""
+def own_gradients(engine: Engine) -> list[tuple[int, torch.Tensor]]:
+    """Key of each parameter that this rank holds a gradient of, and that gradient's part, or its norm."""
     optimizer = engine.deepspeed.optimizer
-    names = {id(p): name for name, p in engine.module.named_parameters()}
     if engine.stage == 0:
-        return [(names[id(p)], p.grad) for p in engine.module.parameters() if p.grad is not None]
-    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
-        by_id = {optimizer.get_param_id(p): name for name, p in engine.module.named_parameters()}
-        return [(by_id[number], norm) for number, norm in optimizer.norm_for_param_grads.items()]
+        return [(id(p), p.grad) for p in engine.module.parameters() if p.grad is not None]
+    if _is_offloaded(engine):
+        return list(optimizer.norm_for_param_grads.items())
     pairs: list[tuple[Any, torch.Tensor]] = []
     if hasattr(optimizer, "fp32_groups_gradients"):
         for group, parts in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
@@ -42,7 +40,18 @@ def own_gradients(engine: Engine) -> list[tuple[str, torch.Tensor]]:
         for number, group in enumerate(optimizer.params_in_partition):
             parts = [part for part in optimizer.averaged_gradients[number] if not hasattr(part, "_zero_padding")]
             pairs += zip(group, parts, strict=True)
-    return [(names[id(p)], part) for p, part in pairs if part.numel()]
+    return [(id(p), part) for p, part in pairs if part.numel()]
+
+
+def _is_offloaded(engine: Engine) -> bool:
+    optimizer = engine.deepspeed.optimizer
+    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+
+
+def _names(engine: Engine) -> dict[int, str]:
+    """Name of each parameter by the key that `own_gradients` gives it."""
+    key = engine.deepspeed.optimizer.get_param_id if _is_offloaded(engine) else id
+    return {key(p): name for name, p in engine.module.named_parameters()}
 
 
 def count_not_finite(engine: Engine) -> torch.Tensor:
@@ -55,7 +64,8 @@ def count_not_finite(engine: Engine) -> torch.Tensor:
 
 def names_not_finite(engine: Engine) -> list[str]:
     """Names of those parameters; reads on the host, one parameter after another."""
-    return sorted({name for name, part in own_gradients(engine) if bool(are_bad(part))})
+    names = _names(engine)
+    return sorted({names[key] for key, part in own_gradients(engine) if bool(are_bad(part))})
 
 
 def spoil(engine: Engine) -> None:

@@ -1,7 +1,7 @@
 """The data of real runs: a schedule of lengths on any number of processes, samples passed over, damage on one rank."""
 
 import json
-import random
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from colt5dist.data import DataConfig
-from colt5dist.data.corpus import CorpusWriter
 from colt5dist.data.samples import Samples
 from colt5dist.data.shards import ShardSet, open_shards
-from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.train.monitor import read_metrics
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
@@ -54,14 +52,9 @@ def test_lengths_change_in_a_run(run_pretrain: Pretrain, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def shards(tmp_path: Path, make_text: Callable[[random.Random, int], str]) -> ShardSet:
-    """Documents of which each gives about one sample."""
-    rng = random.Random(1)
-    writer = CorpusWriter(tmp_path / "shards", ByteTokenizer(), validation_fraction=0.1)
-    for _ in range(150):
-        writer.add(make_text(rng, 300))
-    writer.close({})
-    return open_shards(tmp_path / "shards")
+def shards(short_texts: Path, tmp_path: Path) -> ShardSet:
+    """Documents of which each gives about one sample, to be damaged."""
+    return open_shards(shutil.copytree(short_texts, tmp_path / "shards"))
 
 
 def damage_sample(shards: ShardSet, number: int) -> None:

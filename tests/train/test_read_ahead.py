@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -50,14 +51,9 @@ HANGING = """
 
 
 @pytest.fixture
-def shards(tmp_path: Path, make_text: Callable[[random.Random, int], str]) -> Path:
-    """A few documents."""
-    rng = random.Random(1)
-    writer = CorpusWriter(tmp_path / "shards", ByteTokenizer(), validation_fraction=0.1)
-    for _ in range(150):
-        writer.add(make_text(rng, 300))
-    writer.close({})
-    return tmp_path / "shards"
+def shards(short_texts: Path, tmp_path: Path) -> Path:
+    """A few documents, to be spoilt."""
+    return Path(shutil.copytree(short_texts, tmp_path / "shards"))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -35,11 +35,11 @@ def local_attention_causal_reference(q: Tensor, k: Tensor, v: Tensor, *, radius:
     return _attend(q, k, v, mask, None, radius, True)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window_bias: Tensor | None, radius: int, causal: bool
-) -> Tensor:
-    attend = torch.ops.colt5dist.local_attention_of_package if torch.compiler.is_compiling() else _by_package
-    return attend(q, k, v, mask, window_bias, radius, causal)
+def _attend(*inputs) -> Tensor:
+    """What `_by_package` takes; one operator for a compiler."""
+    if torch.compiler.is_compiling():
+        return torch.ops.colt5dist.local_attention_of_package(*inputs)
+    return _by_package(*inputs)
 
 
 def _by_package(
@@ -57,50 +57,29 @@ def _by_package(
     return attention(q, k, v, mask=mask, attn_bias=window_bias)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window_bias: Tensor | None, radius: int, causal: bool
-) -> Tensor:
-    return _by_package(q, k, v, mask, window_bias, radius, causal).contiguous()
+def _forward(*inputs):
+    q = inputs[0]
+    # of the type that was promised to the compiler; under autocast the package may give another
+    return _by_package(*inputs).to(q.dtype).contiguous()
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window_bias: Tensor | None, radius: int, causal: bool
-) -> Tensor:
+def _fake_forward(q, *_others):
     return q.new_empty(q.shape)
 
 
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    window_bias: Tensor | None,
-    radius: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad, q, k, v, mask, window_bias, radius, causal):
+    given = [x for x in (q, k, v, window_bias) if x is not None]
     with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        if window_bias is not None:
-            window_bias = window_bias.detach().requires_grad_()
-        out = _by_package(q, k, v, mask, window_bias, radius, causal)
-        inputs = (q, k, v) if window_bias is None else (q, k, v, window_bias)
-        grads = [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
-    return grads[0], grads[1], grads[2], q.new_empty(0) if window_bias is None else grads[3]
+        inputs = [x.detach().requires_grad_() for x in given]
+        bias = None if window_bias is None else inputs[3]
+        out = _by_package(inputs[0], inputs[1], inputs[2], mask, bias, radius, causal)
+        grads = [x.contiguous() for x in torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+    return *grads[:3], q.new_empty(0) if window_bias is None else grads[3]
 
 
-def _fake_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    window_bias: Tensor | None,
-    radius: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(_grad, q, k, v, _mask, window_bias, *_settings):
     grad_bias = q.new_empty(0) if window_bias is None else window_bias.new_empty(window_bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
+    return *(x.new_empty(x.shape) for x in (q, k, v)), grad_bias
 
 
 def _setup_context(ctx, inputs, output) -> None:
