@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from colt5dist.benchmark import device_line
-from colt5dist.train.checkpoint import Saver, TrainerState, hash_problem, load_checkpoint, read_marker, step_folder
+from colt5dist.train.checkpoint import Saver, TrainerState, find_damage, load_checkpoint, read_marker, step_folder
 from colt5dist.train.checkpoint.publish import wait_for_deletions
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import load_config
@@ -67,7 +67,7 @@ def measure_stage(config: RunConfig, folder: Path, device: torch.device, say: Ca
     figures["bytes"] = float(read_marker(newest).num_bytes)
 
     def compare() -> None:
-        problem = hash_problem(newest, lambda piece, name: piece % ranks.world_size == ranks.rank)
+        problem = find_damage(newest, ranks)
         assert problem is None, problem
 
     measure("start: hashes are compared", compare)

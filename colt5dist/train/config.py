@@ -44,8 +44,8 @@ class TrainConfig:
     max_minutes: float | None = None
     """Minutes after the start at which a checkpoint is written and the run stops with status 75; null: no limit."""
     timeout_minutes: float = 30.0
-    """Minutes in which nothing may move on before the first step is done, or while a checkpoint is written or read or
-    the data is opened; then the run is given up."""
+    """Minutes in which nothing may move on before the first step (of new lengths) is done, or while a checkpoint is
+    written or read or the data is opened; then the run is given up."""
     timeout_seconds: float = 600.0
     """Seconds in which nothing else may move on after the first step (a step, a batch of an evaluation).
     A rank that is silent for a third of it is given up, and named."""

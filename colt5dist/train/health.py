@@ -179,7 +179,7 @@ class Health:
             self.monitor.say(f"going on: health.max_rollbacks={allowed} rollbacks are used up")
             return False
         with self.heartbeat.patient("rolling back", self.state.step):
-            folder = spikes.roll_back(self.saver, self.config, self.state)
+            folder = spikes.roll_back(self.saver, self.config, self.state, self.ranks)
         if folder is None:
             self.monitor.say("going on: there is no checkpoint yet to roll back to")
             return False

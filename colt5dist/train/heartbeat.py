@@ -96,6 +96,11 @@ class Heartbeat:
         self._place, self._step = place, step
         self._stood_still = 0
 
+    def first_step_follows(self) -> None:
+        """Until the next step is done the long timeout counts: kernels are compiled for new lengths."""
+        if self._allowed_seconds != self._start_seconds:
+            self._allow(self._start_seconds)
+
     def step_is_done(self) -> None:
         """From the first step that is done on the short timeout counts."""
         if self._allowed_seconds != self._timeout_seconds:
@@ -203,9 +208,8 @@ class Heartbeat:
             if cause:
                 found.append(f"{self._name(rank)} failed: {cause}")
             elif beat.missed >= limit:
-                found.append(
-                    f"{self._name(rank)} is gone: killed (for want of memory?), or its host is down or cut off"
-                )
+                causes = "killed (for want of memory?) or paused, or its host is down or cut off"
+                found.append(f"{self._name(rank)} is gone: {causes}")
         return _some(found)
 
     def _find_standstill(self) -> str:

@@ -221,6 +221,7 @@ def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
         ConfigError: on all ranks, if some rank cannot read its part.
     """
     run.engine.change_lengths(stage)
+    run.heartbeat.first_step_follows()
     run.meter.step_flops = step_flops(stage)
     if len(run.config.stages) > 1:
         run.monitor.say(

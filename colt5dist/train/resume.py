@@ -13,11 +13,11 @@ from colt5dist.train.checkpoint import (
     checkpoint_bytes,
     checkpoint_folders,
     find_checkpoints,
-    hash_problem,
+    find_damage,
     json_problem,
     model_problems,
     optimizer_problems,
-    put_aside,
+    put_damaged_aside,
     read_marker,
     read_state,
     size_problem,
@@ -27,7 +27,7 @@ from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import ALLOW_FROM_ZERO, config_leaves, saved_leaves
 from colt5dist.train.engine import num_elements
 from colt5dist.train.run_directory import RUN_ID, read_run_id
-from colt5dist.train.runtime import Ranks, broadcast_from_first, gather_objects, raise_together
+from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
 
 MAY_CHANGE = (
     "run_dir",
@@ -154,8 +154,7 @@ def compare_hashes(
     notes: list[str] = []
     while folder := plan.resume_from or plan.init_from:
         begin = time.perf_counter()
-        problems = gather_objects(_share_problem(folder, ranks))
-        problem = next((problem for problem in problems if problem), None)
+        problem = find_damage(folder, ranks)
         if problem is None:
             size, seconds = read_marker(folder).num_bytes / 1e9, time.perf_counter() - begin
             notes.append(f"compared the hashes of {folder}: {size:.2f} GB in {seconds:.1f} s")
@@ -172,20 +171,8 @@ def compare_hashes(
         raise_together(refusal)
         agree_on_start(plan)
     if ranks.is_first:
-        for folder in damaged:  # their sizes are right: the next start would take them for whole
-            try:
-                notes.append(f"renamed {folder} to {put_aside(folder, 'damaged').name}")
-            except OSError as error:
-                notes.append(f"{folder}: damaged, and cannot be renamed ({error.strerror})")
+        notes += map(put_damaged_aside, damaged)  # or the next start would take them for whole
     return replace(plan, notes=(*plan.notes, *notes))
-
-
-def _share_problem(folder: Path, ranks: Ranks) -> str | None:
-    """What is wrong with this rank's share of a checkpoint."""
-    try:
-        return hash_problem(folder, lambda piece, name: piece % ranks.world_size == ranks.rank)
-    except ValueError as error:
-        return str(error)
 
 
 def _sort_out(root: Path, run_id: str | None, damaged: Mapping[Path, str]) -> tuple[list[Path], dict[Path, str]]:

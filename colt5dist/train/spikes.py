@@ -7,10 +7,17 @@ import numpy as np
 
 from colt5dist.data import SkipList
 from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint import Saver, TrainerState, find_checkpoints, load_checkpoint
+from colt5dist.train.checkpoint import (
+    Saver,
+    TrainerState,
+    find_checkpoints,
+    find_damage,
+    load_checkpoint,
+    put_damaged_aside,
+)
 from colt5dist.train.config import RunConfig
 from colt5dist.train.fragments import refresh_parameters
-from colt5dist.train.runtime import broadcast_from_first, raise_together
+from colt5dist.train.runtime import Ranks, gather_objects, raise_together
 
 NORMAL_MAD = 1.4826
 """Standard deviation of a normal distribution whose median absolute deviation is 1."""
@@ -65,12 +72,13 @@ def samples_around(
     return first, before.samples_consumed
 
 
-def roll_back(saver: Saver, config: RunConfig, state: TrainerState) -> Path | None:
+def roll_back(saver: Saver, config: RunConfig, state: TrainerState, ranks: Ranks) -> Path | None:
     """Go back to the newest whole checkpoint, in weights, moments and state; every rank calls this after its step.
 
     What stays of the part that is undone: the counts of spikes and rollbacks, and the range of samples that are passed
     over from now on. The next checkpoint holds them. A run that is killed before it starts from the same checkpoint,
-    meets the same spike, and does the same again.
+    meets the same spike, and does the same again. A checkpoint that was changed after it was written is put aside, and
+    passed over for the next older one, which is said.
 
     Returns:
         The checkpoint; None, and nothing is changed, if there is none.
@@ -82,10 +90,14 @@ def roll_back(saver: Saver, config: RunConfig, state: TrainerState) -> Path | No
     saver.finish()  # one that is being written in the background may be the newest
     engine = saver.engine
     whole, _ = find_checkpoints(saver.root, saver.run_id)
-    name = broadcast_from_first(str(whole[-1]) if whole else None)
-    if name is None:
+    for folder in reversed(gather_objects(whole)[0]):  # as rank 0 sees them
+        damage = find_damage(folder, ranks)
+        if damage is None:
+            break
+        if ranks.is_first:
+            saver.say(f"passed over {folder}: {damage}; {put_damaged_aside(folder)}")
+    else:
         return None
-    folder = Path(str(name))
     problem = None
     engine.torch_optimizer.state.clear()  # a checkpoint of before the first applied step has no moments to put there
     try:

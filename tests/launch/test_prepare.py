@@ -78,6 +78,10 @@ def test_verify_info_and_show(tmp_path: Path) -> None:
     assert info.returncode == 0
     for line in ("tokenizer: bytes, 259 ids (uint16), pad 0, end 1", "made with files: 40", "1,024 to 2,047"):
         assert line in info.stdout
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does
+    unread = subprocess.run([sys.executable, str(SCRIPT), "info", str(shards)], stdout=writing, stderr=subprocess.PIPE)
+    assert unread.returncode == 141 and unread.stderr == b""
     tiny = SCRIPT.parent.parent / "configs/tiny.yaml"
     settings = ("data.skip=[[0, 2]]", 'data.mixture=["span_corruption(8, 0.15)"]')
     shown = call("show", shards, "--config", tiny, "--sample", 21, "--world-size", 4, "--colour", "always", *settings)

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from colt5dist.train.checkpoint import Saver, saver
+from colt5dist.train.checkpoint import Saver, TrainerState, saver
 from colt5dist.train.engine import Engine
 from colt5dist.train.monitor import Monitor
 
@@ -96,6 +96,23 @@ def first_write_fails() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def checkpoint_of_step_4_is_damaged() -> Iterator[None]:
+    """A byte in its weights or moments changes once it is whole."""
+    save = Saver.save
+
+    def save_and_damage(self: Saver, state: TrainerState, **options: Any) -> None:
+        save(self, state, **options)
+        path = self.root / "step_00000004" / "rank_00000.safetensors"
+        if state.step == 4:
+            content = bytearray(path.read_bytes())
+            content[-100] ^= 1
+            path.write_bytes(content)
+
+    with patch.object(Saver, "save", save_and_damage):
+        yield
+
+
+@contextlib.contextmanager
 def stop_in_a_rollback() -> Iterator[None]:
     """The first rollback is interrupted by a signal, before it opens the data again."""
     roll_back = Monitor.roll_back
@@ -116,6 +133,7 @@ CIRCUMSTANCES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] 
     "given up, beside a save": writing_is_held,
     "stopped, beside a save": stop_in_a_save,
     "rolled back, stopped there": stop_in_a_rollback,
+    "rolled back, past a damaged checkpoint": checkpoint_of_step_4_is_damaged,
 }
 
 RUNS: dict[str, tuple[range, Change, list[Start]]] = {
@@ -152,6 +170,11 @@ RUNS: dict[str, tuple[range, Change, list[Start]]] = {
         [((*BACK, "train.steps=6", "checkpoint.every_steps=5", BESIDE), True)],
     ),
     "stopped, beside a save": (range(0), high, [((*BACK, "train.steps=8", BESIDE), False)]),
+    "rolled back, past a damaged checkpoint": (
+        range(40, 41),
+        high,
+        [((*BACK, "train.steps=8", "checkpoint.every_steps=2"), True)],
+    ),
     "rolled back, stopped there": (range(40, 41), high, [((*BACK, "train.steps=8"), True)] * 2),
     "given up, beside a save": (
         range(16, 1000),

@@ -4,9 +4,11 @@
 
 Runs all pairs at once, each in a folder of its way's name, until the survivors, by rank, have ended; prints as JSON, by
 way, the survivor's exit status and the seconds that it took, and leaves in the folder what it printed as `stderr_RANK`.
-In the way "slow" nothing is wrong: rank 1 only saves for longer than the timeout.
+In the ways "slow-save" and "slow-step" nothing is wrong: rank 1 only takes longer than the timeout to save, or for the
+first step with new lengths.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -62,8 +64,10 @@ def run_rank(run_dir: Path, way: str, timeout_seconds: float) -> None:
         for step in range(1, 1_000_000):
             heartbeat.at("training", step)
             go_wrong(way, ranks.rank, step)
-            if way == "slow" and step == 3:
-                with heartbeat.patient("saving", step):
+            if way.startswith("slow") and step == 3:
+                if way == "slow-step":
+                    heartbeat.first_step_follows()
+                with heartbeat.patient("saving", step) if way == "slow-save" else contextlib.nullcontext():
                     if ranks.rank == 1:
                         time.sleep(1.25 * timeout_seconds)
                     dist.all_reduce(torch.ones(1))

@@ -94,12 +94,18 @@ def test_the_window_of_losses_goes_on_in_a_resumed_run(runs: Runs) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["rolled back", "rolled back, resumed", "rolled back, beside a save", "rolled back, stopped there"],
+    [
+        "rolled back",
+        "rolled back, resumed",
+        "rolled back, beside a save",
+        "rolled back, stopped there",
+        "rolled back, past a damaged checkpoint",
+    ],
 )
 def test_a_rolled_back_run_is_the_run_that_passes_over_those_samples(runs: Runs, name: str) -> None:
     """To the bit: metrics, TensorBoard and state; also if it was started again after the rollback.
 
-    And if the checkpoint that it goes back to was being written, or a signal stops it while it goes back.
+    And if the checkpoint that it goes back to was being written or is damaged, or a signal stops it while it goes back.
     """
     assert "rolled back to" in runs.starts(name)[0]["printed"]
     assert "samples 32 to 47 are passed over" in runs.starts(name)[0]["printed"]
@@ -110,6 +116,13 @@ def test_a_rolled_back_run_is_the_run_that_passes_over_those_samples(runs: Runs,
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([n[1] for n in runs.numbers("skipping")])
     state, expected = runs.starts(name)[-1]["state"], runs.starts("skipping")[0]["state"]
     assert state == {**expected, "rolled_back_samples": [[32, 48]], "spikes": 1, "rollbacks": 1}
+
+
+def test_a_damaged_checkpoint_is_put_aside_in_a_rollback(runs: Runs) -> None:
+    name = "rolled back, past a damaged checkpoint"
+    printed, root = runs.starts(name)[0]["printed"], runs.directory(name) / "checkpoints"
+    assert f"passed over {root / 'step_00000004'}: rank_00000.safetensors was changed after it was written" in printed
+    assert f"rolled back to {root / 'step_00000002'}" in printed and (root / "step_00000004.damaged").is_dir()
 
 
 def test_a_stop_in_a_rollback_leaves_the_checkpoint_to_go_on_from(runs: Runs) -> None:

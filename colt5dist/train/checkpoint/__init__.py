@@ -22,9 +22,9 @@ from colt5dist.train.checkpoint.layout import (
     step_folder,
     unfinished_folders,
 )
-from colt5dist.train.checkpoint.marker import COMPLETE, hash_problem, json_problem, read_marker, size_problem
-from colt5dist.train.checkpoint.publish import put_aside
-from colt5dist.train.checkpoint.reader import load_checkpoint, read_fragments
+from colt5dist.train.checkpoint.marker import COMPLETE, json_problem, read_marker, size_problem
+from colt5dist.train.checkpoint.publish import put_damaged_aside
+from colt5dist.train.checkpoint.reader import find_damage, load_checkpoint, read_fragments
 from colt5dist.train.checkpoint.saver import Saver
 from colt5dist.train.checkpoint.state import TrainerState
 
@@ -35,13 +35,13 @@ __all__ = [
     "checkpoint_bytes",
     "checkpoint_folders",
     "find_checkpoints",
-    "hash_problem",
+    "find_damage",
     "is_whole",
     "json_problem",
     "load_checkpoint",
     "model_problems",
     "optimizer_problems",
-    "put_aside",
+    "put_damaged_aside",
     "read_fragments",
     "read_index",
     "read_marker",

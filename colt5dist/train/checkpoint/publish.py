@@ -116,6 +116,14 @@ def put_aside(folder: Path, reason: str) -> Path:
     return aside
 
 
+def put_damaged_aside(folder: Path) -> str:
+    """Put aside a checkpoint whose sizes are right, so that nobody takes it for whole again; what the user is told."""
+    try:
+        return f"renamed {folder} to {put_aside(folder, 'damaged').name}"
+    except OSError as error:
+        return f"{folder}: damaged, and cannot be renamed ({error.strerror})"
+
+
 def _index(folder: Path, files: Sequence[FileEntry]) -> dict[str, Any]:
     """Collect the fragments from the headers of the ranks' files."""
     shapes: dict[str, list[int]] = {}
