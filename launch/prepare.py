@@ -19,7 +19,6 @@ from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
 from colt5dist.wording import count
 
-
 EXIT_BROKEN_PIPE = 141
 """What reads the output has ended, as `head` does; a shell reports other programs' death by SIGPIPE so."""
 
