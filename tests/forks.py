@@ -64,9 +64,13 @@ def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str]
     import runpy
     import traceback
 
+    import torch
+
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), descriptor)
     os.environ.update({key: str(value) for key, value in place.items()})
+    if "OMP_NUM_THREADS" in os.environ:  # which may have changed since torch read it; the number decides the last bits
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     status = 1
