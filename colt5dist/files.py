@@ -1,5 +1,6 @@
 """Whole files only: temporary name, fsync, rename; a lock between processes; and where the cache lies."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -42,6 +43,25 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.rename(temporary, path)
     fsync_path(path.parent)
+
+
+def lock_for_life(path: Path) -> bool:
+    """Lock the file `path` until this process ends, on all hosts that share it; its children do not inherit the lock.
+
+    Returns:
+        Whether it is locked; False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(error.errno, error.strerror) from None
+        return False
+    return True
 
 
 @contextmanager

@@ -7,9 +7,9 @@ Can be stopped at any moment and started again with the same command.
 """
 
 import io
-import os
 import sys
 
+from colt5dist.console import outlive_readers
 from colt5dist.data import prepare_arguments, shards
 from colt5dist.data.lengths import check_plot, plot_lengths
 from colt5dist.data.prepare import prepare
@@ -18,9 +18,6 @@ from colt5dist.data.report import info_lines, summary_lines
 from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
 from colt5dist.wording import count
-
-EXIT_BROKEN_PIPE = 141
-"""What reads the output has ended, as `head` does; a shell reports other programs' death by SIGPIPE so."""
 
 
 def run_prepare(arguments: list[str]) -> int:
@@ -85,14 +82,8 @@ def main(arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be UTF-8
     try:
         if arguments and arguments[0] in VERBS:
-            status = VERBS[arguments[0]](arguments[1:])
-        else:
-            status = run_prepare(arguments)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+            return VERBS[arguments[0]](arguments[1:])
+        return run_prepare(arguments)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -100,4 +91,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from colt5dist.console import outlive_readers
+
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 
 
@@ -75,4 +77,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     # until there is something to save, Ctrl-C ends the start at once, as SIGTERM does
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

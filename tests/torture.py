@@ -1,7 +1,7 @@
 """Kill a run of two processes again and again, start it again, and compare its losses with an undisturbed run's.
 
     python tests/torture.py --rounds 200          # by hand, long
-    python tests/torture.py --minutes 1.5 --seed 1  # as in the tests
+    python tests/torture.py --minutes 2.4 --seed 1  # as in the tests
 
 At random moments, a third of them while a checkpoint is being written, one rank or both are killed with SIGKILL. Most
 rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds; every

@@ -65,6 +65,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 525_600:
                 found.append(f"train.{name}: {value} is not within a year; use a number of minutes above 0")
+        if 0 < self.timeout_minutes < 0.1:
+            found.append(f"train.timeout_minutes: {self.timeout_minutes} is too short for a start; use for instance 30")
         if not 2 <= self.timeout_seconds <= 86_400:
             found.append(f"train.timeout_seconds: {self.timeout_seconds} is outside [2, 86400]; use for instance 600")
         if (
@@ -179,8 +181,8 @@ class ZeroConfig:
             )
         if self.offload == "optimizer" and self.stage == 0:
             found.append("zero.offload: optimizer needs zero.stage 1, 2 or 3; set zero.stage=1")
-        if self.bucket_size < 1:
-            found.append(f"zero.bucket_size: {self.bucket_size} is not positive; use for instance 500000000")
+        if not 1_000 <= self.bucket_size < 2**40:
+            found.append(f"zero.bucket_size: {self.bucket_size} is outside [1000, 2**40); use for instance 500000000")
         if self.persistence_threshold < 0:
             found.append(f"zero.persistence_threshold: {self.persistence_threshold} is negative; use 0 or more")
         return found

@@ -41,9 +41,12 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         if not separator or not key:
             problems.append(f"{text}: not of the form key=value; write for instance train.steps=100")
             continue
+        if text == "run_dir=":  # an empty variable of a shell, say; as YAML it would be null
+            problems.append("run_dir: is empty; name a folder, or null for runs/<name of the config file>")
+            continue
         try:
             node = OmegaConf.from_dotlist([text])
-        except (OmegaConfBaseException, yaml.YAMLError):
+        except (OmegaConfBaseException, yaml.YAMLError, UnicodeError):
             problems.append(f"{key}: the value in {text!r} is not readable as YAML; quote it")
             continue
         settings.extend((k, v, "command line") for k, v in _values(OmegaConf.to_container(node), ""))

@@ -3,7 +3,7 @@
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -33,13 +33,13 @@ def failures_kept(
         yield
     except ConfigError as error:
         if ranks.is_first:
-            write_status(run_dir, "failed", last_step(run_dir), str(error))
+            _try_to_write_status(run_dir, str(error))
         else:  # rank 0 does not know of it, so nobody else would say it
             print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
         raise
     except (SaveError, TrainingFault) as error:  # one line tells of it
         if ranks.is_first:
-            write_status(run_dir, "failed", last_step(run_dir), str(error))
+            _try_to_write_status(run_dir, str(error))
         raise
     except Exception as error:
         trace = traceback.format_exc()
@@ -57,17 +57,29 @@ def failures_kept(
 def keep_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, speaks: bool) -> None:
     """Write `failures/rank_N.txt`, print the message, and write `status.json`: rank 0, or who `speaks` for it."""
     path = run_dir / "failures" / f"rank_{ranks.rank}.txt"
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, details.encode())
-    print(f"{message}; more in {path}", file=sys.stderr, flush=True)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, details.encode())
+        more = f"more in {path}"
+    except OSError as error:
+        more = f"{path} cannot be written ({error.strerror})"
+    print(f"{message}; {more}", file=sys.stderr, flush=True)
     # two halves of a cluster may each miss the other: then rank 0's word counts
     if ranks.is_first or (speaks and not (run_dir / "status.json").exists()):
-        write_status(run_dir, "failed", last_step(run_dir), message)
+        _try_to_write_status(run_dir, message)
 
 
 def last_step(run_dir: Path) -> int:
-    """Last step in the run's records."""
-    return max((record["step"] for record in read_metrics(run_dir)), default=0)
+    """Last step in the run's records, as far as they can be read."""
+    with suppress(OSError, ConfigError):
+        return max((record["step"] for record in read_metrics(run_dir)), default=0)
+    return 0
+
+
+def _try_to_write_status(run_dir: Path, reason: str) -> None:
+    """Write `status.json`, unless the disk is full, say: the failure itself is what has to be told."""
+    with suppress(OSError):
+        write_status(run_dir, "failed", last_step(run_dir), reason)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -223,8 +223,11 @@ class Health:
                 "weights_not_finite": bad_weights,
                 "last_batch_run_again": [again for _, of_rank in found for again in of_rank],
             }
-            path.parent.mkdir(exist_ok=True)
-            write_whole(path, json.dumps(content, indent=1).encode())
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, json.dumps(content, indent=1).encode())
+            except OSError as error:
+                print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr)
             print(f"error: {message}", file=sys.stderr, flush=True)
         with self.heartbeat.patient("saving", last):
             self.saver.finish()  # the checkpoint of a step before, if it is being written in the background

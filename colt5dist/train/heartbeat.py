@@ -236,16 +236,13 @@ class Heartbeat:
         main = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(main)) if main else ""
         message = f"{self._name(self._ranks.rank)} gives up at step {self._step}: {self._verdict}"
-        keep_failure(
-            self._run_dir,
-            self._ranks,
-            message,
-            f"{message}\n\nThe training was here:\n{stack}",
-            speaks=self._name(0) in self._verdict,
-        )
-        if self._ranks.is_first:
-            self._ended.wait(SILENT_BEATS * self._period)  # until the others have read it
-        os._exit(EXIT_GIVEN_UP)
+        details = f"{message}\n\nThe training was here:\n{stack}"
+        try:
+            keep_failure(self._run_dir, self._ranks, message, details, speaks=self._name(0) in self._verdict)
+            if self._ranks.is_first:
+                self._ended.wait(SILENT_BEATS * self._period)  # until the others have read it
+        finally:
+            os._exit(EXIT_GIVEN_UP)
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._hosts[rank]}"

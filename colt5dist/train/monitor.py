@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -53,6 +54,8 @@ class Monitor:
             self._task = self._progress.add_task("step", total=num_steps, completed=first_step)
 
     def __enter__(self) -> "Monitor":
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
         if self._progress:
             self._progress.start()
         return self
@@ -66,6 +69,12 @@ class Monitor:
             self._write_metrics(b"")
             self._write_events(SummaryWriter.close)
             os.close(self._metrics)
+        threading.excepthook = self._hook
+
+    def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
+        """A thread of TensorBoard's that a full disk ended says nothing: `_warn` tells of it once."""
+        if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
+            self._hook(arguments)
 
     def roll_back(self, step: int) -> None:
         """Undo the records and events beyond a step."""
@@ -104,8 +113,10 @@ class Monitor:
         self.scalars(step, known)
 
     def scalars(self, step: int, values: Record) -> None:
-        """Write numbers to TensorBoard."""
+        """Write numbers to TensorBoard; with another writer after an error."""
         if self.is_first:
+            if self._writer is None:
+                self._writer = self._reopen_events()
             for name, value in values.items():
                 if value is not None:
                     self._write_events(
@@ -169,14 +180,20 @@ class Monitor:
         return SummaryWriter(str(self._events_folder), purge_step=last_step + 1, flush_secs=15)
 
     def _write_events(self, call: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard; after an error its writer is of no use any more, and another one is opened."""
+        """Write to TensorBoard; after an error its writer is of no use any more."""
         try:
-            if self._writer is None:
-                self._writer = SummaryWriter(str(self._events_folder), flush_secs=15)
-            call(self._writer)
+            if self._writer is not None:
+                call(self._writer)
         except OSError as error:
             self._writer = None
             self._warn(error)
+
+    def _reopen_events(self) -> SummaryWriter | None:
+        try:
+            return SummaryWriter(str(self._events_folder), flush_secs=15)
+        except OSError as error:
+            self._warn(error)
+            return None
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -196,16 +213,20 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         ConfigError: another line is no record.
     """
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); move it away, or name another run_dir") from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break
         try:
             record = json.loads(line)
-            int(record["step"])
+            if not isinstance(record["step"], int):
+                raise TypeError
         except (ValueError, TypeError, KeyError):
             raise ConfigError(
                 f"{path}: line {number} is not a record of a step; mend it, or take the line out"

@@ -1,6 +1,7 @@
 """A pretraining run from its configuration to its last line: the start-up, as a recipe."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     if plan.is_finished(config):
         if ranks.is_first:
             print(f"nothing to do: the run is finished; train.steps above {plan.state.step} would go on")
-            run_directory.write_status(run_dir, "finished", plan.state.step)
+            with suppress(OSError):  # an archive may be read-only
+                run_directory.write_status(run_dir, "finished", plan.state.step)
             print(summary(run_dir, plan.state.first_held_out_loss, entropy, None), flush=True)
         return 0
 

@@ -1,5 +1,6 @@
 """A window of steps recorded with torch.profiler."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,9 @@ class Profile:
         """Write what was recorded; a profiler that is still running when Python ends would crash it."""
         if self._profiler:
             self._profiler.stop()
-            self.path.parent.mkdir(exist_ok=True)
-            self._profiler.export_chrome_trace(str(self.path))
+            try:
+                self.path.parent.mkdir(exist_ok=True)
+                self._profiler.export_chrome_trace(str(self.path))
+            except OSError as error:
+                print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
             self._profiler = None

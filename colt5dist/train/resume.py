@@ -1,5 +1,6 @@
 """How a start begins: what the run directory holds decides whether a run starts, goes on, or is finished."""
 
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from colt5dist.train.checkpoint import (
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import ALLOW_FROM_ZERO, config_leaves, saved_leaves
 from colt5dist.train.engine import num_elements
+from colt5dist.train.monitor import read_metrics
 from colt5dist.train.run_directory import RUN_ID, read_run_id
 from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
 
@@ -99,7 +101,10 @@ def plan_start(
     notes += [
         f"removed {folder}, which an interrupted save or deletion has left" for folder in unfinished_folders(root)
     ]
-    started = (run_dir / "config.yaml").exists()
+    read_metrics(run_dir)  # refuses a damaged line before anything is changed
+    if os.path.isfile(run_dir / "tensorboard"):
+        raise ConfigError(f"run_dir: {run_dir / 'tensorboard'} is a file; move it away, or name another folder")
+    started = os.path.exists(run_dir / "config.yaml") or os.path.exists(run_dir / "metrics.jsonl")
     if config.resume == "never" and (started or whole or passed_over):
         raise ConfigError(f"run_dir: {run_dir} already holds a run; name another folder, or set resume=auto")
     if config.resume == "must" and not whole:
@@ -129,7 +134,11 @@ def plan_start(
             return StartPlan(whole[-1], None, state, (*notes, f"going on from {whole[-1]}"))
     init_from = None
     if config.init_from and not whole:
-        init_from = _newest(Path(config.init_from))
+        try:
+            init_from, others = _newest(Path(config.init_from))
+        except OSError as error:
+            raise ConfigError(f"init_from: {config.init_from} cannot be read ({error.strerror}); name a run") from None
+        notes += [f"passed over {folder}: {size_problem(folder)}" for folder in others]
         problems += model_problems(init_from, shapes)
         notes.append(f"weights from {init_from}")
     if problems:
@@ -234,16 +243,20 @@ def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) ->
     ]
 
 
-def _newest(path: Path) -> Path:
-    """The checkpoint that `init_from` names: a checkpoint folder, or the newest whole one of a run directory."""
+def _newest(path: Path) -> tuple[Path, list[Path]]:
+    """The checkpoint that `init_from` names: a checkpoint folder, or the newest whole one of a run directory.
+
+    Returns:
+        It, and the folders beside it that are not whole.
+    """
     for root in (path / "checkpoints", path):
-        whole, _ = find_checkpoints(root)
+        whole, others = find_checkpoints(root)
         if whole:
-            return whole[-1]
-    if (path / COMPLETE).exists():
+            return whole[-1], others
+    if os.path.exists(path / COMPLETE):
         problem = size_problem(path)
         if problem is None:
-            return path
+            return path, []
         raise ConfigError(f"init_from: {path} is damaged: {problem}; name another checkpoint")
     raise ConfigError(f"init_from: no whole checkpoint in {path}; name a run directory or a checkpoint folder")
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import colt5dist
-from colt5dist.files import write_whole
+from colt5dist.errors import ConfigError
+from colt5dist.files import lock_for_life, write_whole
 from colt5dist.train.checkpoint import unfinished_folders
 from colt5dist.train.config import RunConfig
 from colt5dist.train.config_file import config_to_yaml
@@ -25,13 +26,15 @@ from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
 
 RUN_ID = "run_id"
 """File with a random name of the run, drawn at its first start."""
+LOCK = ".lock"
+"""File that rank 0 locks for as long as it lives."""
 
 
 def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Path:
-    """Make the folder, and see that all hosts see the same one.
+    """Make the folder, keep other runs out of it until rank 0 ends, and see that all hosts see the same one.
 
     Raises:
-        ConfigError: it cannot be written, or some host sees another folder.
+        ConfigError: it cannot be written, another run is in it, or some host sees another folder.
     """
     run_dir = Path(str(config.run_dir))
     problem = None
@@ -41,9 +44,18 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
         try:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             mark.touch()
+            if not lock_for_life(run_dir / LOCK):
+                print(f"note: run_dir: {run_dir} has no file locks; see that no other run trains there", flush=True)
+        except BlockingIOError:
+            problem = f"run_dir: another process trains in {run_dir}; wait until it has ended, or name another folder"
         except OSError as error:
             problem = f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
-    raise_together(problem)
+    try:
+        raise_together(problem)
+    except ConfigError:
+        if ranks.is_first:
+            mark.unlink(missing_ok=True)
+        raise
     if not mark.exists():
         problem = (
             f"run_dir: {run_dir} on host {hosts[ranks.rank]} is not the folder that host {hosts[0]} sees; "
@@ -62,15 +74,24 @@ def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str
 
     Returns:
         The run's id, drawn if it has none yet.
+
+    Raises:
+        ConfigError: on all ranks, if they cannot be written.
     """
+    problem = None
     if ranks.is_first:
-        if read_run_id(run_dir) is None:
-            write_whole(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
-        write_whole(run_dir / "config.yaml", config_to_yaml(config).encode())
-        write_whole(run_dir / "environment.json", json.dumps(environment(ranks, hosts), indent=1).encode())
-        (run_dir / "status.json").unlink(missing_ok=True)
+        try:
+            if read_run_id(run_dir) is None:
+                write_whole(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
+            write_whole(run_dir / "config.yaml", config_to_yaml(config).encode())
+            write_whole(run_dir / "environment.json", json.dumps(environment(ranks, hosts), indent=1).encode())
+            (run_dir / "status.json").unlink(missing_ok=True)
+        except OSError as error:
+            problem = f"run_dir: {error.filename or run_dir} cannot be written ({error.strerror})"
+    raise_together(problem)
+    if ranks.is_first:
         for folder in unfinished_folders(run_dir / "checkpoints"):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a file that cannot be removed is no reason not to train
     return str(broadcast_from_first(read_run_id(run_dir)))
 
 
@@ -80,6 +101,9 @@ def read_run_id(run_dir: Path) -> str | None:
         return (run_dir / RUN_ID).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"run_dir: {run_dir / RUN_ID} cannot be read ({what}); name another folder") from None
 
 
 def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class StopRequests:
         """Why this rank wants to stop, if it does."""
         if self.signalled:
             return StopReason.SIGNAL
-        if self.watch_files and (self.run_dir / "STOP").exists():
+        if self.watch_files and (self.run_dir / "STOP").is_file():
             return StopReason.FILE
         if self.deadline is not None and time.monotonic() > self.deadline:
             return StopReason.TIME
@@ -72,7 +72,7 @@ class StopRequests:
 
     def save_requested(self) -> bool:
         """Whether a file SAVE asks for a checkpoint now."""
-        return self.watch_files and (self.run_dir / "SAVE").exists()
+        return self.watch_files and (self.run_dir / "SAVE").is_file()
 
     def obeyed(self, name: str) -> None:
         """Remove the file STOP or SAVE, so that it counts once."""

@@ -110,7 +110,10 @@ def save_at_fault(root: Path, settings: list[str], device: Any) -> dict[str, Any
         fault = attempt(lambda: one.save(TrainerState(step=2)))
     folders = gather_objects(sorted(path.name for path in root.iterdir()))[0]
     after = attempt(lambda: one.save(TrainerState(step=2)))
-    return {**fault, "folders": folders, "after": after["outcomes"], "left": sorted(p.name for p in root.iterdir())}
+    left = gather_objects(sorted(path.name for path in root.glob("step_*")))[0]
+    one.save(TrainerState(step=3, skipped_in_a_row=1))
+    kept = gather_objects(sorted(path.name for path in root.glob("step_*")))[0]
+    return {**fault, "folders": folders, "after": after["outcomes"], "left": left, "beside skipped steps": kept}
 
 
 def main(output: Path, folder: Path, full: str, settings: list[str]) -> None:

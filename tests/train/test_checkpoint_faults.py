@@ -16,7 +16,7 @@ import torch
 
 from colt5dist.data import open_sources
 from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint import find_checkpoints, read_marker, size_problem
+from colt5dist.train.checkpoint import find_checkpoints, read_marker, size_problem, unfinished_folders
 from colt5dist.train.checkpoint.publish import Retention, delete_old, put_aside, wait_for_deletions
 from colt5dist.train.checkpoint.saver import HostCopy
 from colt5dist.train.config_file import load_config
@@ -95,6 +95,11 @@ def test_a_folder_that_cannot_be_written_in(results: dict[str, dict[str, Any]]) 
     assert "rank 1: " in one_error(result) and "Permission denied" in one_error(result)
     assert result["folders"] == WHOLE[:1]
     assert result["after"] == ["returns None"] * 2 and result["left"] == WHOLE[1:2]
+
+
+def test_the_last_checkpoint_before_skipped_steps_stays(results: dict[str, dict[str, Any]]) -> None:
+    """Beyond keep_last: what the run skips may come of weights that the newer ones hold."""
+    assert results["read-only"]["beside skipped steps"] == WHOLE[1:3]
 
 
 def test_a_full_disk(results: dict[str, dict[str, Any]], full_disk: str) -> None:
@@ -318,6 +323,52 @@ def test_what_an_interrupted_deletion_left_goes_with_the_next(run_dir: Path) -> 
     delete_old(root, (run_dir / "run_id").read_text().strip(), 4, Retention(keep_last=3, keep_every=0))
     wait_for_deletions()
     assert [path.name for path in sorted(root.iterdir())] == WHOLE[1:]
+
+
+def test_of_a_linked_checkpoint_only_the_link_goes(run_dir: Path, tmp_path: Path) -> None:
+    root = run_dir / "checkpoints"
+    os.rename(root / WHOLE[0], tmp_path / "archived")
+    os.symlink(tmp_path / "archived", root / WHOLE[0])
+    delete_old(root, (run_dir / "run_id").read_text().strip(), 4, Retention(keep_last=3, keep_every=0))
+    assert [path.name for path in sorted(root.iterdir())] == WHOLE[1:]
+    assert size_problem(tmp_path / "archived") is None
+
+
+def test_what_a_user_keeps_beside_checkpoints_is_no_left_over(run_dir: Path) -> None:
+    root = run_dir / "checkpoints"
+    for name in (".step_00000004.bak", ".step_00000004.tmp", ".step_00000003.deleted"):
+        (root / name).mkdir()
+    (root / ".step_00000005.tmp").write_text("a note")
+    assert [path.name for path in unfinished_folders(root)] == [".step_00000003.deleted", ".step_00000004.tmp"]
+
+
+def test_files_that_cannot_be_the_runs_are_refused_before_anything_changes(
+    run_dir: Path, micro_settings: tuple[str, ...]
+) -> None:
+    """One line each that names the file."""
+    before = (run_dir / "config.yaml").read_bytes()
+    metrics = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text(metrics.replace('{"step": 2', '{"step": "2"'))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: line 2 is not a record of a step; [^\n]*$"):
+        plan(run_dir, micro_settings)
+    (run_dir / "metrics.jsonl").write_text(metrics)
+    shutil.rmtree(run_dir / "tensorboard")
+    (run_dir / "tensorboard").write_text("a note")
+    with pytest.raises(ConfigError, match=r"tensorboard is a file; [^\n]*$"):
+        plan(run_dir, micro_settings)
+    with pytest.raises(ConfigError, match=r"run_id cannot be read \(Not a directory\); [^\n]*$"):
+        plan(run_dir / "config.yaml", micro_settings)
+    (run_dir / "run_id").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"run_id cannot be read \(not UTF-8\); [^\n]*$"):
+        plan(run_dir, micro_settings)
+    assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_weights_from_an_older_checkpoint_are_told_of(run_dir: Path, micro_settings: tuple[str, ...]) -> None:
+    (run_dir / "checkpoints" / WHOLE[3] / "COMPLETE").unlink()
+    start = plan(run_dir.with_name("another"), micro_settings, f"init_from={run_dir}")
+    assert start.init_from == run_dir / "checkpoints" / WHOLE[2]
+    assert f"passed over {run_dir / 'checkpoints' / WHOLE[3]}: COMPLETE is missing" in start.notes
 
 
 def test_what_is_put_aside_is_never_overwritten(run_dir: Path) -> None:

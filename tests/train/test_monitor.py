@@ -71,7 +71,6 @@ def test_a_rollback_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "warning: metrics cannot be written (File too large)" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No file may grow for a while: the run goes on, and metrics.jsonl has every record in order afterwards."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

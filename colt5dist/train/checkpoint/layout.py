@@ -1,6 +1,7 @@
 """The folders of checkpoints, and what their JSON files say."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from colt5dist.train.checkpoint.marker import FOLDER_NAME, FORMAT_VERSION, INDEX
 from colt5dist.train.checkpoint.state import TrainerState
 from colt5dist.train.config import OptimizerConfig
 
-UNFINISHED = ".step_*"
+UNFINISHED = re.compile(r"\.step_\d{8,}\.(tmp|deleted)")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -46,7 +47,7 @@ def find_checkpoints(root: Path, run_id: str | None = None) -> tuple[list[Path],
 
 def unfinished_folders(root: Path) -> list[Path]:
     """What saves and deletions that were interrupted have left."""
-    return sorted(root.glob(UNFINISHED))
+    return sorted(path for path in root.glob(".step_*") if UNFINISHED.fullmatch(path.name) and path.is_dir())
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -98,7 +98,15 @@ def read_marker(folder: Path) -> Marker:
         raise ValueError(f"{COMPLETE} is missing") from None
     except OSError as error:
         raise ValueError(f"{COMPLETE} cannot be read ({error.strerror})") from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        json.JSONDecodeError,
+        UnicodeError,
+    ):
         sound = False
     if not sound or not {INDEX, STATE} <= {entry.name for entry in files}:
         raise ValueError(f"{COMPLETE} is damaged")

@@ -89,6 +89,9 @@ def delete_checkpoint(folder: Path) -> None:
     The large files go in a thread, since training would stand still for them; what an interruption leaves of them goes
     with those of the next checkpoint that is deleted.
     """
+    if folder.is_symlink():  # what it leads to was put elsewhere to be kept
+        folder.unlink()
+        return
     doomed = folder.with_name(f".{folder.name}{DELETED}")
     if doomed.exists():
         shutil.rmtree(doomed)

@@ -192,6 +192,8 @@ class _Save:
     def _publish(self) -> None:
         root, run_id, config = self.saver.root, self.saver.run_id, self.saver.config
         self.notes += publish(root, self.step, self.state, self._files, run_id)
+        if self.state["skipped_in_a_row"]:  # the older ones may be what the run has to go back to
+            return
         try:
             delete_old(root, run_id, self.step, Retention(keep_last=config.keep_last, keep_every=config.keep_every))
         except OSError as error:  # the new one is whole all the same

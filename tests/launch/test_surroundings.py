@@ -1,0 +1,99 @@
+"""What surrounds a run goes wrong: nobody reads its output, its disk is full, another run is in its folder."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import MICRO_SETTINGS, ROOT, Pretrain, trainer_environment
+
+from colt5dist.train.checkpoint import find_checkpoints
+from colt5dist.train.monitor import read_metrics
+
+HOLD = "import sys; from colt5dist.files import lock_for_life; from pathlib import Path; "
+HOLD += "print(lock_for_life(Path(sys.argv[1])), flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize("output", ["closed pipe", "full disk"])
+def test_nobody_reads_what_a_run_says(tmp_path: Path, shard_cache: Path, output: str) -> None:
+    """As after Ctrl-C with `| tee`: every step is done, and the last checkpoint is whole."""
+    if output == "full disk":
+        writing = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), f"run_dir={tmp_path}", *MICRO_SETTINGS]
+    done = subprocess.run(command, env=trainer_environment(), stdout=writing, stderr=writing, timeout=200)
+    os.close(writing)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "status.json").read_text()) == {"status": "finished", "step": 4}
+    whole, others = find_checkpoints(tmp_path / "checkpoints")
+    assert [folder.name for folder in whole] == ["step_00000004"] and not others
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, run_pretrain: Pretrain) -> None:
+    """While another process trains there; nothing of its run changes. When that has ended, it is not."""
+    run_pretrain(tmp_path, "train.steps=2")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
+        refused = run_pretrain(tmp_path, processes=2, check=False)
+        other.communicate("")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: run_dir: another process trains in {tmp_path}; wait until it has ended, or name another folder\n"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    run_pretrain(tmp_path)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs that holds three checkpoints of the micro model."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(root)], capture_output=True)
+    except OSError:
+        pytest.skip("there is no mount")
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield root
+    subprocess.run(["umount", str(root)], check=True)
+
+
+def fill(disk: Path, when: Path) -> None:
+    """Once `when` has a line, take the last byte of a disk."""
+    while not when.exists() or not when.stat().st_size:
+        time.sleep(0.01)
+    filler = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
+    with suppress(OSError):
+        while True:
+            os.write(filler, bytes(4096))
+    os.close(filler)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_disk_of_a_run_is_full(small_disk: Path, processes: int, run_pretrain: Pretrain) -> None:
+    """In mid-run: one line and status 74, though status.json cannot be written either; the old checkpoint stays."""
+    run_dir = small_disk / "run"
+    run_pretrain(run_dir, "train.steps=1", "checkpoint.keep_last=1")
+    (run_dir / "metrics.jsonl").write_bytes(b"")
+    filling = threading.Thread(target=fill, args=(small_disk, run_dir / "metrics.jsonl"))
+    filling.start()
+    settings = ("train.steps=40", "checkpoint.keep_last=1", "checkpoint.every_steps=0")
+    done = run_pretrain(run_dir, *settings, processes=processes, check=False)
+    filling.join()
+    assert done.returncode == 74 and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "checkpoint of step 40 is not written: " in done.stderr and "No space left on device" in done.stderr
+    assert [folder.name for folder in find_checkpoints(run_dir / "checkpoints")[0]] == ["step_00000001"]
