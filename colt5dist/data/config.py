@@ -6,6 +6,8 @@ from typing import Any
 from colt5dist.data.mixture import lengths_of_mixture, parse_mixture
 from colt5dist.errors import ConfigError
 
+MOST_WORKERS = 256
+"""Data workers of a rank."""
 SMALLEST = {"input_length": 16, "target_length": 4}
 """Tokens."""
 
@@ -100,6 +102,10 @@ class DataConfig:
         ):
             if getattr(self, key) < smallest and not (causal and key == "input_length"):
                 problems.append(f"data.{key}: {getattr(self, key)} is too small; give {smallest} or more")
+        if self.num_workers > MOST_WORKERS:
+            problems.append(
+                f"data.num_workers: {self.num_workers} processes a rank are too many; {MOST_WORKERS} at most"
+            )
         if not self.shards:
             problems.append("data.shards: is empty; give a folder written by launch/prepare.py, or python-stdlib")
         if not self.cache_gb > 0:
@@ -155,5 +161,5 @@ class DataConfig:
         return [
             f"data.skip: {part} is no range; give [first sample, sample after the last], as [12800, 13056]"
             for part in self.skip
-            if len(part) != 2 or not 0 <= part[0] < part[1]
+            if len(part) != 2 or not 0 <= part[0] < part[1] < 2**62
         ]

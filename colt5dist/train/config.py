@@ -298,7 +298,14 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the configuration, one line each; needs no device, no shards and no other process."""
-        found = []
+        found = [
+            f"{title}.{name}: {value} is too large; give a number below 2**53"
+            for title in SECTIONS
+            for name, value in vars(getattr(self, title)).items()
+            if isinstance(value, int) and abs(value) >= 2**53
+        ]
+        if found:
+            return found
         for title in SECTIONS:
             section = getattr(self, title)
             found.extend(section.problems())

@@ -46,6 +46,12 @@ CASES = {
     "unknown policy": (["checkpoint.on_error=ignore"], "checkpoint.on_error: "),
     "unknown permission": (["resume_allow=[from_one]"], "resume_allow: no such key from_one"),
     "head dimension": (["model.head_dim=7"], "model.head_dim: 7 is odd"),
+    "too large a batch": (["train.global_batch_size=1000000000000000000000000000000"], "train.global_batch_size: 1000"),
+    "skip beyond all samples": (["data.skip=[[0, 10000000000000000000000000]]"], "data.skip: [0, 1000"),
+    "too many workers": (["data.num_workers=100000"], "data.num_workers: 100000 processes a rank are too many"),
+    "no time to start": (["train.timeout_minutes=1e-9"], "train.timeout_minutes: 1e-09 is too short"),
+    "bucket of one": (["zero.bucket_size=1"], "zero.bucket_size: 1 is outside"),
+    "empty folder": (["run_dir="], "run_dir: is empty"),
 }
 
 
