@@ -1,7 +1,7 @@
 """The run directory: what a run writes there beside metrics and checkpoints.
 
 In it: `run_id`, `config.yaml` (resolved), `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-`status.json`, `failures/`.
+`status.json`, `failures/`; and `.lock`, which rank 0 holds for as long as it lives.
 """
 
 import json
