@@ -15,7 +15,7 @@ class _Outlived(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno != errno.ENOSPC:  # a full disk may have space again
+            if error.errno in (errno.EPIPE, errno.EIO):  # not on a full disk, which may have space again
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.fileno())
                 os.close(null)

@@ -54,7 +54,7 @@ def lock_for_life(path: Path) -> bool:
     Raises:
         BlockingIOError: another process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would end the lock
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

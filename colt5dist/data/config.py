@@ -104,7 +104,7 @@ class DataConfig:
                 problems.append(f"data.{key}: {getattr(self, key)} is too small; give {smallest} or more")
         if self.num_workers > MOST_WORKERS:
             problems.append(
-                f"data.num_workers: {self.num_workers} processes a rank are too many; {MOST_WORKERS} at most"
+                f"data.num_workers: {self.num_workers} processes a rank are too many; use {MOST_WORKERS} at most"
             )
         if not self.shards:
             problems.append("data.shards: is empty; give a folder written by launch/prepare.py, or python-stdlib")

@@ -72,8 +72,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, when: Path) -> None:
-    """Once `when` has a line, take the last byte of a disk."""
-    while not when.exists() or not when.stat().st_size:
+    """Once `when` has a line, take the last byte of a disk; in vain after two minutes, for a run that writes none."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not when.exists() or not when.stat().st_size):
         time.sleep(0.01)
     filler = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
     with suppress(OSError):
