@@ -107,6 +107,7 @@ def save_at_fault(root: Path, settings: list[str], device: Any) -> dict[str, Any
     if last:
         temporary.mkdir()
     with without_write_permission(temporary) if last else nullcontext():
+        dist.barrier()  # before it the first rank would make the folder too
         fault = attempt(lambda: one.save(TrainerState(step=2)))
     folders = gather_objects(sorted(path.name for path in root.iterdir()))[0]
     after = attempt(lambda: one.save(TrainerState(step=2)))
