@@ -21,11 +21,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print and end with status 2."""
         from colt5dist.errors import ConfigError
-        from colt5dist.train.runtime import exit_for_wrong_input, ranks_from_environment
+        from colt5dist.train.runtime import exit_for_wrong_input
 
-        sys.exit(
-            exit_for_wrong_input(ConfigError(f"arguments: {message}; --help lists them"), ranks_from_environment())
-        )
+        sys.exit(exit_for_wrong_input(ConfigError(f"arguments: {message}; --help lists them")))
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -50,8 +48,8 @@ def main(arguments: list[str]) -> int:
     from colt5dist.train.config_file import config_to_yaml, load_config
     from colt5dist.train.runtime import EXIT_SAVE_FAILED, exit_for_wrong_input, ranks_from_environment
 
-    ranks = ranks_from_environment()
     try:
+        ranks = ranks_from_environment()
         config = load_config(options.config, options.settings)
         if options.print_config:
             if ranks.is_first:
@@ -67,9 +65,9 @@ def main(arguments: list[str]) -> int:
 
         return pretrain(config, ranks)
     except ConfigError as error:
-        return exit_for_wrong_input(error, ranks)
+        return exit_for_wrong_input(error)
     except SaveError as error:
-        return exit_for_wrong_input(error, ranks, EXIT_SAVE_FAILED)
+        return exit_for_wrong_input(error, EXIT_SAVE_FAILED)
     except TrainingFault:
         return 1
 

@@ -37,14 +37,37 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun); without a launcher there is one process."""
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1")
-    return Ranks(
-        rank=int(os.environ.get("RANK", "0")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_world_size=int(local_size),
+    """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun); without a launcher there is one process.
+
+    Raises:
+        ConfigError: if they are no places among so many processes.
+    """
+    world_size = _environment_integer("WORLD_SIZE", 1, at_least=1)
+    local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), "WORLD_SIZE")
+    ranks = Ranks(
+        rank=_environment_integer("RANK", 0, at_least=0),
+        local_rank=_environment_integer("LOCAL_RANK", 0, at_least=0),
+        world_size=world_size,
+        local_world_size=_environment_integer(local_size, world_size, at_least=1),
     )
+    if ranks.rank >= world_size:
+        raise ConfigError(f"RANK={ranks.rank}: not below WORLD_SIZE={world_size}; {_WHO_SETS_THEM}")
+    return ranks
+
+
+_WHO_SETS_THEM = "deepspeed and torchrun set such environment variables; unset it to train in one process"
+
+
+def _environment_integer(name: str, default: int, *, at_least: int) -> int:
+    """An environment variable that a launcher sets."""
+    text = os.environ.get(name, str(default))
+    try:
+        value = int(text)
+    except ValueError:
+        value = at_least - 1
+    if value < at_least:
+        raise ConfigError(f"{name}={text}: not an integer of {at_least} or more; {_WHO_SETS_THEM}")
+    return value
 
 
 def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.device:
@@ -52,10 +75,13 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
 
     Returns:
         The device of this rank.
+
+    Raises:
+        ConfigError: if the launcher's environment variables are incomplete.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _describe_single_process()
+    _complete_environment(ranks.world_size)
     # torch 2.13 renamed two collectives that DeepSpeed 0.19.8 still calls by their old names
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor.*")
     import deepspeed
@@ -140,7 +166,7 @@ def raise_together(problem: str | None, kind: type[Exception] = ConfigError) -> 
         raise kind("\n".join(found))
 
 
-def exit_for_wrong_input(error: Exception, ranks: Ranks, status: int = EXIT_WRONG_INPUT) -> int:
+def exit_for_wrong_input(error: Exception, status: int = EXIT_WRONG_INPUT) -> int:
     """Report wrong input, or what else ends all ranks alike: rank 0 prints one line a problem, the others give it the
     time to do so.
 
@@ -149,7 +175,11 @@ def exit_for_wrong_input(error: Exception, ranks: Ranks, status: int = EXIT_WRON
     Returns:
         The exit status.
     """
-    if ranks.is_first:
+    try:
+        is_first = ranks_from_environment().is_first
+    except ConfigError:  # which may be what is reported; a rank that does not know its number speaks too
+        is_first = True
+    if is_first:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr, flush=True)
     else:
@@ -157,9 +187,16 @@ def exit_for_wrong_input(error: Exception, ranks: Ranks, status: int = EXIT_WRON
     return status
 
 
-def _describe_single_process() -> None:
-    """Without a launcher DeepSpeed would look for MPI; name one process and a free port instead."""
-    if "RANK" in os.environ:
+def _complete_environment(world_size: int) -> None:
+    """Where variables are missing DeepSpeed would look for MPI; a single process gets them here, with a free port.
+
+    Raises:
+        ConfigError: if one of several processes lacks them.
+    """
+    if world_size > 1:
+        missing = [key for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
+        if missing:
+            raise ConfigError(f"WORLD_SIZE={world_size}: without {', '.join(missing)}; {_WHO_SETS_THEM}")
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -149,3 +149,31 @@ def test_batch_that_does_not_divide_among_processes(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     lines = problem_lines(pretrain_main, [f"run_dir={tmp_path}/run", *micro_settings], capsys)
     assert len(lines) == 1 and "train.global_batch_size: 8 does not divide among 3 devices" in lines[0]
+
+
+PLACES = {
+    "no number": ({"RANK": "abc"}, "RANK=abc: not an integer of 0 or more; "),
+    "no processes": ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: not an integer of 1 or more; "),
+    "empty": ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE=: not an integer of 1 or more; "),
+    "beyond the world": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: not below WORLD_SIZE=2; "),
+    "no meeting": ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2: without LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
+    "one of two": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
+}
+
+
+@pytest.mark.parametrize("case", PLACES, ids=lambda case: case.replace(" ", "-"))
+def test_environment_that_no_launcher_sets(
+    case: str,
+    tmp_path: Path,
+    pretrain_main: Main,
+    micro_settings: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variables, expected = PLACES[case]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (line,) = problem_lines(pretrain_main, [f"run_dir={tmp_path}/run", *micro_settings], capsys)
+    assert line.startswith(f"error: {expected}")
