@@ -34,9 +34,15 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(Path(parent))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for a part of the content."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:
+    """Write a file so that its name never stands for a part of the content.
+
+    Args:
+        path: of the file; what lies there is replaced.
+        content: of the file.
+        writer: name of the process, where several may write the file at the same time.
+    """
+    temporary = path.with_name(f"{path.name}{writer and f'.{writer}'}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -74,8 +80,16 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+        if not _is_file_of(path, descriptor):
             raise BlockingIOError(f"{path} was removed")
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_file_of(path: Path, descriptor: int) -> bool:
+    """Whether a name still is that of an open file."""
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False

@@ -62,6 +62,7 @@ class ForkServer:
 def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
     """In a new fork: run a script there, and end."""
     import runpy
+    import threading
     import traceback
 
     import torch
@@ -82,6 +83,9 @@ def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str]
     except BaseException:
         traceback.print_exc()
     finally:
+        for thread in threading.enumerate():  # as an interpreter does that ends
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
         sys.stdout.flush()
         os._exit(status)
 

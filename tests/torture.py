@@ -123,16 +123,19 @@ def reap(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     for process in processes:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(process.pid, os.WNOHANG)
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            alive.append(process)
+        with contextlib.suppress(psutil.NoSuchProcess):  # its parent has collected it just now
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
     return alive
 
 
 def wait_for_end(start: Start) -> None:
     """See that nothing of a start is left, without help."""
-    deadline = time.monotonic() + END_SECONDS
+    # ranks whose launcher was killed at once see it when they have imported everything
+    seconds = END_SECONDS if len(start.processes) == start.num_ranks else START_SECONDS
+    deadline = time.monotonic() + seconds
     while alive := reap(start.processes):
-        assert time.monotonic() < deadline, f"{alive} still live {END_SECONDS} s after the kill; see {start.log}"
+        assert time.monotonic() < deadline, f"{alive} still live {seconds} s after the kill; see {start.log}"
         time.sleep(0.05)
 
 

@@ -204,6 +204,7 @@ class TrainingBatches(Iterator[list[Batch]]):
         self._iterator: Iterator[Item] | None = iter(loader)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
+        self._has_workers = loader.num_workers > 0
         self._rank = rank
         self._bad_records: dict[str, None] = {}
         self._new_bad_records: list[str] = []
@@ -223,11 +224,11 @@ class TrainingBatches(Iterator[list[Batch]]):
         while True:
             try:
                 item = next(self._iterator)
-            except RuntimeError as error:
+            except (RuntimeError, EOFError, ConnectionError) as error:
                 self.close()
-                if "DataLoader worker" not in str(error):
+                if not (self._has_workers and _tells_of_a_lost_worker(error)):
                     raise
-                reason = str(error).splitlines()[0].rstrip(".")
+                reason = (str(error) or "it was cut off").splitlines()[0].rstrip(".")
                 raise DataWorkerError(
                     f"a reader process of rank {self._rank} ended ({reason}); if it was killed for want of memory, "
                     "lower data.num_workers"
@@ -250,6 +251,16 @@ class TrainingBatches(Iterator[list[Batch]]):
     def close(self) -> None:
         """Stop the worker processes; further calls do nothing."""
         self._iterator = None
+
+
+def _tells_of_a_lost_worker(error: Exception) -> bool:
+    """Whether what torch raised comes of a reader that has ended, not of one that raised it itself.
+
+    One that dies while a batch is taken over from it closes its sockets before torch can see that it is gone.
+    """
+    if str(error).startswith("Caught "):
+        return False
+    return isinstance(error, EOFError | ConnectionError) or "DataLoader worker" in str(error)
 
 
 def _close_if_alive(reference: "weakref.ref[TrainingBatches]") -> None:

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -141,10 +142,13 @@ class RemoteShards:
         except FileNotFoundError:
             pass
         with locked(self._cache / f"{entry.sha256}.lock", wait=True):
-            if not path.exists():
-                self._make_room(entry.bytes)
-                self._fetch(entry.file, path, sha256=entry.sha256)
-            return self._open_cached(path)
+            for _ in range(ATTEMPTS):
+                if not path.exists():
+                    self._make_room(entry.bytes)
+                    self._fetch(entry.file, path, sha256=entry.sha256)
+                with suppress(FileNotFoundError):  # another process may have made room for one of its own
+                    return self._open_cached(path)
+            raise OSError(f"{path} was removed from the cache {ATTEMPTS} times; raise data.cache_gb")
 
     def read(self, entry: ShardEntry, offset: int, size: int) -> bytes:
         """A part of a shard from its address; raises OSError."""

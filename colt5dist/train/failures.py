@@ -66,7 +66,7 @@ def keep_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, spe
     print(f"{message}; {more}", file=sys.stderr, flush=True)
     # two halves of a cluster may each miss the other: then rank 0's word counts
     if ranks.is_first or (speaks and not (run_dir / "status.json").exists()):
-        _try_to_write_status(run_dir, message)
+        _try_to_write_status(run_dir, message, writer=f"rank_{ranks.rank}")
 
 
 def last_step(run_dir: Path) -> int:
@@ -76,10 +76,10 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def _try_to_write_status(run_dir: Path, reason: str) -> None:
+def _try_to_write_status(run_dir: Path, reason: str, *, writer: str = "") -> None:
     """Write `status.json`, unless the disk is full, say: the failure itself is what has to be told."""
     with suppress(OSError):
-        write_status(run_dir, "failed", last_step(run_dir), reason)
+        write_status(run_dir, "failed", last_step(run_dir), reason, writer=writer)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

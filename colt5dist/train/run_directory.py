@@ -122,10 +122,10 @@ def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
     }
 
 
-def write_status(run_dir: Path, status: str, step: int, reason: str | None = None) -> None:
-    """Say how the run ended: finished, stopped or failed."""
+def write_status(run_dir: Path, status: str, step: int, reason: str | None = None, *, writer: str = "") -> None:
+    """Say how the run ended: finished, stopped or failed; `writer` names one of several who may say it."""
     content = {"status": status, "step": step, **({"reason": reason} if reason else {})}
-    write_whole(run_dir / "status.json", json.dumps(content).encode())
+    write_whole(run_dir / "status.json", json.dumps(content).encode(), writer=writer)
 
 
 def _version(package: str) -> str | None:

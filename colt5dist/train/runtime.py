@@ -188,7 +188,7 @@ def exit_for_wrong_input(error: Exception, status: int = EXIT_WRONG_INPUT) -> in
 
 
 def _complete_environment(world_size: int) -> None:
-    """Where variables are missing DeepSpeed would look for MPI; a single process gets them here, with a free port.
+    """Where variables are missing DeepSpeed would look for MPI; a single process gets them here, with any free port.
 
     Raises:
         ConfigError: if one of several processes lacks them.
@@ -198,17 +198,8 @@ def _complete_environment(world_size: int) -> None:
         if missing:
             raise ConfigError(f"WORLD_SIZE={world_size}: without {', '.join(missing)}; {_WHO_SETS_THEM}")
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    defaults = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    for key, value in defaults.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, value in alone.items():
         os.environ.setdefault(key, value)
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train.checkpoint import Saver, TrainerState, saver
+from colt5dist.train.checkpoint.publish import wait_for_deletions
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import Engine
 from colt5dist.train.monitor import read_metrics
@@ -44,6 +45,7 @@ def attempt(call: Callable[[], object]) -> dict[str, Any]:
 def run(run_dir: Path, settings: list[str], *more: str) -> dict[str, Any]:
     """A run, or its continuation, and the checkpoints that are there after it."""
     result = attempt(lambda: pretrain(load_config(TINY, [*settings, f"run_dir={run_dir}", *more]), RANKS))
+    wait_for_deletions()
     folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     return {**result, "folders": folders, "losses": [record["loss"] for record in read_metrics(run_dir)]}
 
@@ -77,18 +79,18 @@ def without_write_permission(folder: Path) -> Iterator[None]:
 def write_while_training() -> None:
     """From now on a save in the background begins to write only when the next steps have changed the weights."""
     write = saver.write_rank_file
-    owners: list[Engine] = []
+    owners: list[tuple[Engine, int]] = []
     original = Saver.save
 
     def save(self: Saver, state: TrainerState, **options: bool) -> None:
-        owners[:] = [self.engine]
+        self.finish()  # what is under way needs the step of its own save
+        owners[:] = [(self.engine, self.engine.deepspeed.global_steps)]
         original(self, state, **options)
 
     def write_later(*arguments: Any, **options: Any) -> Any:
         if threading.current_thread().name == "checkpoint":
-            engine, pause = owners[0].deepspeed, threading.Event()
-            before = engine.global_steps
-            while engine.global_steps == before:
+            (engine, before), pause = owners[0], threading.Event()
+            while engine.deepspeed.global_steps == before:
                 pause.wait(0.001)
         return write(*arguments, **options)
 

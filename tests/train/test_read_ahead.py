@@ -41,9 +41,9 @@ HANGING = """
         shards, DataConfig(input_length=96, target_length=40, num_workers=num_workers), seed=0, global_batch_size=4,
         micro_batch_size=4, rank=0, world_size=1, first_sample=0,
     )
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     begin = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
     stream = ReadAhead(batches, ranks_from_environment(), lambda: stop.reason() is not None)
     print(f"waited {time.monotonic() - begin:.1f} {stream.failure}", flush=True)
     stream.close()

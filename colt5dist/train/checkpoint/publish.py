@@ -94,7 +94,8 @@ def delete_checkpoint(folder: Path) -> None:
         return
     doomed = folder.with_name(f".{folder.name}{DELETED}")
     if doomed.exists():
-        shutil.rmtree(doomed)
+        wait_for_deletions()  # a thread may be at it
+        shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     (doomed / COMPLETE).unlink(missing_ok=True)
     fsync_path(doomed)
