@@ -9,9 +9,10 @@ import signal
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from colt5dist.data.shards import ShardSet
 from colt5dist.data.skip import SkipList
 from colt5dist.data.sources import Sources
 from colt5dist.errors import ConfigError
+
+STUCK_SECONDS = 1.0
+"""What a worker process has to end by itself."""
 
 
 def training_batches(
@@ -249,8 +253,23 @@ class TrainingBatches(Iterator[list[Batch]]):
         return found
 
     def close(self) -> None:
-        """Stop the worker processes; further calls do nothing."""
-        self._iterator = None
+        """Stop the worker processes; further calls do nothing.
+
+        One that waits for a disk or a network obeys neither a word nor a signal that it could catch, and is killed.
+        """
+        killing = threading.Timer(STUCK_SECONDS, self.kill_workers, (self._workers(),))
+        killing.daemon = True
+        killing.start()
+        self._iterator = None  # torch's iterator stops its workers when nobody holds it
+        killing.cancel()
+
+    def kill_workers(self, workers: Sequence[BaseProcess] | None = None) -> None:
+        """End the worker processes at once; they hold nothing that is lost."""
+        for worker in self._workers() if workers is None else workers:
+            worker.kill()
+
+    def _workers(self) -> Sequence[BaseProcess]:
+        return getattr(self._iterator, "_workers", ())
 
 
 def _tells_of_a_lost_worker(error: Exception) -> bool:
@@ -260,13 +279,15 @@ def _tells_of_a_lost_worker(error: Exception) -> bool:
     """
     if str(error).startswith("Caught "):
         return False
-    return isinstance(error, EOFError | ConnectionError) or "DataLoader worker" in str(error)
+    told = ("DataLoader worker", "Pin memory thread exited")
+    return isinstance(error, EOFError | ConnectionError) or any(words in str(error) for words in told)
 
 
 def _close_if_alive(reference: "weakref.ref[TrainingBatches]") -> None:
     batches = reference()
     if batches is not None:
-        batches.close()
+        batches.kill_workers()
+        batches._iterator = None
 
 
 def ignore_stop_signals(worker: int) -> None:

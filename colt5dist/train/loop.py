@@ -26,6 +26,9 @@ from colt5dist.train.spikes import ranges_to_skip, skip_list
 from colt5dist.train.stop import StopReason
 from colt5dist.wording import count
 
+DATA_SHARE = 0.75
+"""Of the time in which nothing may move on, the part that a rank waits for data; the rest is for a checkpoint."""
+
 
 def train(run: Run) -> StopReason | None:
     """Train from the state's step to the last one.
@@ -81,13 +84,14 @@ def train(run: Run) -> StopReason | None:
         if wait or outcome.save_due or is_due(step, config.checkpoint.every_steps):
             run.monitor.flush()
             with run.heartbeat.patient("saving", step):
-                run.saver.save(state, wait=wait, must=last)
+                run.saver.save(state, wait=wait, must=last or outcome.data_failed)
             if outcome.save_requested:
                 run.stop.obeyed("SAVE")
         if outcome.data_failed:
             stream.stop_together(bad_records=state.bad_records, allowed=config.data.max_bad_records)
-    stream.close()
-    profile.close()
+    with run.heartbeat.patient("ending", state.step):
+        stream.close()
+        profile.close()
     return reason
 
 
@@ -143,7 +147,7 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
     if step < run.config.train.steps:
         run.heartbeat.at("waiting for data", step)
         with run.meter.waiting_for_data(), record_function("data"):
-            stream.read()
+            stream.read(DATA_SHARE * run.config.train.timeout_seconds)
     run.heartbeat.at("agreeing on the step", step)
     wanted = run.stop.reason()
     flags = [float(wanted is reason) for reason in StopReason]
@@ -277,7 +281,8 @@ def open_stream(run: Run) -> tuple[ReadAhead, StopReason | None]:
         ConfigError: on all ranks, if some rank has no data.
     """
     with run.heartbeat.patient("opening the data", run.state.step + 1):
-        stream = ReadAhead(read_training(run), run.ranks, lambda: run.stop.reason() is not None)
+        seconds = DATA_SHARE * 60 * run.config.train.timeout_minutes
+        stream = ReadAhead(read_training(run), run.ranks, lambda: run.stop.reason() is not None, first_seconds=seconds)
         stream.stop_together()
         return stream, run.stop.agree(run.engine.device)
 

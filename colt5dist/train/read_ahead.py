@@ -1,12 +1,13 @@
 """The samples of the next step, read before the ranks agree on this one: so a rank that has none does not hang them."""
 
-import multiprocessing
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 
 import torch
 
@@ -21,8 +22,10 @@ LOOK_SECONDS = 0.2
 class ReadAhead:
     """One step's micro-batches of this rank, and what is wrong with the data, kept until all ranks know of it."""
 
-    def __init__(self, batches: TrainingBatches, ranks: Ranks, stop_wanted: Callable[[], bool]) -> None:
-        """Read the first step; `stop_wanted` ends every wait for data."""
+    def __init__(
+        self, batches: TrainingBatches, ranks: Ranks, stop_wanted: Callable[[], bool], *, first_seconds: float
+    ) -> None:
+        """Read the first step, for so many seconds at most; `stop_wanted` ends every wait for data."""
         self._batches = batches
         self._ranks = ranks
         self._stop_wanted = stop_wanted
@@ -31,16 +34,25 @@ class ReadAhead:
         self._coming: list[Batch] = []
         self._num_bad_records = 0
         self.failure: ConfigError | DataWorkerError | None = None
-        self.read()
+        self.read(first_seconds)
 
-    def read(self) -> None:
-        """Read the next step, or keep the reason why it cannot be read; a request to stop leaves it unread."""
+    def read(self, seconds: float) -> None:
+        """Read the next step, or keep the reason why it cannot be read; a request to stop leaves it unread.
+
+        Args:
+            seconds: what it may take; less than the heartbeat allows, so that there is time for a checkpoint.
+        """
         self._reading = self._reader.submit(lambda: next(self._batches))
+        deadline = time.monotonic() + seconds
         while not self._reading.done() and not self._stop_wanted():
-            try:
+            if time.monotonic() > deadline:
+                self.failure = DataWorkerError(
+                    f"no data came for {seconds:.0f} s: a disk or network that the shards are on hangs; if that may "
+                    "take so long, raise train.timeout_seconds (at start train.timeout_minutes)"
+                )
+                return
+            with suppress(FutureTimeoutError):
                 self._reading.exception(timeout=LOOK_SECONDS)
-            except FutureTimeoutError:
-                continue
         if not self._reading.done():
             return  # the ranks are about to agree on the stop
         try:
@@ -70,7 +82,7 @@ class ReadAhead:
             allowed: as many may be.
 
         Raises:
-            DataWorkerError: on all ranks, if a reader process of some rank was killed.
+            DataWorkerError: on all ranks, if a reader process of some rank was killed, or reads for too long.
             ConfigError: on all ranks, if some rank cannot read its samples, or more records are damaged than may be.
         """
         message = None if self.failure is None else f"rank {self._ranks.rank}: {self.failure}"
@@ -86,9 +98,7 @@ class ReadAhead:
     def close(self) -> None:
         """Stop the reader processes."""
         if self._reading and not self._reading.done():
-            # one waits for a disk or a network, perhaps for ever, and obeys no signal that it could catch
-            for worker in multiprocessing.active_children():
-                worker.kill()
+            self._batches.kill_workers()  # one waits for a disk or a network, perhaps for ever
         self._reader.close()
         self._batches.close()
 

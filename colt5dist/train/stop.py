@@ -7,6 +7,7 @@ What the `deepspeed` launcher sends itself (a second SIGTERM, a SIGTERM after Ct
 
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from enum import Enum
@@ -45,6 +46,8 @@ class StopRequests:
         self.watch_files = watch_files
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.signalled = False
+        self._wanted: StopReason | None = None
+        self._left: set[str] = set()
         self._first_interrupt: float | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
@@ -52,7 +55,11 @@ class StopRequests:
             signal.signal(signal.SIGHUP, self._handle)
 
     def reason(self) -> StopReason | None:
-        """Why this rank wants to stop, if it does."""
+        """Why this rank wants to stop, if it does; once it does, that stays so."""
+        self._wanted = self._wanted or self._look()
+        return self._wanted
+
+    def _look(self) -> StopReason | None:
         if self.signalled:
             return StopReason.SIGNAL
         if self.watch_files and (self.run_dir / "STOP").is_file():
@@ -72,12 +79,19 @@ class StopRequests:
 
     def save_requested(self) -> bool:
         """Whether a file SAVE asks for a checkpoint now."""
-        return self.watch_files and (self.run_dir / "SAVE").is_file()
+        return self.watch_files and "SAVE" not in self._left and (self.run_dir / "SAVE").is_file()
 
     def obeyed(self, name: str) -> None:
         """Remove the file STOP or SAVE, so that it counts once."""
-        if self.watch_files:
+        if not self.watch_files:
+            return
+        if name == "STOP":
+            self._wanted = None
+        try:
             (self.run_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            self._left.add(name)
+            print(f"warning: {self.run_dir / name} cannot be removed ({error.strerror})", file=sys.stderr, flush=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
