@@ -9,7 +9,7 @@ Can be stopped at any moment and started again with the same command.
 import io
 import sys
 
-from colt5dist.console import outlive_readers
+from colt5dist.console import outlive_readers, status_of_report
 from colt5dist.data import prepare_arguments, shards
 from colt5dist.data.lengths import check_plot, plot_lengths
 from colt5dist.data.prepare import prepare
@@ -47,7 +47,7 @@ def run_verify(arguments: list[str]) -> int:
         print(f"note: {line}")
     state = "damaged" if verified.damage else "whole"
     print(f"{count(verified.num_files, 'file')}, {count(verified.num_bytes, 'byte')}: {state}")
-    return 1 if verified.damage else 0
+    return 1 if verified.damage else status_of_report()
 
 
 def run_info(arguments: list[str]) -> int:
@@ -58,7 +58,7 @@ def run_info(arguments: list[str]) -> int:
     print("\n".join(info_lines(opened)))
     if options.histogram:
         plot_lengths(opened.manifest.source["document_lengths"], options.histogram)
-    return 0
+    return status_of_report()
 
 
 def run_show(arguments: list[str]) -> int:
@@ -70,7 +70,7 @@ def run_show(arguments: list[str]) -> int:
     settings = [*options.settings, *([f"data.shards={options.shards}", "data.sources=[]"] if options.shards else [])]
     lines = show_sample(options.config, settings, options.sample, world_size=options.world_size, colour=colour)
     print("\n".join(lines))
-    return 0
+    return status_of_report()
 
 
 VERBS = {"verify": run_verify, "info": run_info, "show": run_show}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from colt5dist.console import outlive_readers
+from colt5dist.console import outlive_readers, status_of_report
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 
@@ -54,13 +54,13 @@ def main(arguments: list[str]) -> int:
         if options.print_config:
             if ranks.is_first:
                 print(config_to_yaml(config), end="")
-            return 0
+            return status_of_report()
         if options.dry_run:
             from colt5dist.train.dry_run import dry_run_report
 
             if ranks.is_first:
                 print(dry_run_report(config, ranks.world_size))
-            return 0
+            return status_of_report()
         from colt5dist.train.pretrain import pretrain
 
         return pretrain(config, ranks)

@@ -34,7 +34,8 @@ def failures_kept(
     except ConfigError as error:
         if ranks.is_first:
             _try_to_write_status(run_dir, str(error))
-        else:  # rank 0 does not know of it, so nobody else would say it
+        elif not getattr(error, "known_to_all", False):  # nobody else would say it
+            error.known_to_all = True  # type: ignore[attr-defined]
             print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
         raise
     except (SaveError, TrainingFault) as error:  # one line tells of it

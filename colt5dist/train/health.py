@@ -181,7 +181,7 @@ class Health:
         with self.heartbeat.patient("rolling back", self.state.step):
             folder = spikes.roll_back(self.saver, self.config, self.state, self.ranks)
         if folder is None:
-            self.monitor.say("going on: there is no checkpoint yet to roll back to")
+            self.monitor.say("going on: there is no whole checkpoint to roll back to")
             return False
         self.monitor.roll_back(self.state.step)
         self.monitor.say(

@@ -1,7 +1,7 @@
 """A pretraining run from its configuration to its last line: the start-up, as a recipe."""
 
 import os
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -63,15 +63,13 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     if plan.is_finished(config):
         if ranks.is_first:
             print(f"nothing to do: the run is finished; train.steps above {plan.state.step} would go on")
-            with suppress(OSError):  # an archive may be read-only
-                run_directory.write_status(run_dir, "finished", plan.state.step)
-            print(summary(run_dir, plan.state.first_held_out_loss, entropy, None), flush=True)
+            run_directory.write_status_if_free(run_dir, "finished", plan.state.step)
+            print(summary(run_dir, plan.state, None, unigram_entropy=entropy, tokens_per_second=None), flush=True)
         return 0
 
     make_deterministic(config)
     device = initialise_process_group(ranks, config.train.timeout_minutes)
     hosts = gather_host_names()
-    plan = resume.compare_hashes(plan, config, shards.fingerprint, shapes, ranks)
     run_directory.open_run_directory(config, ranks, hosts)
     stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
     heartbeat = Heartbeat(
@@ -81,7 +79,10 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         start_seconds=60 * config.train.timeout_minutes,
         timeout_seconds=config.train.timeout_seconds,
     )
-    with heartbeat, failures_kept(config, ranks, hosts, heartbeat.explain):
+    with ExitStack() as watched:
+        watched.enter_context(heartbeat)
+        plan = resume.plan_again(config, shards.fingerprint, shapes, ranks)
+        watched.enter_context(failures_kept(config, ranks, hosts, heartbeat.explain))
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
         run_id = run_directory.record_start(run_dir, config, ranks, hosts)
@@ -110,13 +111,15 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
             except SaveError:
                 stop.obeyed("STOP")
                 raise
-        stop.obeyed("STOP")
         if plan.is_finished(config):
             reason = None  # asked for at the last step
+        if reason in (None, StopReason.FILE):
+            stop.obeyed("STOP")
         if ranks.is_first:
-            status = "stopped" if reason else "finished"
-            run_directory.write_status(run_dir, status, plan.state.step, reason.value if reason else None)
-            print(summary(run_dir, plan.state.first_held_out_loss, entropy, meter.mean_rate), flush=True)
+            stopped = reason.value if reason else None
+            run_directory.record_end(run_dir, plan.state.step, stopped)
+            speed = meter.mean_rate
+            print(summary(run_dir, plan.state, stopped, unigram_entropy=entropy, tokens_per_second=speed), flush=True)
         finish_process_group()
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
 

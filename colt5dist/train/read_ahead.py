@@ -47,7 +47,7 @@ class ReadAhead:
         while not self._reading.done() and not self._stop_wanted():
             if time.monotonic() > deadline:
                 self.failure = DataWorkerError(
-                    f"no data came for {seconds:.0f} s: a disk or network that the shards are on hangs; if that may "
+                    f"no data came for {seconds:g} s: a disk or network that the shards are on hangs; if that may "
                     "take so long, raise train.timeout_seconds (at start train.timeout_minutes)"
                 )
                 return

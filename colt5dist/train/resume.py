@@ -10,11 +10,13 @@ from pathlib import Path
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import (
     COMPLETE,
+    Damage,
     TrainerState,
     checkpoint_bytes,
     checkpoint_folders,
     find_checkpoints,
     find_damage,
+    folders_put_aside,
     json_problem,
     model_problems,
     optimizer_problems,
@@ -80,7 +82,7 @@ def plan_start(
     config: RunConfig,
     fingerprint: str,
     shapes: dict[str, tuple[int, ...]],
-    damaged: Mapping[Path, str] | None = None,
+    damaged: Mapping[Path, Damage] | None = None,
 ) -> StartPlan:
     """Decide from the run directory how to begin; reads only.
 
@@ -97,6 +99,8 @@ def plan_start(
     root = run_dir / "checkpoints"
     run_id = read_run_id(run_dir)
     whole, passed_over = _sort_out(root, run_id, damaged or {})
+    if not whole:
+        passed_over.update(dict.fromkeys(folders_put_aside(root), "was put aside by an earlier start"))
     notes = [f"passed over {folder}: {problem}" for folder, problem in passed_over.items()]
     notes += [
         f"removed {folder}, which an interrupted save or deletion has left" for folder in unfinished_folders(root)
@@ -148,31 +152,37 @@ def plan_start(
     return StartPlan(None, init_from, TrainerState(data_fingerprint=fingerprint), tuple(notes))
 
 
-def compare_hashes(
-    plan: StartPlan, config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int, ...]], ranks: Ranks
-) -> StartPlan:
-    """The plan with the newest checkpoint whose files are as they were written; all ranks share the reading.
+def plan_again(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int, ...]], ranks: Ranks) -> StartPlan:
+    """The plan once no other run can change the folder any more, with the newest checkpoint whose hashes are right.
 
-    Together they read the checkpoint once. One that is damaged is put aside and passed over for the next older one.
+    The run before this one may have written its last checkpoint since the first plan was made. All ranks share the
+    reading: together they read the checkpoint once. One that is damaged is put aside and passed over for the next
+    older one.
 
     Raises:
         ConfigError: on all ranks, if none is left or some rank sees another one than rank 0.
     """
+    refusal, plan = None, StartPlan(None, None, TrainerState(), ())
+    try:
+        plan = plan_start(config, fingerprint, shapes)
+    except ConfigError as error:
+        refusal = str(error)
+    raise_together(refusal)
     agree_on_start(plan)
-    damaged: dict[Path, str] = {}
+    damaged: dict[Path, Damage] = {}
     notes: list[str] = []
     while folder := plan.resume_from or plan.init_from:
         begin = time.perf_counter()
-        problem = find_damage(folder, ranks)
-        if problem is None:
+        damage = find_damage(folder, ranks)
+        if damage is None:
             size, seconds = read_marker(folder).num_bytes / 1e9, time.perf_counter() - begin
             notes.append(f"compared the hashes of {folder}: {size:.2f} GB in {seconds:.1f} s")
             break
         refusal = None
         if folder == plan.init_from:
-            refusal = f"init_from: {folder} is damaged: {problem}; name another checkpoint"
+            refusal = f"init_from: {folder} is damaged: {damage}; name another checkpoint"
         else:
-            damaged[folder] = problem
+            damaged[folder] = damage
             try:
                 plan = plan_start(config, fingerprint, shapes, damaged)
             except ConfigError as error:
@@ -180,11 +190,11 @@ def compare_hashes(
         raise_together(refusal)
         agree_on_start(plan)
     if ranks.is_first:
-        notes += map(put_damaged_aside, damaged)  # or the next start would take them for whole
+        notes += [put_damaged_aside(*found) for found in damaged.items()]  # or the next start would take them for whole
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _sort_out(root: Path, run_id: str | None, damaged: Mapping[Path, str]) -> tuple[list[Path], dict[Path, str]]:
+def _sort_out(root: Path, run_id: str | None, damaged: Mapping[Path, Damage]) -> tuple[list[Path], dict[Path, str]]:
     """Whole checkpoints of the run, oldest first, and the others with what is wrong with them.
 
     Of the newest the JSON files are compared with their hashes, because the plan is made of them.
@@ -192,7 +202,8 @@ def _sort_out(root: Path, run_id: str | None, damaged: Mapping[Path, str]) -> tu
     whole: list[Path] = []
     others: dict[Path, str] = {}
     for folder in reversed(checkpoint_folders(root)):
-        problem = damaged.get(folder) or size_problem(folder, run_id)
+        damage = damaged.get(folder)
+        problem = damage.what if damage else size_problem(folder, run_id)
         if problem is None and not whole:
             problem = json_problem(folder)
         if problem is None:

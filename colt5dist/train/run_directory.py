@@ -10,6 +10,8 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
         raise_together(problem)
     except ConfigError:
         if ranks.is_first:
-            mark.unlink(missing_ok=True)
+            _remove(mark)
         raise
     if not mark.exists():
         problem = (
@@ -65,7 +67,7 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
         raise_together(problem)
     finally:
         if ranks.is_first:
-            mark.unlink()
+            _remove(mark)
     return run_dir
 
 
@@ -126,6 +128,27 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
     """Say how the run ended: finished, stopped or failed; `writer` names one of several who may say it."""
     content = {"status": status, "step": step, **({"reason": reason} if reason else {})}
     write_whole(run_dir / "status.json", json.dumps(content).encode(), writer=writer)
+
+
+def record_end(run_dir: Path, step: int, stopped: str | None) -> None:
+    """Say in `status.json` that the run has ended well, and why before its last step; on stderr where that fails."""
+    try:
+        write_status(run_dir, "stopped" if stopped else "finished", step, stopped)
+    except OSError as error:
+        what = f"{run_dir / 'status.json'} cannot be written ({error.strerror}); the checkpoint of step {step} is whole"
+        print(f"warning: {what}", file=sys.stderr, flush=True)
+
+
+def write_status_if_free(run_dir: Path, status: str, step: int) -> None:
+    """The same for a folder of which this process is not sure to be the only one; what cannot be written is left."""
+    with suppress(OSError):  # BlockingIOError: another run is in it; else an archive may be read-only
+        lock_for_life(run_dir / LOCK)
+        write_status(run_dir, status, step)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # the folder may be on a disk that has become read-only
+        path.unlink()
 
 
 def _version(package: str) -> str | None:

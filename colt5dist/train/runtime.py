@@ -77,7 +77,7 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
         The device of this rank.
 
     Raises:
-        ConfigError: if the launcher's environment variables are incomplete.
+        ConfigError: if the launcher's environment variables are incomplete, or some process does not come in time.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -96,7 +96,13 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
         _skip_shared_memory_op()
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    except dist.DistError as error:
+        raise ConfigError(
+            f"MASTER_ADDR, MASTER_PORT: {ranks.world_size} processes did not meet at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); see what the other hosts say"
+        ) from error
     return device
 
 
@@ -163,12 +169,14 @@ def raise_together(problem: str | None, kind: type[Exception] = ConfigError) -> 
     found = list(dict.fromkeys(p for p in problems if p))
     if found:
         finish_process_group()
-        raise kind("\n".join(found))
+        error = kind("\n".join(found))
+        error.known_to_all = True  # type: ignore[attr-defined]
+        raise error
 
 
 def exit_for_wrong_input(error: Exception, status: int = EXIT_WRONG_INPUT) -> int:
     """Report wrong input, or what else ends all ranks alike: rank 0 prints one line a problem, the others give it the
-    time to do so.
+    time to do so. What another host found alone, or before the ranks could tell each other, its first rank prints.
 
     The launcher ends all ranks as soon as one leaves with a non-zero status: without the wait the lines could be lost.
 
@@ -176,13 +184,14 @@ def exit_for_wrong_input(error: Exception, status: int = EXIT_WRONG_INPUT) -> in
         The exit status.
     """
     try:
-        is_first = ranks_from_environment().is_first
+        ranks = ranks_from_environment()
     except ConfigError:  # which may be what is reported; a rank that does not know its number speaks too
-        is_first = True
-    if is_first:
+        ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    if ranks.is_first or (ranks.local_rank == 0 and not getattr(error, "known_to_all", False)):
+        where = "" if ranks.is_first else f"host {socket.gethostname()}: "
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
-    else:
+            print(f"error: {where}{line}", file=sys.stderr, flush=True)
+    if not ranks.is_first:
         time.sleep(5)
     return status
 

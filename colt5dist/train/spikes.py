@@ -12,6 +12,7 @@ from colt5dist.train.checkpoint import (
     TrainerState,
     find_checkpoints,
     find_damage,
+    folder_step,
     load_checkpoint,
     put_damaged_aside,
 )
@@ -90,12 +91,13 @@ def roll_back(saver: Saver, config: RunConfig, state: TrainerState, ranks: Ranks
     saver.finish()  # one that is being written in the background may be the newest
     engine = saver.engine
     whole, _ = find_checkpoints(saver.root, saver.run_id)
+    whole = [folder for folder in whole if folder_step(folder) <= state.step]
     for folder in reversed(gather_objects(whole)[0]):  # as rank 0 sees them
         damage = find_damage(folder, ranks)
         if damage is None:
             break
         if ranks.is_first:
-            saver.say(f"passed over {folder}: {damage}; {put_damaged_aside(folder)}")
+            saver.say(f"passed over {folder}: {damage}; {put_damaged_aside(folder, damage)}")
     else:
         return None
     problem = None

@@ -1,24 +1,32 @@
 """The few lines that a run ends with."""
 
-import json
 from pathlib import Path
 
+from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.monitor import read_metrics
 
 
-def summary(run_dir: Path, first_loss: float | None, unigram_entropy: float, tokens_per_second: float | None) -> str:
+def summary(
+    run_dir: Path,
+    state: TrainerState,
+    stopped: str | None,
+    *,
+    unigram_entropy: float,
+    tokens_per_second: float | None,
+) -> str:
     """Held-out loss before and after, speed, where the run lies, and how to look at it.
 
     Args:
         run_dir: the run's folder.
-        first_loss: held-out loss before the first step, nats a token.
+        state: where the run has ended, with the held-out loss before its first step.
+        stopped: why before its last step; None if it is finished.
         unigram_entropy: entropy of the held-out target tokens' frequencies, nats: the loss of counting tokens alone.
         tokens_per_second: of this start; None if it trained no step.
     """
     records = read_metrics(run_dir)
     evaluations = [r for r in records if r.get("eval/loss") is not None]
-    status = json.loads((run_dir / "status.json").read_text())
-    lines = [f"{status['status']} at step {status['step']}" + (f" ({status['reason']})" if "reason" in status else "")]
+    first_loss = state.first_held_out_loss
+    lines = [f"stopped at step {state.step} ({stopped})" if stopped else f"finished at step {state.step}"]
     if first_loss is not None and evaluations:
         last = evaluations[-1]
         change = last["eval/loss"] / unigram_entropy - 1

@@ -46,6 +46,10 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, run_pretrain: Pre
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "True\n"
         refused = run_pretrain(tmp_path, processes=2, check=False)
+        (tmp_path / "status.json").unlink()  # as a run does that goes on
+        done_already = run_pretrain(tmp_path, "train.steps=2")
+        assert "nothing to do" in done_already.stdout and not (tmp_path / "status.json").exists()
+        (tmp_path / "status.json").write_bytes(before[tmp_path / "status.json"])
         other.communicate("")
     assert refused.returncode == 2
     assert refused.stderr == (
@@ -54,6 +58,52 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, run_pretrain: Pre
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     run_pretrain(tmp_path)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+NEVER_READ = """
+import os, sys
+import colt5dist.console as console
+console.WAIT_SECONDS = 0.001
+console.outlive_readers()
+os.set_blocking(1, False)
+for number in range(2000):
+    print(str(number) * 100)
+assert console.status_of_report() == 1
+"""
+
+
+def test_nobody_reads_a_pipe_that_does_not_wait(tmp_path: Path) -> None:
+    """Whoever shares the pipe may have set it so; the lines that it does not hold are lost, and counted as lost."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "errors", "w+b") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", NEVER_READ], env=environment, stdout=subprocess.PIPE, stderr=errors
+        )
+        assert process.wait(timeout=100) == 0
+        errors.seek(0)
+        assert errors.read().startswith(b"error: standard output cannot be written (nobody reads it)")
+    assert process.stdout is not None
+    with process.stdout as pipe:
+        assert pipe.read().startswith(b"0" * 100 + b"\n" + b"1" * 100)
+
+
+def test_a_report_that_is_lost_is_a_failure(tmp_path: Path) -> None:
+    """The resolved configuration on a full disk; who stops reading it early has what he wanted."""
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--print-config"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=trainer_environment())
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written (No space left on device); a part is lost\n"
+
+
+def test_an_end_that_cannot_be_written_down(tmp_path: Path, run_pretrain: Pretrain) -> None:
+    """The run has ended as well as it has."""
+    (tmp_path / "status.json.tmp").mkdir()
+    done = run_pretrain(tmp_path)
+    assert done.returncode == 0
+    assert f"warning: {tmp_path / 'status.json'} cannot be written (Is a directory); the checkpoint of step 4" in (
+        done.stderr
+    )
 
 
 @pytest.fixture
@@ -69,6 +119,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs needs root")
     yield root
     subprocess.run(["umount", str(root)], check=True)
+
+
+def test_the_disk_has_become_read_only(small_disk: Path, run_pretrain: Pretrain) -> None:
+    """As a file system does on which an error was met: a start is refused by one line."""
+    run_pretrain(small_disk / "run", "train.steps=1")
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    refused = run_pretrain(small_disk / "run", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: run_dir: {small_disk / 'run'} cannot be written (Read-only file system); choose another folder\n"
+    )
 
 
 def fill(disk: Path, when: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from conftest import free_port
 
 from colt5dist.data import ensure_standard_library_shards
 
@@ -149,6 +151,47 @@ def test_batch_that_does_not_divide_among_processes(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     lines = problem_lines(pretrain_main, [f"run_dir={tmp_path}/run", *micro_settings], capsys)
     assert len(lines) == 1 and "train.global_batch_size: 8 does not divide among 3 devices" in lines[0]
+
+
+def test_what_another_host_finds_alone_is_said_there(
+    pretrain_main: Main,
+    tmp_path: Path,
+    micro_settings: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its first rank, for rank 0 cannot know of it."""
+    monkeypatch.setattr("colt5dist.train.runtime.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank, local_rank in ((2, 0), (3, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        settings = [f"run_dir={tmp_path}/run", *micro_settings, "data.shards=nowhere"]
+        lines = problem_lines(pretrain_main, settings, capsys)
+        if local_rank == 0:
+            (line,) = lines
+            assert line.startswith(f"error: host {socket.gethostname()}: nowhere/manifest.json: is missing; ")
+        else:
+            assert not lines
+
+
+def test_processes_that_do_not_come(
+    pretrain_main: Main,
+    tmp_path: Path,
+    micro_settings: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another host may have found wrong input, or not have been started."""
+    port = free_port()
+    places = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**places, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    settings = [f"run_dir={tmp_path}/run", *micro_settings, "train.timeout_minutes=0.1"]
+    (line,) = problem_lines(pretrain_main, settings, capsys)
+    assert line.startswith(f"error: MASTER_ADDR, MASTER_PORT: 2 processes did not meet at 127.0.0.1:{port} (")
+    assert not (tmp_path / "run").exists()
 
 
 PLACES = {

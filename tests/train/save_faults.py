@@ -9,22 +9,26 @@ import io
 import json
 import os
 import resource
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 
 from colt5dist.errors import ConfigError, SaveError
+from colt5dist.train import run_directory
 from colt5dist.train.checkpoint import Saver, TrainerState, saver
 from colt5dist.train.checkpoint.publish import wait_for_deletions
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import Engine
 from colt5dist.train.monitor import read_metrics
 from colt5dist.train.pretrain import pretrain
+from colt5dist.train.run_directory import open_run_directory
 from colt5dist.train.runtime import gather_objects, initialise_process_group, ranks_from_environment
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
@@ -48,6 +52,24 @@ def run(run_dir: Path, settings: list[str], *more: str) -> dict[str, Any]:
     wait_for_deletions()
     folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     return {**result, "folders": folders, "losses": [record["loss"] for record in read_metrics(run_dir)]}
+
+
+@contextmanager
+def last_checkpoints_come_late(root: Path, *names: str) -> Iterator[None]:
+    """A start makes its plan while the run before it has still to write some checkpoints, and to leave the folder."""
+    if RANKS.is_first:
+        for name in names:
+            (root / name).rename(root.parent / name)
+    dist.barrier()
+
+    def write_them(*arguments: Any) -> Path:
+        if RANKS.is_first:
+            for name in names:
+                (root.parent / name).rename(root / name)
+        return open_run_directory(*arguments)
+
+    with patch.object(run_directory, "open_run_directory", write_them):
+        yield
 
 
 @contextmanager
@@ -147,6 +169,11 @@ def main(output: Path, folder: Path, full: str, settings: list[str]) -> None:
             file.seek(-8, os.SEEK_END)
             file.write(b"\x7f" * 8)
     dist.barrier()
+    with last_checkpoints_come_late(folder / "whole" / "checkpoints", "step_00000003", "step_00000004"):
+        results["late"] = run(folder / "whole", every, "train.steps=5")
+    dist.barrier()
+    if RANKS.is_first:
+        shutil.rmtree(folder / "whole" / "checkpoints" / "step_00000005")
     results["damaged"] = run(folder / "faults", every, "train.steps=4", "resume=must")
     results["clock"] = run(folder / "clock", settings, "checkpoint.every_steps=0", "checkpoint.every_minutes=1e-6")
     results["read-only"] = save_at_fault(folder / "read-only", settings, device)

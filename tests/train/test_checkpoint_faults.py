@@ -1,5 +1,6 @@
 """Saves that fail and checkpoints that are damaged: one clear error on all ranks, nothing lost, nothing used unseen."""
 
+import errno
 import json
 import os
 import resource
@@ -16,8 +17,14 @@ import torch
 
 from colt5dist.data import open_sources
 from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint import find_checkpoints, read_marker, size_problem, unfinished_folders
-from colt5dist.train.checkpoint.publish import Retention, delete_old, put_aside, wait_for_deletions
+from colt5dist.train.checkpoint import find_checkpoints, marker, read_marker, size_problem, unfinished_folders
+from colt5dist.train.checkpoint.publish import (
+    Retention,
+    delete_old,
+    put_aside,
+    put_damaged_aside,
+    wait_for_deletions,
+)
 from colt5dist.train.checkpoint.saver import HostCopy
 from colt5dist.train.config_file import load_config
 from colt5dist.train.engine import parameter_shapes
@@ -119,6 +126,44 @@ def test_a_changed_byte_is_found_and_the_older_checkpoint_taken(results: dict[st
     assert "going on from" in result["printed"] and "step_00000001" in result["printed"]
     assert result["folders"] == [*WHOLE[:2], "step_00000002.damaged", *WHOLE[2:]]
     assert result["losses"] == results["whole"]["losses"]
+
+
+def test_a_start_sees_what_the_run_before_it_wrote_last(results: dict[str, dict[str, Any]]) -> None:
+    """Though it made its first plan before that: it goes on from there, and no record is lost."""
+    result = results["late"]
+    assert result["outcomes"] == ["returns 0"] * 2
+    assert "going on from" in result["printed"] and "step_00000002:" not in result["printed"]
+    assert f"{WHOLE[3]}\n" in result["printed"] and result["folders"] == [*WHOLE, "step_00000005"]
+    assert result["losses"][:4] == results["whole"]["losses"] and len(result["losses"]) == 5
+
+
+def test_what_cannot_be_read_keeps_its_name(tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk may be well again; what was changed is put aside."""
+
+    def unreadable(path: Path, *arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    folder = run_dir / "checkpoints" / WHOLE[3]
+    with monkeypatch.context() as patches:
+        patches.setattr(marker, "open", unreadable, raising=False)
+        damage = marker.find_difference(folder, lambda number, name: name.startswith("rank"))
+    assert damage is not None and damage.what == "rank_00000.safetensors cannot be read (Input/output error)"
+    assert "keeps its name" in put_damaged_aside(folder, damage) and folder.exists()
+    path = folder / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    damage = marker.find_difference(folder, lambda number, name: True)
+    assert damage is not None and "was changed after it was written" in damage.what
+    assert put_damaged_aside(folder, damage).endswith("step_00000004.damaged") and not folder.exists()
+
+
+def test_no_start_at_step_0_beside_checkpoints_that_were_put_aside(
+    run_dir: Path, micro_settings: tuple[str, ...]
+) -> None:
+    for name, ending in zip(WHOLE, ("damaged", "damaged-1", "replaced", "damaged"), strict=True):
+        os.rename(run_dir / "checkpoints" / name, run_dir / "checkpoints" / f"{name}.{ending}")
+    with pytest.raises(ConfigError, match=r"step_00000003.replaced: was put aside .*resume_allow=\[from_zero\]"):
+        plan(run_dir, micro_settings)
+    assert plan(run_dir, micro_settings, "resume_allow=[from_zero]").resume_from is None
 
 
 def test_saves_by_the_clock(results: dict[str, dict[str, Any]]) -> None:

@@ -150,7 +150,7 @@ def test_a_rollback_after_a_save_that_failed(runs: Runs) -> None:
     """It is told of, there is nothing to go back to, and the run goes on."""
     (start,) = runs.starts("no checkpoint, beside a save")
     failed = start["printed"].index("checkpoint of step 5 is not written: rank 0: ")
-    assert failed < start["printed"].index("going on: there is no checkpoint yet")
+    assert failed < start["printed"].index("going on: there is no whole checkpoint to roll back to")
     assert start["checkpoint"] == "step_00000006"
 
 
@@ -166,8 +166,8 @@ def test_every_stage_goes_back(runs: Runs, stage: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no checkpoint", "there is no checkpoint yet"),
-        ("no checkpoint, beside a save", "there is no checkpoint yet"),
+        ("no checkpoint", "there is no whole checkpoint to roll back to"),
+        ("no checkpoint, beside a save", "there is no whole checkpoint to roll back to"),
         ("used up", "health.max_rollbacks=0 rollbacks are used up"),
     ],
 )

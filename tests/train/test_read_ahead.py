@@ -102,7 +102,7 @@ def test_a_wait_that_would_never_end_is_a_named_error(shards: Path, num_workers:
     """A rank that is alone has no other that would miss it."""
     waited, failure = wait_for_data(shards, num_workers, allowed=0.5, signal_after=0)
     assert waited > 0.4
-    assert failure.startswith("no data came for 0 s: a disk or network that the shards are on hangs; ")
+    assert failure.startswith("no data came for 0.5 s: a disk or network that the shards are on hangs; ")
 
 
 def test_a_reader_that_obeys_nothing_does_not_hold_up_the_end(shards: Path) -> None:

@@ -14,6 +14,8 @@ from colt5dist.train.checkpoint.layout import (
     checkpoint_bytes,
     checkpoint_folders,
     find_checkpoints,
+    folder_step,
+    folders_put_aside,
     is_whole,
     model_problems,
     optimizer_problems,
@@ -22,7 +24,7 @@ from colt5dist.train.checkpoint.layout import (
     step_folder,
     unfinished_folders,
 )
-from colt5dist.train.checkpoint.marker import COMPLETE, json_problem, read_marker, size_problem
+from colt5dist.train.checkpoint.marker import COMPLETE, Damage, json_problem, read_marker, size_problem
 from colt5dist.train.checkpoint.publish import put_damaged_aside
 from colt5dist.train.checkpoint.reader import find_damage, load_checkpoint, read_fragments
 from colt5dist.train.checkpoint.saver import Saver
@@ -30,12 +32,15 @@ from colt5dist.train.checkpoint.state import TrainerState
 
 __all__ = [
     "COMPLETE",
+    "Damage",
     "Saver",
     "TrainerState",
     "checkpoint_bytes",
     "checkpoint_folders",
     "find_checkpoints",
     "find_damage",
+    "folder_step",
+    "folders_put_aside",
     "is_whole",
     "json_problem",
     "load_checkpoint",

@@ -12,6 +12,7 @@ from colt5dist.train.checkpoint.marker import FOLDER_NAME, FORMAT_VERSION, INDEX
 from colt5dist.train.checkpoint.state import TrainerState
 from colt5dist.train.config import OptimizerConfig
 
+ASIDE = re.compile(FOLDER_NAME.pattern + r"\.(damaged|replaced)(-\d+)?")
 UNFINISHED = re.compile(r"\.step_\d{8,}\.(tmp|deleted)")
 
 
@@ -31,6 +32,11 @@ def checkpoint_folders(root: Path) -> list[Path]:
     """Folders with the name of a checkpoint, oldest step first. Other names are not looked at."""
     found = [path for path in root.glob("step_*") if FOLDER_NAME.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=folder_step)
+
+
+def folders_put_aside(root: Path) -> list[Path]:
+    """Checkpoints that were renamed because they were found damaged, or in the way of a new one."""
+    return sorted(path for path in root.glob("step_*") if ASIDE.fullmatch(path.name) and path.is_dir())
 
 
 def is_whole(folder: Path) -> bool:

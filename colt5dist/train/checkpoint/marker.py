@@ -38,6 +38,19 @@ class FileEntry:
     """Hash of each piece, in order."""
 
 
+@dataclass(frozen=True)
+class Damage:
+    """What keeps a checkpoint with the right sizes from being used."""
+
+    what: str
+    """In a few words."""
+    may_pass: bool
+    """Whether only reading failed, which another time may not."""
+
+    def __str__(self) -> str:
+        return self.what
+
+
 @dataclass(frozen=True, kw_only=True)
 class Marker:
     """The content of COMPLETE."""
@@ -139,10 +152,11 @@ def size_problem(folder: Path, run_id: str | None = None) -> str | None:
 
 def json_problem(folder: Path) -> str | None:
     """Compare only index.json and trainer.json with their hashes."""
-    return hash_problem(folder, lambda number, name: name in (INDEX, STATE))
+    damage = find_difference(folder, lambda number, name: name in (INDEX, STATE))
+    return None if damage is None else damage.what
 
 
-def hash_problem(folder: Path, selected: Callable[[int, str], bool]) -> str | None:
+def find_difference(folder: Path, selected: Callable[[int, str], bool]) -> Damage | None:
     """Compare pieces of a checkpoint with their hashes, on several threads; what is wrong with the first bad one.
 
     Args:
@@ -154,15 +168,16 @@ def hash_problem(folder: Path, selected: Callable[[int, str], bool]) -> str | No
     """
     marker = read_marker(folder)
 
-    def check(piece: tuple[str, int, str]) -> str | None:
+    def check(piece: tuple[str, int, str]) -> Damage | None:
         name, first, sha256 = piece
         try:
             with open(folder / name, "rb", buffering=0) as file:
                 file.seek(first)
                 found = hashlib.sha256(file.read(marker.piece_bytes)).hexdigest()
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        return None if found == sha256 else f"{name} was changed after it was written (near byte {first})"
+            return Damage(f"{name} cannot be read ({error.strerror})", may_pass=True)
+        changed = f"{name} was changed after it was written (near byte {first})"
+        return None if found == sha256 else Damage(changed, may_pass=False)
 
     pieces = [piece for number, piece in enumerate(marker.pieces()) if selected(number, piece[0])]
     with ThreadPoolExecutor(HASH_THREADS) as threads:

@@ -19,6 +19,7 @@ from colt5dist.train.checkpoint.marker import (
     FORMAT_VERSION,
     INDEX,
     STATE,
+    Damage,
     FileEntry,
     Marker,
     describe_file,
@@ -120,8 +121,10 @@ def put_aside(folder: Path, reason: str) -> Path:
     return aside
 
 
-def put_damaged_aside(folder: Path) -> str:
+def put_damaged_aside(folder: Path, damage: Damage) -> str:
     """Put aside a checkpoint whose sizes are right, so that nobody takes it for whole again; what the user is told."""
+    if damage.may_pass:
+        return f"{folder} keeps its name, for it may be as it was"
     try:
         return f"renamed {folder} to {put_aside(folder, 'damaged').name}"
     except OSError as error:

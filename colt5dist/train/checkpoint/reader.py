@@ -9,20 +9,21 @@ from safetensors import SafetensorError, safe_open
 from colt5dist.errors import ConfigError
 from colt5dist.train import fragments
 from colt5dist.train.checkpoint.layout import read_index, read_state
-from colt5dist.train.checkpoint.marker import hash_problem
+from colt5dist.train.checkpoint.marker import Damage, find_difference
 from colt5dist.train.checkpoint.state import TrainerState
 from colt5dist.train.engine import Engine
 from colt5dist.train.runtime import Ranks, gather_objects
 
 
-def find_damage(folder: Path, ranks: Ranks) -> str | None:
+def find_damage(folder: Path, ranks: Ranks) -> Damage | None:
     """What in a checkpoint is not as it was written; all ranks share the reading and get the same answer."""
-    problem: str | None
+    damage: Damage | None
     try:
-        problem = hash_problem(folder, lambda piece, name: piece % ranks.world_size == ranks.rank)
+        damage = find_difference(folder, lambda piece, name: piece % ranks.world_size == ranks.rank)
     except ValueError as error:
-        problem = str(error)
-    return next((found for found in gather_objects(problem) if found), None)
+        damage = Damage(str(error), may_pass=True)
+    found = [damage for damage in gather_objects(damage) if damage]
+    return min(found, key=lambda damage: damage.may_pass, default=None)
 
 
 def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False) -> TrainerState:
