@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from colt5dist.train.checkpoint import find_checkpoints
 from colt5dist.train.monitor import read_metrics
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
@@ -259,6 +260,46 @@ def test_max_minutes_stops_with_75(run_pretrain: Pretrain, tmp_path: Path) -> No
     done = run_pretrain(tmp_path / "run", "train.max_minutes=0.001", check=False)
     assert done.returncode == 75
     assert status(tmp_path / "run")["reason"] == "train.max_minutes"
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    """Steps of the whole checkpoints; there are no others."""
+    whole, damaged = find_checkpoints(run_dir / "checkpoints")
+    assert not damaged
+    return [int(folder.name.removeprefix("step_")) for folder in whole]
+
+
+def test_the_file_save_asks_once_for_a_checkpoint(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """That of the next step, whole before training goes on; rank 0 alone sees the file, and the run goes on."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "SAVE").touch()
+    settings = ("checkpoint.every_steps=0", "checkpoint.keep_last=9", "checkpoint.asynchronous=true")
+    done = run_pretrain(run_dir, *settings, processes=2)
+    assert checkpoints(run_dir) == [1, 4] and not (run_dir / "SAVE").exists()
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("checkpoint of step 1: ")]
+    assert "written in the background" not in line
+    assert status(run_dir) == {"status": "finished", "step": 4}
+
+
+def test_what_stays_of_many_checkpoints_and_what_a_resumed_run_records(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """The multiples of keep_every stay; what the one that is resumed from does not know of gives way to what is new."""
+    run_dir = tmp_path / "run"
+    settings = ("train.steps=6", "checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2")
+    run_pretrain(run_dir, *settings)
+    assert checkpoints(run_dir) == [2, 4, 6]
+    before = read_metrics(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    run_pretrain(run_dir, *settings, "optimizer.lr=0.1", "resume_allow=[optimizer.lr]")
+    records = read_metrics(run_dir)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[:4] == before[:4]
+    assert [record["lr"] for record in records[4:]] != [record["lr"] for record in before[4:]]
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for name in ("loss", "lr"):
+        scalars = events.Scalars(name)
+        assert [event.step for event in scalars] == [1, 2, 3, 4, 5, 6]
+        assert [event.value for event in scalars] == pytest.approx([record[name] for record in records])
 
 
 @pytest.mark.parametrize("model", ["model.routing=static", "model.routing=random", "model.encoder=dense"])
