@@ -91,7 +91,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """Print a line, as it stands."""
         if self._progress:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         elif self.is_first:
             print(text, flush=True)
 

@@ -148,7 +148,7 @@ def shown(printed: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-LINES = ["step 1/9 | loss 5.9 [bold] " + "and so on " * 20 + "1", "step 2/9"]
+LINES = ["step 1/9 | loss 5.9 [bold] :smile: " + "and so on " * 20 + "1", "step 2/9"]
 """The first is no markup, and is wider than the terminal."""
 
 
