@@ -8,12 +8,17 @@ class ConfigError(ValueError):
     to stderr and end with status 2, without a traceback.
     """
 
+    known_to_all = False
+    """Whether all ranks have raised the same one, or it has been printed: then rank 0's line is enough."""
+
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written, and the run does not go on without it.
 
     The message is one line, the same on all ranks. The scripts print it and end with status 74.
     """
+
+    known_to_all = True
 
 
 class TrainingFault(RuntimeError):

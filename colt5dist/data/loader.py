@@ -5,6 +5,7 @@ step that it belongs to, so that all ranks can stop together.
 """
 
 import atexit
+import multiprocessing.connection
 import signal
 import threading
 import weakref
@@ -194,7 +195,7 @@ class MicroBatches(Dataset[Item]):
 
 
 class DataWorkerError(RuntimeError):
-    """A reader process of this rank ended by itself."""
+    """A reader process of this rank has ended by itself, or brings no data."""
 
 
 class TrainingBatches(Iterator[list[Batch]]):
@@ -208,12 +209,12 @@ class TrainingBatches(Iterator[list[Batch]]):
         self._iterator: Iterator[Item] | None = iter(loader)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
-        self._has_workers = loader.num_workers > 0
+        self._workers: Sequence[BaseProcess] = tuple(getattr(self._iterator, "_workers", ()))
         self._rank = rank
         self._bad_records: dict[str, None] = {}
         self._new_bad_records: list[str] = []
         # the workers ignore SIGTERM, so an interpreter that ends with them alive would wait for ever
-        atexit.register(_close_if_alive, weakref.ref(self))
+        atexit.register(_kill_if_alive, weakref.ref(self))
 
     def __next__(self) -> list[Batch]:
         """The micro-batches of the next step.
@@ -229,8 +230,10 @@ class TrainingBatches(Iterator[list[Batch]]):
             try:
                 item = next(self._iterator)
             except (RuntimeError, EOFError, ConnectionError) as error:
+                lost = self._worker_was_lost(error)
+                self.kill_workers()  # the error holds torch's iterator, which so would not stop the others
                 self.close()
-                if not (self._has_workers and _tells_of_a_lost_worker(error)):
+                if not lost:
                     raise
                 reason = (str(error) or "it was cut off").splitlines()[0].rstrip(".")
                 raise DataWorkerError(
@@ -257,37 +260,31 @@ class TrainingBatches(Iterator[list[Batch]]):
 
         One that waits for a disk or a network obeys neither a word nor a signal that it could catch, and is killed.
         """
-        killing = threading.Timer(STUCK_SECONDS, self.kill_workers, (self._workers(),))
+        killing = threading.Timer(STUCK_SECONDS, self.kill_workers)
         killing.daemon = True
         killing.start()
         self._iterator = None  # torch's iterator stops its workers when nobody holds it
         killing.cancel()
 
-    def kill_workers(self, workers: Sequence[BaseProcess] | None = None) -> None:
+    def kill_workers(self) -> None:
         """End the worker processes at once; they hold nothing that is lost."""
-        for worker in self._workers() if workers is None else workers:
+        for worker in self._workers:
             worker.kill()
 
-    def _workers(self) -> Sequence[BaseProcess]:
-        return getattr(self._iterator, "_workers", ())
+    def _worker_was_lost(self, error: Exception) -> bool:
+        """Whether what torch raised comes of a worker that has ended, not of one that raised it itself.
+
+        One that dies while a batch is taken over from it closes its sockets before it can be seen that it is gone.
+        """
+        if str(error).startswith("Caught "):
+            return False
+        return bool(multiprocessing.connection.wait([worker.sentinel for worker in self._workers], STUCK_SECONDS))
 
 
-def _tells_of_a_lost_worker(error: Exception) -> bool:
-    """Whether what torch raised comes of a reader that has ended, not of one that raised it itself.
-
-    One that dies while a batch is taken over from it closes its sockets before torch can see that it is gone.
-    """
-    if str(error).startswith("Caught "):
-        return False
-    told = ("DataLoader worker", "Pin memory thread exited")
-    return isinstance(error, EOFError | ConnectionError) or any(words in str(error) for words in told)
-
-
-def _close_if_alive(reference: "weakref.ref[TrainingBatches]") -> None:
+def _kill_if_alive(reference: "weakref.ref[TrainingBatches]") -> None:
     batches = reference()
     if batches is not None:
         batches.kill_workers()
-        batches._iterator = None
 
 
 def ignore_stop_signals(worker: int) -> None:

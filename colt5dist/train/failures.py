@@ -33,9 +33,10 @@ def failures_kept(
         yield
     except ConfigError as error:
         if ranks.is_first:
-            _try_to_write_status(run_dir, str(error))
-        elif not getattr(error, "known_to_all", False):  # nobody else would say it
-            error.known_to_all = True  # type: ignore[attr-defined]
+            if not (run_dir / "status.json").exists():  # else this start is refused: it has not recorded itself
+                _try_to_write_status(run_dir, str(error))
+        elif not error.known_to_all:  # nobody else would say it
+            error.known_to_all = True
             print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
         raise
     except (SaveError, TrainingFault) as error:  # one line tells of it

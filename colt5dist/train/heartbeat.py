@@ -96,6 +96,11 @@ class Heartbeat:
         self._place, self._step = place, step
         self._stood_still = 0
 
+    @property
+    def allowed_seconds(self) -> float:
+        """How long nothing may move on now."""
+        return self._allowed_seconds
+
     def first_step_follows(self) -> None:
         """Until the next step is done the long timeout counts: kernels are compiled for new lengths."""
         if self._allowed_seconds != self._start_seconds:

@@ -84,7 +84,7 @@ def train(run: Run) -> StopReason | None:
         if wait or outcome.save_due or is_due(step, config.checkpoint.every_steps):
             run.monitor.flush()
             with run.heartbeat.patient("saving", step):
-                run.saver.save(state, wait=wait, must=last or outcome.data_failed)
+                run.saver.save(state, wait=wait, must=last)
             if outcome.save_requested:
                 run.stop.obeyed("SAVE")
         if outcome.data_failed:
@@ -147,7 +147,7 @@ def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
     if step < run.config.train.steps:
         run.heartbeat.at("waiting for data", step)
         with run.meter.waiting_for_data(), record_function("data"):
-            stream.read(DATA_SHARE * run.config.train.timeout_seconds)
+            stream.read(DATA_SHARE * run.heartbeat.allowed_seconds)
     run.heartbeat.at("agreeing on the step", step)
     wanted = run.stop.reason()
     flags = [float(wanted is reason) for reason in StopReason]
@@ -281,7 +281,7 @@ def open_stream(run: Run) -> tuple[ReadAhead, StopReason | None]:
         ConfigError: on all ranks, if some rank has no data.
     """
     with run.heartbeat.patient("opening the data", run.state.step + 1):
-        seconds = DATA_SHARE * 60 * run.config.train.timeout_minutes
+        seconds = DATA_SHARE * run.heartbeat.allowed_seconds
         stream = ReadAhead(read_training(run), run.ranks, lambda: run.stop.reason() is not None, first_seconds=seconds)
         stream.stop_together()
         return stream, run.stop.agree(run.engine.device)

@@ -1,7 +1,6 @@
 """A pretraining run from its configuration to its last line: the start-up, as a recipe."""
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from colt5dist.data import (
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
 from colt5dist.train.accounting import step_flops, tokens_of_run
-from colt5dist.train.checkpoint import Saver, load_checkpoint
+from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
 from colt5dist.train.config import RunConfig
 from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.failures import failures_kept
@@ -30,6 +29,7 @@ from colt5dist.train.run import Run
 from colt5dist.train.runtime import (
     EXIT_STOPPED,
     Ranks,
+    barrier,
     finish_process_group,
     gather_host_names,
     initialise_process_group,
@@ -50,7 +50,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         The exit status: 0 finished or stopped on request by file, 75 stopped and to be started again.
 
     Raises:
-        ConfigError: wrong input, found before a device is touched.
+        ConfigError: wrong input; found before a device is touched, unless the files of a checkpoint show it.
         SaveError: a checkpoint could not be written, and the run does not go on without it.
     """
     check_devices(config, ranks)
@@ -61,17 +61,12 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
     if plan.is_finished(config):
-        if ranks.is_first:
-            print(f"nothing to do: the run is finished; train.steps above {plan.state.step} would go on")
-            run_directory.write_status_if_free(run_dir, "finished", plan.state.step)
-            print(summary(run_dir, plan.state, None, unigram_entropy=entropy, tokens_per_second=None), flush=True)
-        return 0
+        return tell_finished(run_dir, ranks, plan.state, entropy)
 
     make_deterministic(config)
     device = initialise_process_group(ranks, config.train.timeout_minutes)
     hosts = gather_host_names()
     run_directory.open_run_directory(config, ranks, hosts)
-    stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
     heartbeat = Heartbeat(
         ranks,
         hosts,
@@ -79,10 +74,14 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         start_seconds=60 * config.train.timeout_minutes,
         timeout_seconds=config.train.timeout_seconds,
     )
-    with ExitStack() as watched:
-        watched.enter_context(heartbeat)
+    with heartbeat, failures_kept(config, ranks, hosts, heartbeat.explain):
+        heartbeat.at("comparing hashes", plan.state.step)
         plan = resume.plan_again(config, shards.fingerprint, shapes, ranks)
-        watched.enter_context(failures_kept(config, ranks, hosts, heartbeat.explain))
+        if plan.is_finished(config):  # by the run that was still in the folder
+            finish_process_group()
+            return tell_finished(run_dir, ranks, plan.state, entropy)
+        heartbeat.at("building and loading", plan.state.step)
+        stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
         run_id = run_directory.record_start(run_dir, config, ranks, hosts)
@@ -115,13 +114,26 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
             reason = None  # asked for at the last step
         if reason in (None, StopReason.FILE):
             stop.obeyed("STOP")
-        if ranks.is_first:
-            stopped = reason.value if reason else None
-            run_directory.record_end(run_dir, plan.state.step, stopped)
-            speed = meter.mean_rate
-            print(summary(run_dir, plan.state, stopped, unigram_entropy=entropy, tokens_per_second=speed), flush=True)
+        with heartbeat.patient("ending", plan.state.step):
+            if ranks.is_first:
+                stopped = reason.value if reason else None
+                run_directory.record_end(run_dir, plan.state.step, stopped)
+                print(
+                    summary(run_dir, plan.state, stopped, unigram_entropy=entropy, tokens_per_second=meter.mean_rate),
+                    flush=True,
+                )
+            barrier()  # or rank 0 could take for lost who has ended before it
         finish_process_group()
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
+
+
+def tell_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: float) -> int:
+    """Say that there is nothing to do; the exit status."""
+    if ranks.is_first:
+        print(f"nothing to do: the run is finished; train.steps above {state.step} would go on")
+        run_directory.write_status_if_free(run_dir, "finished", state.step)
+        print(summary(run_dir, state, None, unigram_entropy=entropy, tokens_per_second=None), flush=True)
+    return 0
 
 
 def load_start(plan: resume.StartPlan, engine: Engine) -> None:

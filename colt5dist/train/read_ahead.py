@@ -1,9 +1,9 @@
 """The samples of the next step, read before the ranks agree on this one: so a rank that has none does not hang them."""
 
+import math
 import queue
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -43,14 +43,15 @@ class ReadAhead:
             seconds: what it may take; less than the heartbeat allows, so that there is time for a checkpoint.
         """
         self._reading = self._reader.submit(lambda: next(self._batches))
-        deadline = time.monotonic() + seconds
+        looks = math.ceil(seconds / LOOK_SECONDS)  # counted, not timed: in a pause of all processes none is made
         while not self._reading.done() and not self._stop_wanted():
-            if time.monotonic() > deadline:
+            if looks == 0:
                 self.failure = DataWorkerError(
-                    f"no data came for {seconds:g} s: a disk or network that the shards are on hangs; if that may "
+                    f"no data came for {seconds:g} s; see that the disk or network of the shards is well; if that may "
                     "take so long, raise train.timeout_seconds (at start train.timeout_minutes)"
                 )
                 return
+            looks -= 1
             with suppress(FutureTimeoutError):
                 self._reading.exception(timeout=LOOK_SECONDS)
         if not self._reading.done():

@@ -100,7 +100,7 @@ def plan_start(
     run_id = read_run_id(run_dir)
     whole, passed_over = _sort_out(root, run_id, damaged or {})
     if not whole:
-        passed_over.update(dict.fromkeys(folders_put_aside(root), "was put aside by an earlier start"))
+        passed_over.update(dict.fromkeys(folders_put_aside(root), "was put aside earlier"))
     notes = [f"passed over {folder}: {problem}" for folder, problem in passed_over.items()]
     notes += [
         f"removed {folder}, which an interrupted save or deletion has left" for folder in unfinished_folders(root)
@@ -180,7 +180,7 @@ def plan_again(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int,
             break
         refusal = None
         if folder == plan.init_from:
-            refusal = f"init_from: {folder} is damaged: {damage}; name another checkpoint"
+            refusal = f"init_from: {folder} cannot be used: {damage}; name another checkpoint"
         else:
             damaged[folder] = damage
             try:

@@ -135,15 +135,16 @@ def record_end(run_dir: Path, step: int, stopped: str | None) -> None:
     try:
         write_status(run_dir, "stopped" if stopped else "finished", step, stopped)
     except OSError as error:
-        what = f"{run_dir / 'status.json'} cannot be written ({error.strerror}); the checkpoint of step {step} is whole"
+        whole = f"; the checkpoint of step {step} is whole" if step else ""
+        what = f"{run_dir / 'status.json'} cannot be written ({error.strerror}){whole}"
         print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
 def write_status_if_free(run_dir: Path, status: str, step: int) -> None:
     """The same for a folder of which this process is not sure to be the only one; what cannot be written is left."""
     with suppress(OSError):  # BlockingIOError: another run is in it; else an archive may be read-only
-        lock_for_life(run_dir / LOCK)
-        write_status(run_dir, status, step)
+        if lock_for_life(run_dir / LOCK):
+            write_status(run_dir, status, step)
 
 
 def _remove(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from colt5dist.errors import ConfigError
+from colt5dist.errors import ConfigError, SaveError
 
 EXIT_WRONG_INPUT = 2
 EXIT_SAVE_FAILED = 74
@@ -52,6 +52,9 @@ def ranks_from_environment() -> Ranks:
     )
     if ranks.rank >= world_size:
         raise ConfigError(f"RANK={ranks.rank}: not below WORLD_SIZE={world_size}; {_WHO_SETS_THEM}")
+    if ranks.local_rank >= ranks.local_world_size:
+        limit = f"{local_size}={ranks.local_world_size}"
+        raise ConfigError(f"LOCAL_RANK={ranks.local_rank}: not below {limit}; {_WHO_SETS_THEM}")
     return ranks
 
 
@@ -98,7 +101,7 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
         _skip_shared_memory_op()
     try:
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
-    except dist.DistError as error:
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise ConfigError(
             f"MASTER_ADDR, MASTER_PORT: {ranks.world_size} processes did not meet at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); see what the other hosts say"
@@ -174,7 +177,7 @@ def raise_together(problem: str | None, kind: type[Exception] = ConfigError) -> 
         raise error
 
 
-def exit_for_wrong_input(error: Exception, status: int = EXIT_WRONG_INPUT) -> int:
+def exit_for_wrong_input(error: ConfigError | SaveError, status: int = EXIT_WRONG_INPUT) -> int:
     """Report wrong input, or what else ends all ranks alike: rank 0 prints one line a problem, the others give it the
     time to do so. What another host found alone, or before the ranks could tell each other, its first rank prints.
 
@@ -187,7 +190,7 @@ def exit_for_wrong_input(error: Exception, status: int = EXIT_WRONG_INPUT) -> in
         ranks = ranks_from_environment()
     except ConfigError:  # which may be what is reported; a rank that does not know its number speaks too
         ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
-    if ranks.is_first or (ranks.local_rank == 0 and not getattr(error, "known_to_all", False)):
+    if ranks.is_first or (ranks.local_rank == 0 and not error.known_to_all):
         where = "" if ranks.is_first else f"host {socket.gethostname()}: "
         for line in str(error).splitlines():
             print(f"error: {where}{line}", file=sys.stderr, flush=True)

@@ -78,11 +78,11 @@ def roll_back(saver: Saver, config: RunConfig, state: TrainerState, ranks: Ranks
 
     What stays of the part that is undone: the counts of spikes and rollbacks, and the range of samples that are passed
     over from now on. The next checkpoint holds them. A run that is killed before it starts from the same checkpoint,
-    meets the same spike, and does the same again. A checkpoint that was changed after it was written is put aside, and
-    passed over for the next older one, which is said.
+    meets the same spike, and does the same again. A checkpoint that was changed after it was written, or cannot be
+    read, is renamed, and passed over for the next older one, which is said.
 
     Returns:
-        The checkpoint; None, and nothing is changed, if there is none.
+        The checkpoint; None, and weights, moments and state are as they were, if there is none.
 
     Raises:
         ConfigError: on all ranks, if some rank cannot read its part.

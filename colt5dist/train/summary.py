@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.monitor import read_metrics
 
@@ -23,7 +24,10 @@ def summary(
         unigram_entropy: entropy of the held-out target tokens' frequencies, nats: the loss of counting tokens alone.
         tokens_per_second: of this start; None if it trained no step.
     """
-    records = read_metrics(run_dir)
+    try:
+        records = read_metrics(run_dir)
+    except ConfigError:  # the run has ended well all the same
+        records = []
     evaluations = [r for r in records if r.get("eval/loss") is not None]
     first_loss = state.first_held_out_loss
     lines = [f"stopped at step {state.step} ({stopped})" if stopped else f"finished at step {state.step}"]

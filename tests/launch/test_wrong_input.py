@@ -199,6 +199,10 @@ PLACES = {
     "no processes": ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: not an integer of 1 or more; "),
     "empty": ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE=: not an integer of 1 or more; "),
     "beyond the world": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: not below WORLD_SIZE=2; "),
+    "beyond the host": (
+        {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
+        "LOCAL_RANK=1: not below LOCAL_WORLD_SIZE=1; ",
+    ),
     "no meeting": ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2: without LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
     "one of two": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
 }

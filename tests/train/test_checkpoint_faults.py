@@ -137,8 +137,10 @@ def test_a_start_sees_what_the_run_before_it_wrote_last(results: dict[str, dict[
     assert result["losses"][:4] == results["whole"]["losses"] and len(result["losses"]) == 5
 
 
-def test_what_cannot_be_read_keeps_its_name(tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk may be well again; what was changed is put aside."""
+def test_what_cannot_be_read_is_renamed_otherwise(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may be well again: then its name can be given back."""
 
     def unreadable(path: Path, *arguments: Any, **options: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error", str(path))
@@ -148,7 +150,8 @@ def test_what_cannot_be_read_keeps_its_name(tmp_path: Path, run_dir: Path, monke
         patches.setattr(marker, "open", unreadable, raising=False)
         damage = marker.find_difference(folder, lambda number, name: name.startswith("rank"))
     assert damage is not None and damage.what == "rank_00000.safetensors cannot be read (Input/output error)"
-    assert "keeps its name" in put_damaged_aside(folder, damage) and folder.exists()
+    assert put_damaged_aside(folder, damage).endswith("step_00000004.unread") and not folder.exists()
+    os.rename(folder.with_name("step_00000004.unread"), folder)
     path = folder / "rank_00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     damage = marker.find_difference(folder, lambda number, name: True)
@@ -159,7 +162,7 @@ def test_what_cannot_be_read_keeps_its_name(tmp_path: Path, run_dir: Path, monke
 def test_no_start_at_step_0_beside_checkpoints_that_were_put_aside(
     run_dir: Path, micro_settings: tuple[str, ...]
 ) -> None:
-    for name, ending in zip(WHOLE, ("damaged", "damaged-1", "replaced", "damaged"), strict=True):
+    for name, ending in zip(WHOLE, ("damaged", "damaged-1", "replaced", "unread"), strict=True):
         os.rename(run_dir / "checkpoints" / name, run_dir / "checkpoints" / f"{name}.{ending}")
     with pytest.raises(ConfigError, match=r"step_00000003.replaced: was put aside .*resume_allow=\[from_zero\]"):
         plan(run_dir, micro_settings)

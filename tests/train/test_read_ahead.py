@@ -72,6 +72,28 @@ STUCK = """
 """
 
 
+LOST = """
+    import multiprocessing, sys
+    from pathlib import Path
+    from colt5dist.data import DataConfig, training_batches
+    from colt5dist.data.loader import DataWorkerError
+    from colt5dist.data.shards import open_shards
+    from colt5dist.train.read_ahead import ReadAhead
+    from colt5dist.train.runtime import ranks_from_environment
+
+    batches = training_batches(
+        open_shards(Path(sys.argv[1])), DataConfig(input_length=96, target_length=40, num_workers=3), seed=0,
+        global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, first_sample=0,
+    )
+    stream = ReadAhead(batches, ranks_from_environment(), lambda: False, first_seconds=3600)
+    multiprocessing.active_children()[0].kill()
+    while stream.failure is None:
+        stream.read(3600)
+    print(type(stream.failure).__name__, flush=True)
+    raise stream.failure
+"""
+
+
 def wait_for_data(shards: Path, num_workers: int, *, allowed: float, signal_after: float) -> tuple[float, str]:
     """Wait for data that never comes; the seconds that it took, and how the wait was named."""
     arguments = [str(shards), str(num_workers), str(allowed), str(signal_after)]
@@ -102,7 +124,7 @@ def test_a_wait_that_would_never_end_is_a_named_error(shards: Path, num_workers:
     """A rank that is alone has no other that would miss it."""
     waited, failure = wait_for_data(shards, num_workers, allowed=0.5, signal_after=0)
     assert waited > 0.4
-    assert failure.startswith("no data came for 0.5 s: a disk or network that the shards are on hangs; ")
+    assert failure.startswith("no data came for 0.5 s; see that the disk or network of the shards is well; ")
 
 
 def test_a_reader_that_obeys_nothing_does_not_hold_up_the_end(shards: Path) -> None:
@@ -112,6 +134,15 @@ def test_a_reader_that_obeys_nothing_does_not_hold_up_the_end(shards: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "closed\n"
+
+
+def test_a_process_ends_that_has_lost_one_of_several_readers(shards: Path) -> None:
+    """The others ignore every signal but SIGKILL, and the error that is on its way out still holds them."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOST), str(shards)], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 1 and done.stdout == "DataWorkerError\n"
+    assert done.stderr.splitlines()[-1].startswith("colt5dist.data.loader.DataWorkerError: a reader process of rank 0")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from colt5dist.train.checkpoint.marker import FOLDER_NAME, FORMAT_VERSION, INDEX
 from colt5dist.train.checkpoint.state import TrainerState
 from colt5dist.train.config import OptimizerConfig
 
-ASIDE = re.compile(FOLDER_NAME.pattern + r"\.(damaged|replaced)(-\d+)?")
+ASIDE = re.compile(FOLDER_NAME.pattern + r"\.(damaged|unread|replaced)(-\d+)?")
 UNFINISHED = re.compile(r"\.step_\d{8,}\.(tmp|deleted)")
 
 
@@ -35,7 +35,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def folders_put_aside(root: Path) -> list[Path]:
-    """Checkpoints that were renamed because they were found damaged, or in the way of a new one."""
+    """Checkpoints that were renamed: found damaged, not readable, or in the way of a new one."""
     return sorted(path for path in root.glob("step_*") if ASIDE.fullmatch(path.name) and path.is_dir())
 
 

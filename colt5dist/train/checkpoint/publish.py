@@ -122,13 +122,12 @@ def put_aside(folder: Path, reason: str) -> Path:
 
 
 def put_damaged_aside(folder: Path, damage: Damage) -> str:
-    """Put aside a checkpoint whose sizes are right, so that nobody takes it for whole again; what the user is told."""
-    if damage.may_pass:
-        return f"{folder} keeps its name, for it may be as it was"
+    """Put aside a checkpoint whose sizes are right, so that no later start takes it; what the user is told."""
+    reason = "unread" if damage.may_pass else "damaged"
     try:
-        return f"renamed {folder} to {put_aside(folder, 'damaged').name}"
+        return f"renamed {folder} to {put_aside(folder, reason).name}"
     except OSError as error:
-        return f"{folder}: damaged, and cannot be renamed ({error.strerror})"
+        return f"{folder}: {reason}, and cannot be renamed ({error.strerror})"
 
 
 def _index(folder: Path, files: Sequence[FileEntry]) -> dict[str, Any]:
