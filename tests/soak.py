@@ -10,6 +10,9 @@ Within each step memory rises from a floor, the same to 0.2 %, to peaks a tenth 
 floor (the 10th percentile of a tenth of the run), where a leak shows, and the peaks (the 90th), where a heap that falls
 to pieces does. The median lies between the two and moves with the share of its time that a step spends at either, which
 depends on what else the machine does; it is printed only.
+
+The allocator's heap may take longer than the default warm-up to find its size (36 minutes with one thread); the plot
+shows when it has, and --warm-up-minutes says so.
 """
 
 import argparse
