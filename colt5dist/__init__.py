@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from colt5dist.model.causal_colt5 import CausalCoLT5
     from colt5dist.model.colt5 import CoLT5
     from colt5dist.model.config import CoLT5Config
-    from colt5dist.nn.autoregressive_block import ConditionalRoutedAutoregressiveBlock
-    from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
-    from colt5dist.nn.conditional_autoregressive_attention import ConditionalRoutedAutoregressiveAttention
-    from colt5dist.nn.conditional_block import ConditionalRoutedTransformerBlock
-    from colt5dist.nn.conditional_cross_attention import ConditionalRoutedCrossAttention
-    from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
-    from colt5dist.nn.conditional_image_attention import ConditionalRoutedImageAttention
-    from colt5dist.nn.router import CoordinateDescentRouter
+    from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
+    from colt5dist.nn.conditional.autoregressive_attention import ConditionalRoutedAutoregressiveAttention
+    from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutoregressiveBlock
+    from colt5dist.nn.conditional.block import ConditionalRoutedTransformerBlock
+    from colt5dist.nn.conditional.cross_attention import ConditionalRoutedCrossAttention
+    from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
+    from colt5dist.nn.conditional.image_attention import ConditionalRoutedImageAttention
+    from colt5dist.nn.routing.router import CoordinateDescentRouter
     from colt5dist.ops.soft_topk import soft_topk
     from colt5dist.ops.topk import topk
 
@@ -43,14 +43,14 @@ _HOMES = {
     "CausalCoLT5": "colt5dist.model.causal_colt5",
     "CoLT5": "colt5dist.model.colt5",
     "CoLT5Config": "colt5dist.model.config",
-    "ConditionalRoutedAttention": "colt5dist.nn.conditional_attention",
-    "ConditionalRoutedAutoregressiveAttention": "colt5dist.nn.conditional_autoregressive_attention",
-    "ConditionalRoutedAutoregressiveBlock": "colt5dist.nn.autoregressive_block",
-    "ConditionalRoutedCrossAttention": "colt5dist.nn.conditional_cross_attention",
-    "ConditionalRoutedFeedForward": "colt5dist.nn.conditional_feed_forward",
-    "ConditionalRoutedImageAttention": "colt5dist.nn.conditional_image_attention",
-    "ConditionalRoutedTransformerBlock": "colt5dist.nn.conditional_block",
-    "CoordinateDescentRouter": "colt5dist.nn.router",
+    "ConditionalRoutedAttention": "colt5dist.nn.conditional.attention",
+    "ConditionalRoutedAutoregressiveAttention": "colt5dist.nn.conditional.autoregressive_attention",
+    "ConditionalRoutedAutoregressiveBlock": "colt5dist.nn.conditional.autoregressive_block",
+    "ConditionalRoutedCrossAttention": "colt5dist.nn.conditional.cross_attention",
+    "ConditionalRoutedFeedForward": "colt5dist.nn.conditional.feed_forward",
+    "ConditionalRoutedImageAttention": "colt5dist.nn.conditional.image_attention",
+    "ConditionalRoutedTransformerBlock": "colt5dist.nn.conditional.block",
+    "CoordinateDescentRouter": "colt5dist.nn.routing.router",
     "soft_topk": "colt5dist.ops.soft_topk",
     "topk": "colt5dist.ops.topk",
 }

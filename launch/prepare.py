@@ -10,11 +10,11 @@ import io
 import sys
 
 from colt5dist.console import outlive_readers, status_of_report
-from colt5dist.data import prepare_arguments, shards
-from colt5dist.data.lengths import check_plot, plot_lengths
-from colt5dist.data.prepare import prepare
-from colt5dist.data.progress import progress
-from colt5dist.data.report import info_lines, summary_lines
+from colt5dist.data.prepare import settings
+from colt5dist.data.prepare.prepare import prepare
+from colt5dist.data.prepare.progress import progress
+from colt5dist.data.prepare.report import check_plot, info_lines, plot_lengths, summary_lines
+from colt5dist.data.read import shards
 from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
 from colt5dist.wording import count
@@ -22,7 +22,7 @@ from colt5dist.wording import count
 
 def run_prepare(arguments: list[str]) -> int:
     """Prepare the shards and say what they hold."""
-    config, histogram = prepare_arguments.parse_prepare(arguments, __doc__)
+    config, histogram = settings.parse_prepare(arguments, __doc__)
     check_plot(histogram)
     try:
         with progress() as report:
@@ -39,7 +39,7 @@ def run_prepare(arguments: list[str]) -> int:
 
 def run_verify(arguments: list[str]) -> int:
     """Name what is damaged: status 1 if anything is."""
-    options = prepare_arguments.parse_verify(arguments)
+    options = settings.parse_verify(arguments)
     verified = verify(options.shards, workers=options.workers)
     for line in verified.damage:
         print(f"damaged: {line}")
@@ -52,7 +52,7 @@ def run_verify(arguments: list[str]) -> int:
 
 def run_info(arguments: list[str]) -> int:
     """Say what is inside."""
-    options = prepare_arguments.parse_info(arguments)
+    options = settings.parse_info(arguments)
     check_plot(options.histogram)
     opened = shards.open_shards(options.shards)
     print("\n".join(info_lines(opened)))
@@ -63,12 +63,12 @@ def run_info(arguments: list[str]) -> int:
 
 def run_show(arguments: list[str]) -> int:
     """Show one sample."""
-    from colt5dist.train.show import show_sample  # late: it needs the trainer's configuration
+    from colt5dist.train.report.show_sample import show_sample  # late: it needs the trainer's configuration
 
-    options = prepare_arguments.parse_show(arguments)
+    options = settings.parse_show(arguments)
     colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
-    settings = [*options.settings, *([f"data.shards={options.shards}", "data.sources=[]"] if options.shards else [])]
-    lines = show_sample(options.config, settings, options.sample, world_size=options.world_size, colour=colour)
+    changes = [*options.settings, *([f"data.shards={options.shards}", "data.sources=[]"] if options.shards else [])]
+    lines = show_sample(options.config, changes, options.sample, world_size=options.world_size, colour=colour)
     print("\n".join(lines))
     return status_of_report()
 

@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print and end with status 2."""
         from colt5dist.errors import ConfigError
-        from colt5dist.train.runtime import exit_for_wrong_input
+        from colt5dist.train.ranks import exit_for_wrong_input
 
         sys.exit(exit_for_wrong_input(ConfigError(f"arguments: {message}; --help lists them")))
 
@@ -41,12 +41,12 @@ def main(arguments: list[str]) -> int:
     """Run; returns the exit status."""
     options = parse_arguments(arguments)
     # imported after the arguments are read, so that --help and a slip in them are answered at once
-    from colt5dist.train.launcher import launcher_processes
+    from colt5dist.train.guard.launcher import launcher_processes
 
     launcher_processes()  # remembered before the long imports: it may die in the meantime
     from colt5dist.errors import ConfigError, SaveError, TrainingFault
-    from colt5dist.train.config_file import config_to_yaml, load_config
-    from colt5dist.train.runtime import EXIT_SAVE_FAILED, exit_for_wrong_input, ranks_from_environment
+    from colt5dist.train.config.load import config_to_yaml, load_config
+    from colt5dist.train.ranks import EXIT_SAVE_FAILED, exit_for_wrong_input, ranks_from_environment
 
     try:
         ranks = ranks_from_environment()
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
                 print(config_to_yaml(config), end="")
             return status_of_report()
         if options.dry_run:
-            from colt5dist.train.dry_run import dry_run_report
+            from colt5dist.train.report.dry_run import dry_run_report
 
             if ranks.is_first:
                 print(dry_run_report(config, ranks.world_size))

@@ -105,7 +105,7 @@ def random_text(rng: random.Random, num_bytes: int) -> str:
 
 def write_short_texts(folder: Path, num_documents: int) -> Path:
     """Shards of documents of which each gives the micro model about one sample; the same ones on every machine."""
-    from colt5dist.data.corpus import CorpusWriter
+    from colt5dist.data.prepare.held_out_split import CorpusWriter
     from colt5dist.data.tokenizer import ByteTokenizer
 
     rng = random.Random(1)

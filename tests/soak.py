@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 
 from colt5dist.train.checkpoint import find_checkpoints
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.report.monitor import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (

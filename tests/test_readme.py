@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from colt5dist.train.config import RunConfig
-from colt5dist.train.config_file import config_leaves
+from colt5dist.train.config.load import config_leaves
+from colt5dist.train.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colt5dist.nn.conditional_autoregressive_attention import ConditionalRoutedAutoregressiveAttention
+from colt5dist.nn.conditional.autoregressive_attention import ConditionalRoutedAutoregressiveAttention
 from colt5dist.nn.embedding import Embedding
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.linear import Linear

@@ -18,12 +18,12 @@ import torch
 
 from colt5dist.benchmark import device_line
 from colt5dist.train.checkpoint import Saver, TrainerState, find_damage, load_checkpoint, read_marker, step_folder
-from colt5dist.train.checkpoint.publish import wait_for_deletions
-from colt5dist.train.config import RunConfig
-from colt5dist.train.config_file import load_config
-from colt5dist.train.engine import Engine, parameter_shapes
-from colt5dist.train.fragments import WEIGHT, create_optimizer_state, owned_fragments, refresh_parameters
-from colt5dist.train.runtime import (
+from colt5dist.train.checkpoint.commit import wait_for_deletions
+from colt5dist.train.config.load import load_config
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.engine import Engine, parameter_shapes
+from colt5dist.train.engine.fragments import WEIGHT, create_optimizer_state, owned_fragments, refresh_parameters
+from colt5dist.train.ranks import (
     barrier,
     finish_process_group,
     gather_objects,

@@ -27,26 +27,26 @@ from typing import Any
 
 import numpy as np
 
-from colt5dist.data.batch import make_batch
 from colt5dist.data.config import DataConfig
-from colt5dist.data.corpus import CorpusWriter
-from colt5dist.data.denoise import denoise
-from colt5dist.data.documents import read_items
-from colt5dist.data.encoding import Document
-from colt5dist.data.inputs import find_inputs
-from colt5dist.data.loader import training_batches
-from colt5dist.data.mixture import MIXTURES, lengths_of_mixture
-from colt5dist.data.objectives import Objective, sample_lengths, span_counts
-from colt5dist.data.philox import Stream, random_bits
-from colt5dist.data.plan import Plan
-from colt5dist.data.prepare import prepare
-from colt5dist.data.prepare_config import PrepareConfig
-from colt5dist.data.samples import Samples
-from colt5dist.data.shards import ShardSet, open_shards
+from colt5dist.data.order.mixture import MIXTURES, lengths_of_mixture
+from colt5dist.data.order.objectives import Objective, sample_lengths, span_counts
+from colt5dist.data.order.philox import Stream, random_bits
+from colt5dist.data.order.plan import Plan
+from colt5dist.data.prepare.documents import read_items
+from colt5dist.data.prepare.encoding import Document
+from colt5dist.data.prepare.held_out_split import CorpusWriter
+from colt5dist.data.prepare.inputs import find_inputs
+from colt5dist.data.prepare.prepare import prepare
+from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.prepare.train_tokenizer import train_tokenizer
+from colt5dist.data.read.batch import make_batch
+from colt5dist.data.read.denoise import denoise
+from colt5dist.data.read.loader import training_batches
+from colt5dist.data.read.samples import Samples
+from colt5dist.data.read.shards import ShardSet, open_shards
+from colt5dist.data.read.stream import TokenReader
 from colt5dist.data.standard_library import make_documents, read_sources
-from colt5dist.data.stream import TokenReader
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer
-from colt5dist.data.train_tokenizer import train_tokenizer
 
 Figures = dict[str, float]
 

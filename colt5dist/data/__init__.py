@@ -4,15 +4,17 @@ The way of the data: prepare writes shards, shards opens them, plan says which t
 reads them, denoise makes inputs and targets of them, loader hands out micro-batches.
 """
 
-from colt5dist.data.batch import Batch
 from colt5dist.data.checks import data_problems
 from colt5dist.data.config import DataConfig
-from colt5dist.data.held_out import held_out_batches, unigram_entropy
-from colt5dist.data.loader import training_batches
-from colt5dist.data.mixture import length_notes, parse_mixture, required_sentinels, text_tokens_of_sample
-from colt5dist.data.shards import ShardSet, open_shards
-from colt5dist.data.skip import SkipList
-from colt5dist.data.sources import Sources, open_sources
+from colt5dist.data.opening import open_sources
+from colt5dist.data.order.mixture import parse_mixture
+from colt5dist.data.order.skip import SkipList
+from colt5dist.data.read.batch import Batch
+from colt5dist.data.read.held_out import held_out_batches, unigram_entropy
+from colt5dist.data.read.loader import training_batches
+from colt5dist.data.read.shards import ShardSet, open_shards
+from colt5dist.data.read.sources import Sources
+from colt5dist.data.sample_lengths import length_notes, required_sentinels, text_tokens_of_sample
 from colt5dist.data.standard_library import STANDARD_LIBRARY, ensure_standard_library_shards
 
 __all__ = [

@@ -3,9 +3,10 @@
 import numpy as np
 
 from colt5dist.data.config import DataConfig
-from colt5dist.data.mixture import parse_mixture, required_sentinels
-from colt5dist.data.shards import ShardSet
-from colt5dist.data.sources import Sources, as_sources
+from colt5dist.data.order.mixture import parse_mixture
+from colt5dist.data.read.shards import ShardSet
+from colt5dist.data.read.sources import Sources, as_sources
+from colt5dist.data.sample_lengths import required_sentinels
 
 VOCABULARY_MULTIPLE = 128
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from colt5dist.data.mixture import lengths_of_mixture, parse_mixture
+from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 from colt5dist.errors import ConfigError
 
 MOST_WORKERS = 256
@@ -57,7 +57,7 @@ class DataConfig:
     num_workers: int = 1
     """Reader processes of a rank (0: the training process reads itself)."""
     mixture: Any = "colt5"
-    """The objectives, a name or a list of names (colt5dist/data/mixture.py): colt5, ul2, causal, prefix_lm(rate),
+    """The objectives, a name or a list of names (colt5dist/data/order/mixture.py): colt5, ul2, causal, prefix_lm(rate),
     span_corruption(mean, rate)."""
     num_sentinels: int | None = None
     """Sentinel ids reserved above the tokenizer's vocabulary (null: as many as the mixture needs)."""

@@ -10,6 +10,8 @@ from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+VALIDATION_FOLDER = "validation"
 FORMAT = "colt5dist shards"
 VERSION = 1
 

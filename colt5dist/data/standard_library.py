@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from platform import python_version
 
-from colt5dist.data.corpus import CorpusWriter
 from colt5dist.data.manifest import FORMAT, VERSION
+from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from colt5dist.data.corpus import TOKENIZER_NAME, VALIDATION_FOLDER
 from colt5dist.data.index import Index
-from colt5dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from colt5dist.data.shards import ShardSet, open_tokenizer
-from colt5dist.data.stream import TokenReader
+from colt5dist.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, VALIDATION_FOLDER, Manifest, read_manifest
+from colt5dist.data.read.shards import ShardSet, open_tokenizer
+from colt5dist.data.read.stream import TokenReader
 from colt5dist.errors import ConfigError
 
 HASHED_AT_ONCE = 1 << 22

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from colt5dist.nn.routing_memory import compiled_routing_policy, keep_routing_decisions
+from colt5dist.nn.routing.kept_routing import compiled_routing_policy, keep_routing_decisions
 
 ACTIVATION_CHECKPOINTING = ("none", "full", "full_keep_routing")
 

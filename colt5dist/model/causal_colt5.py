@@ -10,11 +10,11 @@ from colt5dist.model.config import CoLT5Config
 from colt5dist.model.dense_layer import weight_settings
 from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.model.vocabulary_loss import VocabularyLoss
-from colt5dist.nn.autoregressive_block import ConditionalRoutedAutoregressiveBlock
-from colt5dist.nn.autoregressive_decoding import BlockState, block_step, read_block
+from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutoregressiveBlock
+from colt5dist.nn.conditional.autoregressive_decoding import BlockState, block_step, read_block
 from colt5dist.nn.embedding import Embedding
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
 
 
 class CausalLayer(nn.Module):

@@ -6,7 +6,7 @@ import torch
 
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.routing_statistics import RoutedTokens
-from colt5dist.nn.router import Route
+from colt5dist.nn.routing.router import Route
 
 
 def router_settings(config: CoLT5Config, seed: int) -> dict[str, Any]:

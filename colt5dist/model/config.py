@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from colt5dist.nn.router import ROUTINGS
+from colt5dist.nn.routing.router import ROUTINGS
 from colt5dist.ops.soft_topk import soft_topk_problems
 
 ARCHITECTURES = ("encoder_decoder", "causal")

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from colt5dist.model.activation_checkpointing import run_layer
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.dense_layer import dense_feed_forward, dense_self_attention, weight_settings
-from colt5dist.nn.multi_query_attention import MultiQueryAttention
+from colt5dist.nn.attention.multi_query import MultiQueryAttention
+from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
 
 
 class DecoderLayer(nn.Module):

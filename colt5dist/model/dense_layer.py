@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from colt5dist.model.config import CoLT5Config
+from colt5dist.nn.attention.self_attention import SelfAttention
 from colt5dist.nn.feed_forward import FeedForward
-from colt5dist.nn.self_attention import SelfAttention
 
 
 def weight_settings(config: CoLT5Config, num_layers: int) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from colt5dist.model.conditional_layer import routed_tokens, router_settings
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.dense_layer import dense_feed_forward, dense_self_attention, weight_settings
 from colt5dist.model.routing_statistics import LayerRouting
-from colt5dist.nn.conditional_attention import ConditionalRoutedAttention
-from colt5dist.nn.conditional_feed_forward import ConditionalRoutedFeedForward
+from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
+from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.rotary import RotaryEmbedding, angle_dtype
 
 
 class ConditionalEncoderLayer(nn.Module):

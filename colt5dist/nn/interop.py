@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from colt5dist.nn.attention.rotary import RotaryEmbedding
 from colt5dist.nn.feed_forward import FeedForward
-from colt5dist.nn.rotary import RotaryEmbedding
-from colt5dist.nn.router import CoordinateDescentRouter
+from colt5dist.nn.routing.router import CoordinateDescentRouter
 
 ROUTER_PARTS = ("q_router", "kv_router")
 """Names there of the routers that one router with two groups of routes stands for here."""

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 
-from colt5dist.data.batch import Batch
-from colt5dist.train.engine import Engine, to_device
+from colt5dist.data.read.batch import Batch
+from colt5dist.train.engine.engine import Engine, to_device
 from colt5dist.train.losses import LossMeans, LossSums
-from colt5dist.train.monitor import Record
+from colt5dist.train.report.monitor import Record
 
 
 class CutShortError(Exception):

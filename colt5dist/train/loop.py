@@ -5,25 +5,25 @@ from dataclasses import dataclass, replace
 from torch.profiler import record_function
 
 from colt5dist.data import Batch, held_out_batches, training_batches
-from colt5dist.data.loader import TrainingBatches
+from colt5dist.data.read.loader import TrainingBatches
 from colt5dist.errors import ConfigError
-from colt5dist.train import gradients
-from colt5dist.train.accounting import step_flops
 from colt5dist.train.checkpoint import TrainerState
-from colt5dist.train.config import RunConfig
-from colt5dist.train.engine import to_device
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine import gradients
+from colt5dist.train.engine.engine import to_device
+from colt5dist.train.engine.schedule import learning_rate
 from colt5dist.train.evaluation import CutShortError, evaluate
-from colt5dist.train.health import Health, LocalBatch
+from colt5dist.train.guard.health import Health, LocalBatch
+from colt5dist.train.guard.spikes import ranges_to_skip, skip_list
+from colt5dist.train.guard.stop import StopReason
 from colt5dist.train.losses import LossMeans, LossSums, count_target_tokens, training_loss
-from colt5dist.train.monitor import Record
-from colt5dist.train.profile import Profile
+from colt5dist.train.ranks import raise_together
 from colt5dist.train.read_ahead import ReadAhead
-from colt5dist.train.routing import record_routing
+from colt5dist.train.report.accounting import step_flops
+from colt5dist.train.report.monitor import Record
+from colt5dist.train.report.profile import Profile
+from colt5dist.train.report.routing_record import record_routing
 from colt5dist.train.run import Run
-from colt5dist.train.runtime import raise_together
-from colt5dist.train.schedule import learning_rate
-from colt5dist.train.spikes import ranges_to_skip, skip_list
-from colt5dist.train.stop import StopReason
 from colt5dist.wording import count
 
 DATA_SHARE = 0.75

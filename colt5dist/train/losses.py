@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from colt5dist.data.batch import Batch
+from colt5dist.data.read.batch import Batch
 from colt5dist.model.colt5 import CoLT5Output
-from colt5dist.train.runtime import sum_over_ranks
+from colt5dist.train.ranks import sum_over_ranks
 
 
 class LossSums:

@@ -15,18 +15,15 @@ from colt5dist.data import (
 )
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
-from colt5dist.train.accounting import step_flops, tokens_of_run
 from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
-from colt5dist.train.config import RunConfig
-from colt5dist.train.engine import Engine, device_problems, num_elements, parameter_shapes
-from colt5dist.train.failures import failures_kept
-from colt5dist.train.fragments import refresh_parameters
-from colt5dist.train.heartbeat import Heartbeat
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
+from colt5dist.train.engine.fragments import refresh_parameters
+from colt5dist.train.guard.failures import failures_kept
+from colt5dist.train.guard.heartbeat import Heartbeat
+from colt5dist.train.guard.stop import StopReason, StopRequests
 from colt5dist.train.loop import train
-from colt5dist.train.meter import Meter
-from colt5dist.train.monitor import Monitor
-from colt5dist.train.run import Run
-from colt5dist.train.runtime import (
+from colt5dist.train.ranks import (
     EXIT_STOPPED,
     Ranks,
     barrier,
@@ -35,8 +32,11 @@ from colt5dist.train.runtime import (
     initialise_process_group,
     raise_together,
 )
-from colt5dist.train.stop import StopReason, StopRequests
-from colt5dist.train.summary import summary
+from colt5dist.train.report.accounting import step_flops, tokens_of_run
+from colt5dist.train.report.meter import Meter
+from colt5dist.train.report.monitor import Monitor
+from colt5dist.train.report.summary import summary
+from colt5dist.train.run import Run
 from colt5dist.wording import count
 
 MANY_PASSES = 4

@@ -11,10 +11,10 @@ from contextlib import suppress
 
 import torch
 
-from colt5dist.data.batch import Batch
-from colt5dist.data.loader import DataWorkerError, TrainingBatches
+from colt5dist.data.read.batch import Batch
+from colt5dist.data.read.loader import DataWorkerError, TrainingBatches
 from colt5dist.errors import ConfigError
-from colt5dist.train.runtime import Ranks, raise_together
+from colt5dist.train.ranks import Ranks, raise_together
 
 LOOK_SECONDS = 0.2
 

@@ -26,12 +26,12 @@ from colt5dist.train.checkpoint import (
     size_problem,
     unfinished_folders,
 )
-from colt5dist.train.config import RunConfig
-from colt5dist.train.config_file import ALLOW_FROM_ZERO, config_leaves, saved_leaves
-from colt5dist.train.engine import num_elements
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.config.load import ALLOW_FROM_ZERO, config_leaves, saved_leaves
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.engine import num_elements
+from colt5dist.train.ranks import Ranks, broadcast_from_first, raise_together
+from colt5dist.train.report.monitor import read_metrics
 from colt5dist.train.run_directory import RUN_ID, read_run_id
-from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
 
 MAY_CHANGE = (
     "run_dir",

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from colt5dist.data import Sources, parse_mixture
 from colt5dist.train.checkpoint import Saver, TrainerState
-from colt5dist.train.config import RunConfig
-from colt5dist.train.engine import Engine
-from colt5dist.train.heartbeat import Heartbeat
-from colt5dist.train.meter import Meter
-from colt5dist.train.monitor import Monitor
-from colt5dist.train.runtime import Ranks
-from colt5dist.train.stop import StopRequests
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.engine import Engine
+from colt5dist.train.guard.heartbeat import Heartbeat
+from colt5dist.train.guard.stop import StopRequests
+from colt5dist.train.ranks import Ranks
+from colt5dist.train.report.meter import Meter
+from colt5dist.train.report.monitor import Monitor
 
 
 @dataclass(kw_only=True)

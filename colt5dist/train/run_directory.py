@@ -22,9 +22,9 @@ import colt5dist
 from colt5dist.errors import ConfigError
 from colt5dist.files import lock_for_life, write_whole
 from colt5dist.train.checkpoint import unfinished_folders
-from colt5dist.train.config import RunConfig
-from colt5dist.train.config_file import config_to_yaml
-from colt5dist.train.runtime import Ranks, broadcast_from_first, raise_together
+from colt5dist.train.config.load import config_to_yaml
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.ranks import Ranks, broadcast_from_first, raise_together
 
 RUN_ID = "run_id"
 """File with a random name of the run, drawn at its first start."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from colt5dist.data.corpus import CorpusWriter
-from colt5dist.data.shards import ShardSet, open_shards
+from colt5dist.data.prepare.held_out_split import CorpusWriter
+from colt5dist.data.read.shards import ShardSet, open_shards
 from colt5dist.data.tokenizer import ByteTokenizer, Tokenizer
 
 MakeShards = Callable[..., ShardSet]

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from colt5dist.data.checks import data_problems
 from colt5dist.data.config import DataConfig
-from colt5dist.data.mixture import required_sentinels
-from colt5dist.data.shards import ShardSet
+from colt5dist.data.read.shards import ShardSet
+from colt5dist.data.sample_lengths import required_sentinels
 
 
 def test_the_default_is_right() -> None:

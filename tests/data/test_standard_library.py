@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from colt5dist.data import standard_library
-from colt5dist.data.shards import open_shards
+from colt5dist.data.read.shards import open_shards
 from colt5dist.data.standard_library import (
     LARGEST,
     SMALLEST,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from colt5dist.data import DataConfig
-from colt5dist.data.samples import Samples
-from colt5dist.data.shards import ShardSet, open_shards
-from colt5dist.train.monitor import read_metrics
+from colt5dist.data.read.samples import Samples
+from colt5dist.data.read.shards import ShardSet, open_shards
+from colt5dist.train.report.monitor import read_metrics
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
 SCHEDULE = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from colt5dist.train.config_file import config_leaves, load_config
+from colt5dist.train.config.load import config_leaves, load_config
 
 Main = Callable[[list[str]], int]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

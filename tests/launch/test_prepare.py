@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colt5dist.data.shards import open_shards
+from colt5dist.data.read.shards import open_shards
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "prepare.py"
 

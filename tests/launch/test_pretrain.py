@@ -15,7 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colt5dist.train.checkpoint import find_checkpoints
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.report.monitor import read_metrics
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import MICRO_SETTINGS, ROOT, Pretrain, trainer_environment
 
 from colt5dist.train.checkpoint import find_checkpoints
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.report.monitor import read_metrics
 
 HOLD = "import sys; from colt5dist.files import lock_for_life; from pathlib import Path; "
 HOLD += "print(lock_for_life(Path(sys.argv[1])), flush=True); sys.stdin.read()"

@@ -161,7 +161,7 @@ def test_what_another_host_finds_alone_is_said_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By its first rank, for rank 0 cannot know of it."""
-    monkeypatch.setattr("colt5dist.train.runtime.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("colt5dist.train.ranks.time.sleep", lambda seconds: None)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank, local_rank in ((2, 0), (3, 1)):

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colt5dist.model import CoLT5, CoLT5Config
-from colt5dist.nn.routing_tokens import RoutingTokens
+from colt5dist.nn.routing.routing_tokens import RoutingTokens
 
 MODES = ["none", "full", "full_keep_routing"]
 

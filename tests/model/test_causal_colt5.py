@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.model import routing_statistics
 from colt5dist.model.activation_checkpointing import run_layer
-from colt5dist.nn.routing_tokens import RoutingTokens
-from colt5dist.train.accounting import forward_multiply_adds
+from colt5dist.nn.routing.routing_tokens import RoutingTokens
+from colt5dist.train.report.accounting import forward_multiply_adds
 
 WINDOW, LENGTH = 16, 90
 CAUSAL = {

@@ -7,10 +7,10 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
-import colt5dist.nn.router
+import colt5dist.nn.routing.router
 from colt5dist import nn
 from colt5dist.model.activation_checkpointing import run_layer
-from colt5dist.nn.routing_memory import keep_routing_decisions
+from colt5dist.nn.routing.kept_routing import keep_routing_decisions
 from colt5dist.ops.select_topk import select_topk
 
 B, N, D = 2, 64, 16
@@ -205,7 +205,7 @@ def test_near_ties_that_fall_the_other_way_in_the_second_run(name, keeps, contex
 
         return run
 
-    monkeypatch.setattr(colt5dist.nn.router, "select_topk", other_in_the_second_run)
+    monkeypatch.setattr(colt5dist.nn.routing.router, "select_topk", other_in_the_second_run)
     arguments = {} if context_fn is None else {"context_fn": context_fn}
     layer = module.layers[0]
     first = results(layer, x, mask, layer_of(layer))

@@ -20,7 +20,7 @@ from colt5dist.nn import (
     ConditionalRoutedImageAttention,
     ConditionalRoutedTransformerBlock,
 )
-from colt5dist.train.runtime import finish_process_group, initialise_process_group, ranks_from_environment
+from colt5dist.train.ranks import finish_process_group, initialise_process_group, ranks_from_environment
 
 D, N = 16, 64
 HEADS = {"light_heads": 2, "light_dim_head": 8, "heavy_heads": 2, "heavy_dim_head": 8}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.report.monitor import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.report.monitor import read_metrics
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
 

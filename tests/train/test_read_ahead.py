@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from colt5dist.data.corpus import CorpusWriter
+from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.train.checkpoint import find_checkpoints
-from colt5dist.train.monitor import read_metrics
+from colt5dist.train.report.monitor import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,10 +26,10 @@ HANGING = """
     import os, signal, sys, time
     from pathlib import Path
     from colt5dist.data import DataConfig, training_batches
-    from colt5dist.data.shards import open_shards
+    from colt5dist.data.read.shards import open_shards
     from colt5dist.train.read_ahead import ReadAhead
-    from colt5dist.train.runtime import ranks_from_environment
-    from colt5dist.train.stop import StopRequests
+    from colt5dist.train.ranks import ranks_from_environment
+    from colt5dist.train.guard.stop import StopRequests
 
     folder, num_workers = Path(sys.argv[1]), int(sys.argv[2])
     shards = open_shards(folder)
@@ -55,9 +55,9 @@ STUCK = """
     import multiprocessing, os, signal, sys
     from pathlib import Path
     from colt5dist.data import DataConfig, training_batches
-    from colt5dist.data.shards import open_shards
+    from colt5dist.data.read.shards import open_shards
     from colt5dist.train.read_ahead import ReadAhead
-    from colt5dist.train.runtime import ranks_from_environment
+    from colt5dist.train.ranks import ranks_from_environment
 
     batches = training_batches(
         open_shards(Path(sys.argv[1])), DataConfig(input_length=96, target_length=40, num_workers=2), seed=0,
@@ -76,10 +76,10 @@ LOST = """
     import multiprocessing, sys
     from pathlib import Path
     from colt5dist.data import DataConfig, training_batches
-    from colt5dist.data.loader import DataWorkerError
-    from colt5dist.data.shards import open_shards
+    from colt5dist.data.read.loader import DataWorkerError
+    from colt5dist.data.read.shards import open_shards
     from colt5dist.train.read_ahead import ReadAhead
-    from colt5dist.train.runtime import ranks_from_environment
+    from colt5dist.train.ranks import ranks_from_environment
 
     batches = training_batches(
         open_shards(Path(sys.argv[1])), DataConfig(input_length=96, target_length=40, num_workers=3), seed=0,
@@ -142,7 +142,9 @@ def test_a_process_ends_that_has_lost_one_of_several_readers(shards: Path) -> No
         [sys.executable, "-c", textwrap.dedent(LOST), str(shards)], capture_output=True, text=True, timeout=90
     )
     assert done.returncode == 1 and done.stdout == "DataWorkerError\n"
-    assert done.stderr.splitlines()[-1].startswith("colt5dist.data.loader.DataWorkerError: a reader process of rank 0")
+    assert done.stderr.splitlines()[-1].startswith(
+        "colt5dist.data.read.loader.DataWorkerError: a reader process of rank 0"
+    )
 
 
 @dataclass

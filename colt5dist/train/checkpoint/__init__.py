@@ -10,7 +10,9 @@ It is written as `.step_00001000.tmp` and renamed once COMPLETE is in it: what h
 later. Loading reads the slices that overlap what a rank owns now, whatever world size and stage wrote them.
 """
 
-from colt5dist.train.checkpoint.layout import (
+from colt5dist.train.checkpoint.commit import put_damaged_aside
+from colt5dist.train.checkpoint.complete_file import COMPLETE, Damage, json_problem, read_marker, size_problem
+from colt5dist.train.checkpoint.folders import (
     checkpoint_bytes,
     checkpoint_folders,
     find_checkpoints,
@@ -24,11 +26,9 @@ from colt5dist.train.checkpoint.layout import (
     step_folder,
     unfinished_folders,
 )
-from colt5dist.train.checkpoint.marker import COMPLETE, Damage, json_problem, read_marker, size_problem
-from colt5dist.train.checkpoint.publish import put_damaged_aside
-from colt5dist.train.checkpoint.reader import find_damage, load_checkpoint, read_fragments
-from colt5dist.train.checkpoint.saver import Saver
-from colt5dist.train.checkpoint.state import TrainerState
+from colt5dist.train.checkpoint.read import find_damage, load_checkpoint, read_fragments
+from colt5dist.train.checkpoint.save import Saver
+from colt5dist.train.checkpoint.trainer_state import TrainerState
 
 __all__ = [
     "COMPLETE",

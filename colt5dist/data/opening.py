@@ -1,0 +1,37 @@
+"""Opens the shard sets that a configuration names; those of the standard library are made where they are missing."""
+
+from pathlib import Path
+
+from colt5dist.data.config import DataConfig
+from colt5dist.data.read.shards import open_shards
+from colt5dist.data.read.sources import Sources
+from colt5dist.data.standard_library import STANDARD_LIBRARY, ensure_standard_library_shards
+from colt5dist.errors import ConfigError
+
+
+def open_sources(config: DataConfig) -> Sources:
+    """Open the shard sets of a configuration; the standard library's are made where they are missing.
+
+    Raises:
+        ConfigError: one is missing or damaged, or they do not go together.
+    """
+    named = [(source.shards, source.weight) for source in config.sources] or [(config.shards, 1.0)]
+    cache_bytes = int(config.cache_gb * 1e9)
+    parts = [
+        open_shards(
+            ensure_standard_library_shards() if shards == STANDARD_LIBRARY else _path(shards), cache_bytes=cache_bytes
+        )
+        for shards, _ in named
+    ]
+    first = parts[0].tokenizer.fingerprint
+    for number, part in enumerate(parts):
+        if part.tokenizer.fingerprint != first:
+            raise ConfigError(
+                f"data.sources[{number}].shards: {named[number][0]} was made with another tokenizer than "
+                f"{named[0][0]}; prepare it with the same"
+            )
+    return Sources(tuple(parts), tuple(weight for _, weight in named))
+
+
+def _path(shards: str) -> str | Path:
+    return shards if "://" in shards else Path(shards)

@@ -1,0 +1,1 @@
+"""From text files to shards: finding inputs, reading documents, tokenizing, writing."""

@@ -1,0 +1,176 @@
+"""Writes all documents of the inputs to a partial folder of shards, and goes on there after a kill.
+
+Now and then everything is brought to the disk and the place in the inputs is written to the state file; a new start
+cuts off what was written later and goes on from there.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from colt5dist.data.prepare.documents import Item, Problems, read_items
+from colt5dist.data.prepare.duplicates import SeenTexts
+from colt5dist.data.prepare.encoding import Document, Encode
+from colt5dist.data.prepare.held_out_split import CorpusWriter
+from colt5dist.data.prepare.inputs import InputFile
+from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.tokenizer import Tokenizer
+from colt5dist.errors import ConfigError
+from colt5dist.files import write_whole
+
+STATE_NAME = "state.json"
+LOCK_NAME = "lock"
+SEEN_NAME = "seen-texts"
+TRAINED_PATTERN = "trained-*.json"
+REPORT_SECONDS = 0.1
+
+Report = Callable[[int, int, CorpusWriter], None]
+Place = dict[str, int]
+
+
+def write_shards(
+    config: PrepareConfig,
+    job: dict[str, Any],
+    tokenizer: Tokenizer,
+    encode: Encode,
+    files: list[InputFile],
+    partial: Path,
+    report: Report | None,
+) -> None:
+    """Write all documents and both manifests to `partial`, going on from the state that is saved there.
+
+    Args:
+        config: the settings.
+        job: what decides the result; an earlier start must have had the same.
+        tokenizer: makes the ids.
+        encode: calls it, perhaps in other processes.
+        files: the inputs.
+        partial: the folder; its lock is held.
+        report: called up to ten times a second with the bytes of the inputs that are done, all bytes, and the writer.
+
+    Raises:
+        ConfigError: there is no text, the folder was begun with other inputs or settings, or, where the settings are
+            strict, a document cannot be read.
+    """
+    state = read_state(partial, job)
+    place = state["place"] if state else _start(0)
+    problems = Problems(**state["problems"]) if state else Problems()
+    check_strict(config.strict, problems, partial)
+    if not state:
+        _clear(partial)  # shards of an earlier start that saved no state; they may be of other inputs
+    writer = CorpusWriter(
+        partial,
+        tokenizer,
+        validation_fraction=config.validation_fraction,
+        shard_bytes=config.shard_bytes,
+        state=state["writer"] if state else None,
+    )
+    seen = SeenTexts(partial / SEEN_NAME, state["seen"] if state else None) if config.deduplicate else None
+
+    def save() -> None:
+        state = {"job": job, "place": place, "problems": asdict(problems), "writer": writer.save()}
+        state["seen"] = seen.save() if seen else 0
+        write_whole(partial / STATE_NAME, json.dumps(state).encode())
+
+    def add(document: Document) -> str:
+        """Add a document; returns the kind of its problem if it has one."""
+        if not len(document.tokens):
+            return "empty"
+        if len(document.tokens) < config.min_document_tokens:
+            problems.leave_out(f"of fewer than {config.min_document_tokens} tokens")
+        elif seen and not seen.add(document.digest):
+            problems.leave_out("duplicate")
+        else:
+            writer.add_document(document)
+        return ""
+
+    saved, reported = time.monotonic(), -math.inf
+    bytes_before = [0]
+    for file in files:
+        bytes_before.append(bytes_before[-1] + file.bytes)
+    for (number, item), document in encode(_read_all(files, config.text_key, place)):
+        kind = item.problem if document is None else add(document)
+        if kind:
+            problems.add(kind, files[number], item.line)
+            if config.strict:
+                where = f"{files[number].path}:{item.line}" if item.line else f"{files[number].path}"
+                raise ConfigError(
+                    f"{where}: is {kind}; mend the file and delete {partial}, or leave out --strict to go on"
+                )
+        place = {"file": number, "offset": item.offset, "line": item.line} if not item.ends_file else _start(number + 1)
+        if time.monotonic() - saved >= config.commit_seconds:
+            save()
+            saved = time.monotonic()
+        if report and time.monotonic() - reported >= REPORT_SECONDS:
+            reported = time.monotonic()
+            report(bytes_before[number] + item.file_position, job["bytes"], writer)
+    place = _start(len(files))
+    if not writer.num_documents:
+        remove(partial)
+        left_out = "".join(f"; {line}" for line in problems.lines())
+        raise ConfigError(f"--input: {len(files)} files hold no document{left_out}; name files with text in them")
+    save()
+    if seen:
+        seen.close()
+    source = {"job": job, "left_out": problems.counts, "unwanted": problems.unwanted}
+    try:
+        writer.close({**source, "document_lengths": writer.length_counts})
+    except ConfigError:
+        remove(partial)
+        raise
+
+
+def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], str | None]]:
+    """Number of the file, item and text of everything from `place` on."""
+    for number, file in enumerate(files[place["file"] :], start=place["file"]):
+        for item in read_items(file, text_key=text_key, offset=place["offset"], line=place["line"]):
+            yield (number, item), item.text
+        place = _start(number + 1)
+
+
+def check_strict(strict: bool, problems: Problems, folder: Path) -> None:
+    """ConfigError if an earlier start without --strict left documents out."""
+    if strict and problems.counts:
+        lines = Problems(counts=problems.counts, examples=problems.examples).lines()
+        raise ConfigError(
+            f"--output: {folder} was made without --strict; {'; '.join(lines)}; mend the files and delete "
+            "it, or leave out --strict"
+        )
+
+
+def _clear(partial: Path) -> None:
+    """Remove what an earlier start wrote, but for the lock, which is held, and a tokenizer that was trained for it."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_NAME and not path.match(TRAINED_PATTERN):
+            path.unlink()
+
+
+def remove(partial: Path) -> None:
+    """Remove a folder in which there is nothing to go on from, the lock last: it tells that the folder is ours."""
+    _clear(partial)
+    shutil.rmtree(partial)
+
+
+def _start(file: int) -> dict[str, int]:
+    """The place where an input file begins."""
+    return {"file": file, "offset": 0, "line": 0}
+
+
+def read_state(partial: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of an earlier start; None if there is none, ConfigError if it was another work."""
+    try:
+        state = json.loads((partial / STATE_NAME).read_bytes())
+    except FileNotFoundError:
+        return None
+    if state["job"] != job:
+        raise ConfigError(
+            f"--output: {partial} was begun with other inputs or settings; delete it, or repeat the command of then"
+        )
+    return state

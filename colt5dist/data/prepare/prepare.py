@@ -1,0 +1,161 @@
+"""Makes shards from text files: once started, it can be killed at any moment and started again.
+
+The shards grow in `OUTPUT.partial`. When all is written, the folder gets its final name in one rename. The result
+depends on the inputs and the settings alone, byte by byte; whether they are those of an earlier start is told by the
+files' names, sizes, and first and last 64 KiB.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
+from colt5dist.data.prepare.documents import Problems
+from colt5dist.data.prepare.encoding import encoder
+from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
+from colt5dist.data.prepare.inputs import InputFile, find_inputs
+from colt5dist.data.prepare.partial_folder import (
+    LOCK_NAME,
+    SEEN_NAME,
+    STATE_NAME,
+    TRAINED_PATTERN,
+    Report,
+    check_strict,
+    read_state,
+    write_shards,
+)
+from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.prepare.train_tokenizer import train_tokenizer
+from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from colt5dist.errors import ConfigError
+from colt5dist.files import fsync_path, fsync_tree, locked, write_whole
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` made."""
+
+    manifest: Manifest
+    """Of the training set."""
+    validation: Manifest
+    """Of the held-out set."""
+    problems: Problems
+    """Documents left out; without places if the folder was already there."""
+    was_there: bool
+    """The folder was already there, made from the same inputs with the same settings."""
+
+
+def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
+    """Make `config.output` from the inputs, or finish an earlier start of the same work.
+
+    Args:
+        config: what to read and write.
+        report: called up to ten times a second with the bytes of the inputs that are done, all bytes, and the writer.
+
+    Raises:
+        ConfigError: the inputs or settings are wrong, or the output folder holds something else.
+    """
+    if problems := config.problems():
+        raise ConfigError("\n".join(problems))
+    given = JsonTokenizer(config.tokenizer) if config.tokenizer else ByteTokenizer()
+    # without links: a link could not be replaced by the finished folder
+    output = Path(os.path.realpath(config.output))
+    if output.is_mount():
+        raise ConfigError(f"--output: {output} cannot be made by renaming; give a new folder below it")
+    partial = output.with_name(output.name + ".partial")
+    files = find_inputs(config.input, made=(partial,))
+    job = {
+        "tokenizer": f"trained, {config.train_tokenizer} ids" if config.train_tokenizer else given.fingerprint,
+        "files": len(files),
+        "bytes": sum(file.bytes for file in files),
+        "inputs": _inputs_key(files),
+        "validation_fraction": config.validation_fraction,
+        "text_key": config.text_key,
+        "shard_bytes": config.shard_bytes,
+        "min_document_tokens": config.min_document_tokens,
+        "deduplicate": config.deduplicate,
+    }
+    try:
+        if not _is_empty(output):
+            return _already_there(output, job, config.strict)
+        if not _is_empty(partial) and not any((partial / name).exists() for name in (LOCK_NAME, MANIFEST_NAME)):
+            raise ConfigError(f"--output: {partial} is needed, and holds something else; move it, or give a new folder")
+        partial.mkdir(parents=True, exist_ok=True)
+        tokenizer = _trained_tokenizer(config, job, files, partial) if config.train_tokenizer else given
+        # the processes are there before the lock is taken, so that none keeps it when this one is killed
+        with encoder(tokenizer, config.workers) as encode, locked(partial / LOCK_NAME, wait=False):
+            if not (partial / MANIFEST_NAME).exists():
+                write_shards(config, job, tokenizer, encode, files, partial, report)
+            problems_found = _publish(partial, output, job, config.strict)
+            return Prepared(
+                read_manifest(output), read_manifest(output / VALIDATION_FOLDER), problems_found, was_there=False
+            )
+    except BlockingIOError:
+        raise ConfigError(f"--output: {output} is being written by another prepare; wait for it to end") from None
+    except OSError as error:
+        where = error.filename or output
+        raise ConfigError(f"--output: {where} cannot be written ({error.strerror}); mend it and start again") from None
+
+
+def _inputs_key(files: list[InputFile]) -> str:
+    try:
+        return hashlib.sha256("".join(file.content_key for file in files).encode()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--input: {error.filename} cannot be read ({error.strerror}); mend its rights") from None
+
+
+def _trained_tokenizer(config: PrepareConfig, job: dict[str, Any], files: list[InputFile], partial: Path) -> Tokenizer:
+    """The tokenizer that the inputs give; trained once, also when the work is interrupted after that."""
+    assert config.train_tokenizer is not None
+    key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    path = partial / TRAINED_PATTERN.replace("*", key)
+    with locked(partial / LOCK_NAME, wait=False):
+        if not path.exists():
+            below = held_out_below(config.validation_fraction)
+            content = train_tokenizer(
+                files, vocab_size=config.train_tokenizer, text_key=config.text_key, held_out_below=below
+            )
+            write_whole(path, content)
+    return JsonTokenizer(path)
+
+
+def _is_empty(output: Path) -> bool:
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
+
+
+def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
+    """The finished work of an earlier start; ConfigError if the folder holds anything else."""
+    if not (output / MANIFEST_NAME).exists():
+        raise ConfigError(f"--output: {output} exists and holds no shards; give a new folder")
+    manifest = read_manifest(output)
+    if manifest.source.get("job") != job:
+        raise ConfigError(f"--output: {output} holds shards of other inputs or settings; give a new folder")
+    problems = _problems_of(manifest)
+    check_strict(strict, problems, output)
+    return Prepared(manifest, read_manifest(output / VALIDATION_FOLDER), problems, was_there=True)
+
+
+def _problems_of(manifest: Manifest) -> Problems:
+    """What was left out, without the places."""
+    return Problems(counts=manifest.source["left_out"], unwanted=manifest.source["unwanted"])
+
+
+def _publish(partial: Path, output: Path, job: dict[str, Any], strict: bool) -> Problems:
+    """Give the finished folder its name; returns what was left out."""
+    state = read_state(partial, job)
+    manifest = read_manifest(partial)
+    if manifest.source["job"] != job:
+        raise ConfigError(f"--output: {partial} was made from other inputs or settings; delete it")
+    problems = Problems(**state["problems"]) if state else _problems_of(manifest)
+    check_strict(strict, problems, partial)
+    for name in (STATE_NAME, SEEN_NAME, LOCK_NAME):
+        (partial / name).unlink(missing_ok=True)
+    for leftover in (*partial.glob(WAITING_PATTERN), *partial.glob(TRAINED_PATTERN), *partial.glob("**/*.tmp")):
+        leftover.unlink()
+    fsync_tree(partial)
+    os.rename(partial, output)
+    fsync_path(output.parent)
+    return problems

@@ -1,0 +1,76 @@
+"""What a folder of shards holds: lines for the terminal, and a picture of how long the documents are."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from colt5dist.data.manifest import Manifest
+from colt5dist.data.prepare.documents import Problems
+from colt5dist.data.read.shards import ShardSet
+from colt5dist.errors import ConfigError
+from colt5dist.wording import count
+
+BAR_WIDTH = 40
+
+
+def summary_lines(training: Manifest, validation: Manifest, problems: Problems) -> list[str]:
+    """What was made: counts, what was left out, and how long the documents are."""
+    lines = [
+        f"{name}: {count(part.documents, 'document')}, {count(part.tokens, 'token')}, "
+        f"{count(len(part.shards), 'shard')}"
+        for name, part in (("training", training), ("held out", validation))
+    ]
+    lines += problems.lines()
+    counts = training.source.get("document_lengths")
+    return lines + (length_lines(counts) if counts else [])
+
+
+def info_lines(shards: ShardSet) -> list[str]:
+    """The same of a folder that was opened, with its tokenizer, its bytes, and what it was made from."""
+    manifest, entry = shards.manifest, shards.manifest.tokenizer
+    source = manifest.source
+    problems = Problems(counts=source.get("left_out", {}), unwanted=source.get("unwanted", {}))
+    size = sum(part.bytes for held in (manifest, shards.validation.manifest) for part in held.shards)
+    lines = [
+        f"fingerprint: {manifest.checksum}",
+        f"tokenizer: {entry.kind}, {entry.vocab_size:,} ids ({manifest.dtype}), pad {entry.pad_id}, end {entry.eos_id}",
+        f"bytes: {size:,}",
+    ]
+    for key, value in source.get("job", {}).items():
+        lines.append(f"made with {key.replace('_', ' ')}: {value}")
+    return lines + summary_lines(manifest, shards.validation.manifest, problems)
+
+
+def length_lines(counts: Sequence[int]) -> list[str]:
+    """A line for each power of two that has documents: `counts[b]` of them have 2^(b-1) to 2^b - 1 tokens."""
+    largest = max(counts)
+    lines = ["documents by length in tokens:"]
+    for bits, number in enumerate(counts):
+        if number:
+            bar = "#" * -(-BAR_WIDTH * number // largest)
+            lines.append(f"{1 << (bits - 1):>12,} to {(1 << bits) - 1:<12,} {number:>9,} {bar}")
+    return lines
+
+
+def check_plot(path: Path | None) -> None:
+    """ConfigError if a plot is wanted that cannot be drawn."""
+    if path and find_spec("matplotlib") is None:
+        raise ConfigError(f"--histogram: {path} needs matplotlib; pip install matplotlib, or leave it out")
+
+
+def plot_lengths(counts: Sequence[int], path: Path) -> None:
+    """Draw the same counts to a PNG file."""
+    from matplotlib.figure import Figure
+
+    used = [bits for bits, number in enumerate(counts) if number]
+    bins = list(range(used[0], used[-1] + 1))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar([str(1 << (bits - 1)) for bits in bins], [counts[bits] for bits in bins], width=0.9)
+    axes.set_xlabel("tokens of a document: this many, to below twice as many")
+    axes.set_ylabel("documents")
+    axes.tick_params(axis="x", rotation=60)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise ConfigError(f"--histogram: {path} cannot be written ({error.strerror}); name another file") from None

@@ -1,0 +1,64 @@
+"""One micro-batch of samples, as the model and the trainer take it."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from colt5dist.data.read.samples import Samples
+
+FILLER = -1
+"""Number of a row that holds no sample."""
+
+
+class Batch(TypedDict):
+    """Samples of one micro-batch: b of them, inputs padded to n tokens, targets to t."""
+
+    input_ids: Tensor
+    """(b, n) int64; the last valid token is the end token, pads follow."""
+    input_mask: Tensor
+    """(b, n) bool; True at valid tokens."""
+    decoder_input_ids: Tensor
+    """(b, t) int64; the targets shifted right by one, with the pad id as start."""
+    target_ids: Tensor
+    """(b, t) int64; the last valid token is the end token (but of causal text, which goes on), pads follow."""
+    target_mask: Tensor
+    """(b, t) bool; True at valid tokens."""
+    objective: Tensor
+    """(b,) int64; index into the names of the mixture's objectives."""
+    sample_index: Tensor
+    """(b,) int64; number of the sample in the run, -1 for a row that only fills the batch (its masks are False)."""
+    target_bytes: Tensor
+    """(b,) int64; bytes of text that the valid targets stand for."""
+
+
+def make_batch(samples: Samples, numbers: Sequence[int]) -> Batch:
+    """The samples `numbers` as one batch; FILLER gives an empty row.
+
+    Raises:
+        DamagedShardError: the text of one cannot be read or is not what was written.
+    """
+    num_rows = len(numbers)
+    inputs = np.full((num_rows, samples.config.input_length), samples.pad_id, dtype=np.int64)
+    targets = np.full((num_rows, samples.config.target_length), samples.pad_id, dtype=np.int64)
+    input_lengths = np.zeros(num_rows, dtype=np.int64)
+    target_lengths = np.zeros(num_rows, dtype=np.int64)
+    objectives = np.zeros(num_rows, dtype=np.int64)
+    for row, number in enumerate(numbers):
+        if number != FILLER:
+            input_lengths[row], target_lengths[row], objectives[row] = samples.write(number, inputs[row], targets[row])
+    target_mask = np.arange(targets.shape[1]) < target_lengths[:, None]
+    decoder_inputs = np.full_like(targets, samples.pad_id)
+    np.copyto(decoder_inputs[:, 1:], targets[:, :-1], where=target_mask[:, 1:])
+    return Batch(
+        input_ids=torch.from_numpy(inputs),
+        input_mask=torch.from_numpy(np.arange(inputs.shape[1]) < input_lengths[:, None]),
+        decoder_input_ids=torch.from_numpy(decoder_inputs),
+        target_ids=torch.from_numpy(targets),
+        target_mask=torch.from_numpy(target_mask),
+        objective=torch.from_numpy(objectives),
+        sample_index=torch.tensor(numbers, dtype=torch.int64),
+        target_bytes=torch.from_numpy(samples.text_bytes(targets)),
+    )

@@ -1,0 +1,147 @@
+"""From raw tokens to inputs and targets: span corruption, prefix-LM and next-token, vectorised.
+
+The spans follow T5's random segmentation: of all masks with n noise tokens in s spans that begin with a kept token
+and end with a noise token, each is equally likely. So the first token is never noise and the last one always is.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colt5dist.data.order.objectives import MODES, Objective, largest_suffix, span_counts
+from colt5dist.data.order.philox import Bits, below, subset
+
+Tokens = NDArray[np.integer]
+
+
+def random_part_ends(bits: Bits, total: int, parts: int) -> NDArray[np.int64]:
+    """A uniform composition of `total` into `parts` positive numbers, as the sum up to each, (parts,)."""
+    ends = np.empty(parts, dtype=np.int64)
+    np.add(subset(bits, total - 1, parts - 1), 1, out=ends[:-1])
+    ends[-1] = total
+    return ends
+
+
+def corrupt_spans(
+    tokens: Tokens,
+    kept_ends: NDArray[np.int64],
+    noise_ends: NDArray[np.int64],
+    *,
+    first_sentinel: int,
+    eos_id: int,
+    inputs: Tokens,
+    targets: Tokens,
+) -> tuple[int, int]:
+    """Write one span-corrupted text.
+
+    A side is the text without what only the other side shows, but for one token a span, which gives its place to the
+    sentinel: the first of the noise in the inputs, the last before it in the targets.
+
+    Args:
+        tokens: (L,) the text.
+        kept_ends: (s,) kept tokens up to each noise span; all of them are in one.
+        noise_ends: (s,) noise tokens up to the end of each noise span; the two last entries add up to L.
+        first_sentinel: id of sentinel 0; sentinel j stands for noise span j.
+        eos_id: the end token, last of inputs and targets.
+        inputs: (>= L - n + s + 1,) gets kept span 0, sentinel 0, kept span 1, ..., end token.
+        targets: (>= n + s + 1,) gets sentinel 0, noise span 0, sentinel 1, ..., end token.
+
+    Returns:
+        The number of tokens written to inputs and to targets.
+    """
+    num_spans = len(noise_ends)
+    noise_before = np.empty_like(noise_ends)
+    noise_before[0] = 0
+    noise_before[1:] = noise_ends[:-1]
+    bounds = np.empty(2 * num_spans + 1, dtype=np.int64)  # of kept and noise spans in turn
+    bounds[0] = 0
+    starts = np.add(kept_ends, noise_before, out=bounds[1::2])  # of the noise spans
+    np.add(kept_ends, noise_ends, out=bounds[2::2])
+    turns = np.zeros(2 * num_spans, dtype=np.bool_)
+    turns[1::2] = True
+    is_noise = turns.repeat(bounds[1:] - bounds[:-1])
+    spans = np.arange(num_spans)
+    sentinels = spans + first_sentinel
+
+    shown = ~is_noise
+    shown[starts] = True
+    num_inputs = int(kept_ends[-1]) + num_spans
+    inputs[:num_inputs] = tokens[shown]
+    inputs[kept_ends + spans] = sentinels
+    inputs[num_inputs] = eos_id
+
+    shown = is_noise
+    shown[starts - 1] = True
+    num_targets = int(noise_ends[-1]) + num_spans
+    targets[:num_targets] = tokens[shown]
+    targets[noise_before + spans] = sentinels
+    targets[num_targets] = eos_id
+    return num_inputs + 1, num_targets + 1
+
+
+def cut_prefix(tokens: Tokens, suffix: int, *, eos_id: int, inputs: Tokens, targets: Tokens) -> tuple[int, int]:
+    """Write one prefix-LM text: its last `suffix` tokens to `targets`, those before them to `inputs`.
+
+    Both get an end token. A prefix longer than `inputs` holds loses its first tokens. Returns the number of tokens
+    written to each.
+    """
+    end = len(tokens) - suffix
+    prefix = tokens[max(0, end + 1 - len(inputs)) : end]
+    inputs[: len(prefix)] = prefix
+    inputs[len(prefix)] = eos_id
+    targets[:suffix] = tokens[end:]
+    targets[suffix] = eos_id
+    return len(prefix) + 1, suffix + 1
+
+
+def denoise(
+    tokens: Tokens,
+    objective: Objective,
+    bits: Bits,
+    *,
+    first_sentinel: int,
+    eos_id: int,
+    inputs: Tokens,
+    targets: Tokens,
+) -> tuple[int, int]:
+    """Write one sample of `objective`.
+
+    Args:
+        tokens: (L,) the text, L at least 2 (next-token: 1) and at most the objective's
+            sample_lengths(objective, len(inputs), len(targets)).raw_tokens.
+        objective: what to do with it.
+        bits: the random numbers of the sample.
+        first_sentinel: id of sentinel 0.
+        eos_id: the end token, last of inputs and targets.
+        inputs: (input_length,) its first tokens are written (next-token: one at most).
+        targets: (target_length,) its first tokens are written.
+
+    Returns:
+        The number of tokens written to inputs and to targets.
+    """
+    if objective.is_next_token:
+        inputs[:1] = eos_id
+        targets[: len(tokens)] = tokens
+        return len(inputs[:1]), len(tokens)
+    if objective.mode is not None:
+        # the modes' ids stand before the sentinels'
+        inputs[0] = first_sentinel - len(MODES) + MODES.index(objective.mode)
+        rest = replace(objective, mode=None)
+        num_inputs, num_targets = denoise(
+            tokens, rest, bits, first_sentinel=first_sentinel, eos_id=eos_id, inputs=inputs[1:], targets=targets
+        )
+        return num_inputs + 1, num_targets
+    if objective.mean_span is None:
+        suffix = 1 + below(bits, largest_suffix(len(tokens), objective, len(targets)))
+        return cut_prefix(tokens, suffix, eos_id=eos_id, inputs=inputs, targets=targets)
+    num_noise, num_spans = span_counts(len(tokens), objective, len(targets))
+    return corrupt_spans(
+        tokens,
+        random_part_ends(bits, len(tokens) - num_noise, num_spans),
+        random_part_ends(bits, num_noise, num_spans),
+        first_sentinel=first_sentinel,
+        eos_id=eos_id,
+        inputs=inputs,
+        targets=targets,
+    )

@@ -1,0 +1,139 @@
+"""Makes sample i: what the plan names is read, denoised, and written to a row of a batch.
+
+A sample whose text is damaged is made from the text of the next one instead, and so on; so which samples are replaced
+by which depends on the damage alone, as all else on (seed, i).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colt5dist.data.config import DataConfig
+from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
+from colt5dist.data.order.philox import Draws, Stream
+from colt5dist.data.order.plan import Plan, PlannedSample
+from colt5dist.data.read.denoise import denoise
+from colt5dist.data.read.shards import ShardSet
+from colt5dist.data.read.sources import Interleave, Sources, as_sources
+from colt5dist.data.read.stream import DamagedShardError, TokenReader, UnreadableShardError
+from colt5dist.data.sample_lengths import required_sentinels
+
+MAX_TRIES = 10_000  # samples one after the other without a sound text
+
+
+class Samples:
+    """The samples of shard sets: sample i is a pure function of (shards, config, seed, stage, i)."""
+
+    def __init__(
+        self,
+        shards: ShardSet | Sources,
+        config: DataConfig,
+        *,
+        seed: int,
+        stage: int = 0,
+        in_turn: bool = False,
+    ) -> None:
+        """Plan the samples.
+
+        Args:
+            shards: where the text is.
+            config: lengths and mixture; a length schedule in it is not read.
+            seed: another seed, below 2^32, gives another order and other masks.
+            stage: number of the entry of a length schedule; each has an order of its own.
+            in_turn: the objectives take turns (sample i of a set has objective i modulo their number) over one order of
+                the text each, so that a few samples of a small set have all of them; otherwise they share one order.
+        """
+        self.sources = as_sources(shards)
+        self.config = config
+        self.pad_id = self.sources.tokenizer.pad_id
+        self._seed = seed + (stage << 32)
+        self._mixture = parse_mixture(config.mixture)
+        lengths = lengths_of_mixture(config.mixture, config.input_length, config.target_length)
+        numbers = list(range(len(lengths)))
+        # objectives that share a plan
+        self._groups = [[number] for number in numbers] if in_turn else [numbers]
+        self._plans = [
+            [
+                Plan(
+                    part.index.document_ends,
+                    [lengths[number].raw_tokens for number in group],
+                    seed=self._seed,
+                    weights=[self._mixture.weights[number] for number in group],
+                    min_document_tokens=config.min_document_tokens,
+                )
+                for group in self._groups
+            ]
+            for part in self.sources.parts
+        ]
+        self._readers = [
+            TokenReader(part, cache_bytes=plans[0].window_bytes(part.dtype.itemsize))
+            for part, plans in zip(self.sources.parts, self._plans, strict=True)
+        ]
+        self._interleave = Interleave(self.sources.weights, seed=self._seed)
+        self.first_sentinel = self.sources.tokenizer.vocab_size + self._mixture.num_modes
+        # mode tokens and sentinels stand for no text
+        reserved = self._mixture.num_modes + required_sentinels(config)
+        self._byte_lengths = np.pad(self.sources.tokenizer.byte_lengths, (0, reserved))
+        self._draws = Draws()
+        self._bad_records: set[str] = set()
+        self._new_bad_records: list[str] = []
+
+    def planned(self, number: int) -> PlannedSample:
+        """What sample `number` is made from, if nothing of it is damaged."""
+        source, place = self._interleave.find(number)
+        plans = self._plans[source]
+        turn, place = place % len(plans), place // len(plans)
+        planned = plans[turn].sample(place)
+        objective = self._groups[turn][planned.objective]
+        return PlannedSample(number, planned.epoch, objective, planned.block, planned.chunk, source)
+
+    def write(self, number: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> tuple[int, int, int]:
+        """Write sample `number` to the first places of (input_length,) `inputs` and (target_length,) `targets`.
+
+        Returns:
+            Input tokens, target tokens, and the number of the objective.
+
+        Raises:
+            DamagedShardError: more records are damaged than data.max_bad_records allows.
+            UnreadableShardError: a shard cannot be read.
+        """
+        planned, tokens = self._sound_text(number)
+        num_inputs, num_targets = denoise(
+            tokens,
+            self._mixture.objectives[planned.objective],
+            self._draws.restart(self._seed, number, Stream.DENOISE),
+            first_sentinel=self.first_sentinel,
+            eos_id=self.sources.tokenizer.eos_id,
+            inputs=inputs,
+            targets=targets,
+        )
+        return num_inputs, num_targets, planned.objective
+
+    def _sound_text(self, number: int) -> tuple[PlannedSample, NDArray[np.integer]]:
+        """Plan and text of the first sample from `number` on that is not damaged."""
+        for replacement in range(number, number + MAX_TRIES):
+            planned = self.planned(replacement)
+            try:
+                return planned, self._readers[planned.source].read_chunk(planned.chunk)
+            except UnreadableShardError:
+                raise
+            except DamagedShardError as error:
+                message = str(error)
+                if message not in self._bad_records:
+                    self._bad_records.add(message)
+                    self._new_bad_records.append(message)
+                if len(self._bad_records) > self.config.max_bad_records:
+                    raise DamagedShardError(_too_many(message, self.config.max_bad_records)) from None
+        raise DamagedShardError(f"{message}; {MAX_TRIES} samples from {number} on have damaged text")
+
+    def new_bad_records(self) -> list[str]:
+        """Damaged records that were met since the last call, one line each."""
+        found, self._new_bad_records = self._new_bad_records, []
+        return found
+
+    def text_bytes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(rows,) bytes of text that (rows, tokens) ids stand for; pads, end tokens and sentinels count nothing."""
+        return self._byte_lengths[ids].sum(axis=1)
+
+
+def _too_many(message: str, allowed: int) -> str:
+    return f"{message} (data.max_bad_records={allowed} damaged records are passed over)" if allowed else message

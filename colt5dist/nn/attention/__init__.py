@@ -1,0 +1,1 @@
+"""Attention of every kind: full, local, multi-query, over a memory; rotary and relative positions."""

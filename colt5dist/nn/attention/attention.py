@@ -1,0 +1,137 @@
+"""Attention of routed queries to routed sets of keys and values: the heavy branch of conditional attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colt5dist.nn.attention.attend import attend, merge_heads, split_heads
+from colt5dist.nn.attention.rotary import apply_rotary
+from colt5dist.nn.linear import Linear
+from colt5dist.nn.norm import RMSNorm
+
+
+class KeyValueProjection(Linear):
+    """Keys and values of r routed sets: the heads are split in r groups, and group g reads set g only.
+
+    (b, r, n, dim) -> (b, heads, n, 2, dim_head), keys before values. The rows of the weight lie as (head, key | value,
+    dim_head).
+    """
+
+    def __init__(self, dim: int, *, dim_head: int, heads: int, std: float | None) -> None:
+        super().__init__(dim, 2 * dim_head * heads, std=std)
+        self.heads = heads
+        self.dim_head = dim_head
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project the sets (b, r, n, dim)."""
+        b, r, n, dim = input.shape
+        if r == 1:
+            both = F.linear(input.squeeze(1), self.weight)
+            return both.view(b, n, self.heads, 2, self.dim_head).transpose(1, 2)
+        weight = self.weight.view(r, self.weight.shape[0] // r, dim)
+        both = torch.einsum("brnd,rod->brno", input, weight)
+        return both.view(b, r, n, self.heads // r, 2, self.dim_head).transpose(2, 3).flatten(1, 2)
+
+
+class Attention(nn.Module):
+    """Queries x (b, i, dim) attend to context (b, n, dim), or (b, r, n, dim): r routed sets, one for each of r groups
+    of heads.
+
+    A learned null key and value a head stands before the context and is always attended to. The values, with
+    multiply_keys_by_score the keys too, are multiplied by the routing scores of the context. One RMSNorm serves x and
+    context. use_flash belongs to the seed's signature and changes nothing: PyTorch's fused kernels serve wherever the
+    shapes allow.
+
+    Keyword-only, beyond the seed: prenorm=False leaves the norm to the caller; null_kv=False: no null key and value;
+    norm_eps, std, output_std as in `FeedForward`. Without bias, a score on keys and values is a score on the
+    normalised context, which is CoLT5's (arXiv 2303.09752, section 3.3).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        multiply_keys_by_score: bool = False,
+        use_flash: bool = False,
+        *,
+        prenorm: bool = True,
+        null_kv: bool = True,
+        norm_eps: float | None = None,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.multiply_keys_by_score = multiply_keys_by_score
+        self.norm = RMSNorm(dim, eps=norm_eps) if prenorm else nn.Identity()
+        self.null_kv = nn.Parameter(torch.randn(2, heads, dim_head)) if null_kv else None
+        self.to_q = Linear(dim, dim_head * heads, std=std)
+        self.to_kv = KeyValueProjection(dim, dim_head=dim_head, heads=heads, std=std)
+        self.to_out = Linear(dim_head * heads, dim, std=output_std)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        normalized_scores_kv: Tensor | None = None,
+        normalized_scores_q: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """-> (b, i, dim).
+
+        context None: x itself. mask and normalized_scores_kv (b, n) or (b, r, n), mask True = valid.
+        normalized_scores_q (b, i) multiplies the queries. rotary_emb: angles of the queries, (i, dim_head) or (b, i,
+        dim_head), and of the keys, (n, dim_head), (b, n, dim_head) or (b, r, n, dim_head); the null key is not
+        rotated.
+        """
+        q, k, v = self.project(x, context, normalized_scores_kv, normalized_scores_q, rotary_emb)
+        num_routes = 1 if mask is None or mask.dim() == 2 else mask.shape[1]
+        if mask is not None and mask.dim() == 3:
+            mask = self.by_head(mask, num_routes)
+        if self.null_kv is not None:
+            null_k, null_v = self.null(k)
+            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        return self.to_out(merge_heads(attend(q, k, v, mask=mask)))
+
+    def project(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        normalized_scores_kv: Tensor | None,
+        normalized_scores_q: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, heads, i, dim_head), keys and values (b, heads, n, dim_head), weighed and rotated; arguments of
+        `forward`."""
+        x = self.norm(x)
+        context = x if context is None else self.norm(context)
+        context = context.unsqueeze(1) if context.dim() == 3 else context
+        num_routes = context.shape[1]
+        if self.heads % num_routes:
+            raise ValueError(f"heads: {self.heads} cannot be split among {num_routes} routed sets of keys and values")
+
+        q = split_heads(self.to_q(x), self.heads)
+        if normalized_scores_q is not None:
+            q = q * normalized_scores_q.to(q.dtype)[:, None, :, None]
+        k, v = self.to_kv(context).unbind(dim=-2)
+        if normalized_scores_kv is not None:
+            scores = normalized_scores_kv.unsqueeze(1) if normalized_scores_kv.dim() == 2 else normalized_scores_kv
+            scores = self.by_head(scores, num_routes).to(v.dtype).unsqueeze(-1)
+            k, v = k * scores if self.multiply_keys_by_score else k, v * scores
+        if rotary_emb is not None:
+            q = apply_rotary(q, rotary_emb[0].unsqueeze(-3))
+            angles = rotary_emb[1]
+            k = apply_rotary(k, self.by_head(angles, num_routes) if angles.dim() == 4 else angles.unsqueeze(-3))
+        return q, k, v
+
+    def null(self, like: Tensor) -> Tensor:
+        """The null key and value, (2, b, heads, 1, dim_head), for keys (b, heads, ..., dim_head)."""
+        assert self.null_kv is not None
+        return self.null_kv.to(like.dtype)[:, None, :, None, :].expand(-1, like.shape[0], -1, -1, -1)
+
+    def by_head(self, of_routes: Tensor, num_routes: int) -> Tensor:
+        """(b, r, n, ...) -> what broadcasts against (b, heads, n, ...): each route once for each of its heads."""
+        return of_routes if num_routes == 1 else of_routes.repeat_interleave(self.heads // num_routes, dim=1)

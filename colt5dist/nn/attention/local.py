@@ -1,0 +1,49 @@
+"""Attention of each position to its neighbours: the light branch of conditional attention."""
+
+from torch import Tensor, nn
+
+from colt5dist.nn.attention.attend import merge_heads
+from colt5dist.nn.attention.relative_bias import RelativeBias
+from colt5dist.nn.attention.rotary import rotated_queries_and_keys
+from colt5dist.nn.linear import Linear
+from colt5dist.ops.local_attention import local_attention
+
+
+class LocalSelfAttention(nn.Module):
+    """x (b, n, dim) -> (b, n, dim): each position attends to those at most `radius` away; linear maps without bias.
+
+    causal: no position sees a later one; of windows of `radius` tokens it sees its own and the one before.
+    prenorm: the seed's LayerNorm, with bias, before it. relative_bias: T5's learned bias of the distance. std,
+    output_std: standard deviations of the initial weights (None: PyTorch's initialisation).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int,
+        heads: int,
+        radius: int,
+        causal: bool = False,
+        prenorm: bool = True,
+        relative_bias: bool = False,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.radius = radius
+        self.causal = causal
+        self.norm = nn.LayerNorm(dim) if prenorm else nn.Identity()
+        self.to_qkv = Linear(dim, dim_head * heads * 3, std=std)
+        self.to_out = Linear(dim_head * heads, dim, std=output_std)
+        self.relative_bias: RelativeBias | None = None
+        if relative_bias:
+            self.relative_bias = RelativeBias(heads, radius=radius, std=0.02 if std is None else std)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
+        """x (b, n, dim); mask (b, n) bool, True = valid; rotary_angles (n, dim_head) -> (b, n, dim)."""
+        q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)
+        bias = None if self.relative_bias is None else self.relative_bias()
+        out = local_attention(q, k, v, radius=self.radius, causal=self.causal, mask=mask, bias=bias)
+        return self.to_out(merge_heads(out))

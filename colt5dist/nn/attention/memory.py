@@ -1,0 +1,92 @@
+"""The heavy branch of causal conditional attention: queries of a window attend to what the windows before it kept."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colt5dist.nn.attention.attend import attend, merge_heads
+from colt5dist.nn.attention.attention import Attention
+
+
+class MemoryAttention(Attention):
+    """`Attention` whose keys and values are places of windows, of which a query sees the newest taken ones.
+
+    Each of v windows in order has the same number of queries and, before it in time, one window of places for keys and
+    values. The taken places of all windows, laid end to end, are one list; the queries of window i see the last
+    `memory_size` entries of that list as it was before window i.
+
+    Windows of queries are attended to in groups, so that a group's keys are read together: those before its first
+    window, then those that its own windows bring. Where a key stands in the group depends on no later token, so no
+    output moves by one bit with a later one. The number of windows of a group is such that the keys are copied about
+    twice: memory is linear in the number of windows.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        normalized_scores_kv: Tensor | None = None,
+        normalized_scores_q: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        *,
+        num_windows: int | None = None,
+        memory_size: int = 0,
+    ) -> Tensor:
+        """x (b, v * q, dim), context (b, r, v * p, dim), mask (b, r, v * p) bool, True = taken -> (b, v * q, dim).
+
+        The taken places of a window stand before its free ones. The other arguments, and all of them where num_windows,
+        v, is None, are those of `Attention.forward`.
+        """
+        weights = (normalized_scores_kv, normalized_scores_q, rotary_emb)
+        if num_windows is None:
+            return super().forward(x, context, mask, *weights)
+        assert mask is not None
+        q, k, v = self.project(x, context, *weights)
+        batch, heads, _, dim_head = q.shape
+        num_routes = mask.shape[1]
+        num_places = mask.shape[-1] // num_windows
+        num_queries = q.shape[2] // num_windows
+        group = min(num_windows, 1 + -(-memory_size // num_places))
+        num_groups = -(-num_windows // group)
+
+        entries, seen = _memory(mask.unflatten(-1, (num_windows, num_places)), group, memory_size)
+        # (b, r, groups, l) -> rows of the keys of all heads laid end to end
+        entries = self.by_head(entries, num_routes).expand(-1, heads, -1, -1)
+        first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * k.shape[2]
+        rows = (entries + first).transpose(1, 2).flatten()
+        shape = (batch * num_groups, heads, -1, dim_head)
+        k, v = (keys.flatten(0, 2).index_select(0, rows).view(shape) for keys in (k, v))
+
+        q = F.pad(q, (0, 0, 0, (num_groups * group - num_windows) * num_queries))
+        q = q.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
+        seen = self.by_head(seen, num_routes).transpose(1, 2).flatten(0, 1).repeat_interleave(num_queries, dim=2)
+        if self.null_kv is not None:
+            null_k, null_v = self.null(k)
+            k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
+            seen = F.pad(seen, (1, 0), value=True)
+        out = attend(q, k, v, mask=seen).unflatten(0, (batch, num_groups)).transpose(1, 2).flatten(2, 3)
+        return self.to_out(merge_heads(out[:, :, : num_windows * num_queries]))
+
+
+def _memory(taken: Tensor, group: int, memory_size: int) -> tuple[Tensor, Tensor]:
+    """taken (b, r, v, p) bool -> places (b, r, groups, l) int64 whose keys each group of windows reads, and which of
+    them each of its windows sees (b, r, groups, group, l) bool."""
+    num_windows, num_places = taken.shape[2:]
+    num_groups = -(-num_windows // group)
+    # entries of the list before each window's queries: its own window of places has already been filled
+    before = taken.sum(dim=-1).cumsum(dim=-1)
+    first = before[..., ::group]
+    # the first window of the last group is not preceded by more than this
+    reach = min(memory_size, ((num_groups - 1) * group + 1) * num_places)
+    offsets = torch.arange(-reach, (group - 1) * num_places, device=taken.device)
+    entry = first.unsqueeze(-1) + offsets  # (b, r, groups, l)
+    # an entry of the list -> the window that brought it, and its place there
+    flat = entry.flatten(2)
+    window = torch.searchsorted(before, flat, right=True).clamp(max=num_windows - 1)
+    brought_before = F.pad(before, (1, 0)).gather(-1, window)
+    place = window * num_places + (flat - brought_before).clamp(0, num_places - 1)
+    end = F.pad(before, (0, num_groups * group - num_windows), value=0).unflatten(-1, (num_groups, group)).unsqueeze(-1)
+    entry = entry.unsqueeze(-2)
+    seen = (entry >= 0) & (entry >= end - memory_size) & (entry < end)
+    return place.view(*first.shape, -1), seen

@@ -1,0 +1,42 @@
+"""Cross-attention with one head of keys and values (Shazeer, arXiv 1911.02150)."""
+
+from torch import Tensor, nn
+
+from colt5dist.nn.attention.attend import attend
+from colt5dist.nn.linear import Linear
+from colt5dist.nn.norm import RMSNorm
+
+
+class MultiQueryAttention(nn.Module):
+    """Queries x (b, i, dim) attend to context (b, n, dim); all heads share one key and one value of `dim_head`.
+
+    x is normalised here, the context comes normalised. There are no positions: those of the decoder and of the encoder
+    are not on one scale, and T5, whose relative bias is the encoder's own and the decoder's own, has none here either.
+    Linear maps without bias; norm_eps, std, output_std as in `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int,
+        heads: int,
+        norm_eps: float | None = None,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = RMSNorm(dim, eps=norm_eps)
+        self.to_q = Linear(dim, dim_head * heads, std=std)
+        self.to_kv = Linear(dim, dim_head * 2, std=std)
+        self.to_out = Linear(dim_head * heads, dim, std=output_std)
+
+    def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """mask (b, n) bool, True = valid; a sample without a valid context token gets 0. Returns (b, i, dim)."""
+        q = self.to_q(self.norm(x))
+        b, i, _ = q.shape
+        k, v = self.to_kv(context).unsqueeze(1).chunk(2, dim=-1)
+        # the heads are further queries of one head: keys and values are not repeated, and nothing is transposed
+        out = attend(q.view(b, 1, i * self.heads, -1), k, v, mask=mask)
+        return self.to_out(out.reshape(b, i, -1))

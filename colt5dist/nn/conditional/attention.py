@@ -1,0 +1,150 @@
+"""Conditional attention: a light local branch for every token, a heavy branch among the routed ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colt5dist.nn.attention.attention import Attention
+from colt5dist.nn.attention.local import LocalSelfAttention
+from colt5dist.nn.attention.rotary import RotaryEmbedding, branch_angles
+from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter, Route
+
+
+class ConditionalRoutedAttention(nn.Module):
+    """x (b, n, dim) -> light(x, x) + scatter(heavy(routed queries, routed keys/values) * score), without the residual.
+
+    arXiv 2303.09752, section 3.3. num_heavy_tokens_q, num_heavy_tokens_kv: how many tokens the heavy branch takes as
+    queries and as keys/values; num_routed_kv: sets of the latter, each for its share of the heavy heads.
+    light_window_size: twice the radius of the light branch. multiply_keys_by_score, multiply_queries_by_score: the
+    routing scores multiply the keys as well as the values, and the queries as well as the output. use_null_q_tokens: a
+    learned output for tokens that are no heavy query. rotary_emb: rotary positions in the heavy branch, those of the
+    tokens in the whole sequence. use_flash_attn belongs to the seed's signature and changes nothing: PyTorch's fused
+    kernels serve wherever the shapes allow.
+
+    Keyword-only, beyond the seed: light_radius: the light branch's radius itself. light_rotary_emb: rotary positions
+    there too. light_relative_bias: T5's relative bias there. use_null_kv: a learned null key and value in the heavy
+    branch. shared_norm: one RMSNorm before the routers and both branches, in place of a LayerNorm in the light one, a
+    RMSNorm in the heavy one and none before the routers. rope_theta: base of the rotary frequencies. norm_eps, std,
+    output_std: as in `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int,
+        num_heavy_tokens_kv: int,
+        num_routed_kv: int = 1,
+        has_light_attn: bool = True,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = NO_KWARGS,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        rotary_emb: bool = False,
+        light_radius: int | None = None,
+        light_rotary_emb: bool = False,
+        light_relative_bias: bool = False,
+        use_null_kv: bool = True,
+        shared_norm: bool = False,
+        rope_theta: float = 10000,
+        norm_eps: float | None = None,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_sets("num_routed_kv", num_routed_kv, heavy_heads)
+        if has_light_attn and light_radius is None and light_window_size < 2:
+            raise ValueError(f"light_window_size: {light_window_size} is twice the radius; use 2 or more")
+        if has_light_attn and light_radius is not None and light_radius < 1:
+            raise ValueError(f"light_radius: {light_radius}; use 1 or more")
+        self.num_heavy_tokens_q = num_heavy_tokens_q
+        self.num_heavy_tokens_kv = num_heavy_tokens_kv
+        self.multiply_queries_by_score = multiply_queries_by_score
+        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+
+        self.norm = RMSNorm(dim, eps=norm_eps) if shared_norm else nn.Identity()
+        # one router for queries and keys/values: they read the same x
+        self.router = CoordinateDescentRouter(
+            dim,
+            straight_through=router_straight_through,
+            num_routing_tokens=1 + num_routed_kv,
+            route_groups=(1, num_routed_kv),
+            **router_kwargs,
+        )
+        self.light_attn: LocalSelfAttention | None = None
+        if has_light_attn:
+            self.light_attn = LocalSelfAttention(
+                dim,
+                dim_head=light_dim_head,
+                heads=light_heads,
+                radius=light_window_size // 2 if light_radius is None else light_radius,
+                prenorm=not shared_norm,
+                relative_bias=light_relative_bias,
+                std=std,
+                output_std=output_std,
+            )
+        self.heavy_attn = Attention(
+            dim,
+            dim_head=heavy_dim_head,
+            heads=heavy_heads,
+            multiply_keys_by_score=multiply_keys_by_score,
+            prenorm=not shared_norm,
+            null_kv=use_null_kv,
+            norm_eps=norm_eps,
+            std=std,
+            output_std=output_std,
+        )
+        self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
+        self.rotary_emb = RotaryEmbedding(heavy_dim_head, rope_theta) if rotary_emb else None
+        self.light_rotary_emb = (
+            RotaryEmbedding(light_dim_head, rope_theta) if light_rotary_emb and has_light_attn else None
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | None = None,
+        num_heavy_tokens_kv: int | None = None,
+        mask: Tensor | None = None,
+        sample_index: Tensor | None = None,
+        rotary_angles: Tensor | None = None,
+        return_route: bool = False,
+    ) -> Tensor | tuple[Tensor, Route, Route]:
+        """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the queries' and the
+        keys' routing.
+
+        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's. rotary_angles (n, head dimension):
+        computed once for a stack of layers whose two branches have one head dimension; None: computed here, where the
+        layer has rotary positions. sample_index (b,) int64: the samples' numbers, for random routing.
+        """
+        budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        x = self.norm(x)
+        query, key_value = self.router.route(x, budgets=(budget_q, budget_kv), mask=mask, sample_index=sample_index)
+        light = None
+        if self.light_attn is not None:
+            light = self.light_attn(x, mask=mask, rotary_angles=branch_angles(self.light_rotary_emb, x, rotary_angles))
+        heavy = attend_routed(
+            self.heavy_attn,
+            x,
+            x,
+            query,
+            key_value,
+            multiply_queries_by_score=self.multiply_queries_by_score,
+            angles=branch_angles(self.rotary_emb, x, rotary_angles),
+        )
+        out = put_back(x, heavy, query, light=light, null_token=self.null_q_token)
+        return (out, query, key_value) if return_route else out

@@ -1,0 +1,239 @@
+"""Conditional attention for decoders: a light causal branch, and a heavy one that reads what earlier windows kept."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colt5dist.nn.attention.local import LocalSelfAttention
+from colt5dist.nn.attention.memory import MemoryAttention
+from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype, branch_angles
+from colt5dist.nn.conditional.heavy_branch import check_sets, put_back
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.routing.causal_router import Admission, CausalRouter
+from colt5dist.nn.routing.gather_scatter import add_routed, gather_positions, gather_tokens
+from colt5dist.nn.routing.router import NO_KWARGS, Route
+
+ROUTINGS = ("causal", "window")
+MEMORY_WINDOWS = 16
+"""By default a window keeps 1/16 of num_heavy_tokens_kv in the mean: what is seen reaches back 16 windows or so."""
+
+
+class ConditionalRoutedAutoregressiveAttention(nn.Module):
+    """x (b, n, dim) -> causal light(x) + scatter(heavy(routed queries, routed keys/values of earlier windows) * score).
+
+    The sequence lies in windows of heavy_window_size tokens (None: light_window_size), the last one of any length. The
+    routed queries of a window attend to keys/values that were routed in the windows before it, so the first window, and
+    a sequence that is no longer, has the light branch only. num_heavy_tokens_q: routed queries of a window;
+    num_heavy_tokens_kv: keys/values that a window sees, of each of num_routed_kv sets. light_window_size: the light
+    branch sees its own window of so many tokens, up to the token itself, and the one before. The other arguments are
+    those of `ConditionalRoutedAttention`.
+
+    routing: "causal": no output depends on a later token by one bit. Queries are admitted in order by a threshold which
+    the earlier windows set (`CausalRouter`). Keys/values are admitted once, in the same way, where their own window has
+    a say, for only later ones read them; a window sees the newest num_heavy_tokens_kv that were admitted before it.
+    "window": the seed's. Each window routes its own best queries, and the best keys/values of all earlier windows:
+    whether a token is a query depends on later tokens of its window, and every window holds a row of scores and
+    num_heavy_tokens_kv tokens of its own.
+
+    Keyword-only, beyond the seed: num_admitted_kv: of a window, the keys/values that reach the threshold in the mean,
+    no window admits more than twice as many (None: num_heavy_tokens_kv / 16, rounded up). light_rotary_emb,
+    use_null_kv, shared_norm, rope_theta, norm_eps, std, output_std: as in `ConditionalRoutedAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int,
+        num_heavy_tokens_kv: int,
+        num_routed_kv: int = 1,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_window_size: int | None = None,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = NO_KWARGS,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        rotary_emb: bool = False,
+        routing: str = "causal",
+        num_admitted_kv: int | None = None,
+        light_rotary_emb: bool = False,
+        use_null_kv: bool = True,
+        shared_norm: bool = False,
+        rope_theta: float = 10000,
+        norm_eps: float | None = None,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_sets("num_routed_kv", num_routed_kv, heavy_heads)
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTINGS)}")
+        for name, value in (
+            ("light_window_size", light_window_size),
+            ("heavy_window_size", heavy_window_size),
+            ("num_admitted_kv", num_admitted_kv),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}; use 1 or more")
+        self.num_heavy_tokens_q = num_heavy_tokens_q
+        self.num_heavy_tokens_kv = num_heavy_tokens_kv
+        self.num_admitted_kv = num_admitted_kv
+        self.heavy_window_size = light_window_size if heavy_window_size is None else heavy_window_size
+        self.multiply_queries_by_score = multiply_queries_by_score
+        self.routing = routing
+
+        self.norm = RMSNorm(dim, eps=norm_eps) if shared_norm else nn.Identity()
+        self.router = CausalRouter(
+            dim,
+            window_size=self.heavy_window_size,
+            straight_through=router_straight_through,
+            num_routing_tokens=1 + num_routed_kv,
+            route_groups=(1, num_routed_kv),
+            **(dict(router_kwargs) | ({"use_triton": True} if use_triton else {})),
+        )
+        self.light_attn = LocalSelfAttention(
+            dim,
+            dim_head=light_dim_head,
+            heads=light_heads,
+            radius=light_window_size,
+            causal=True,
+            prenorm=not shared_norm,
+            std=std,
+            output_std=output_std,
+        )
+        self.heavy_attn = MemoryAttention(
+            dim,
+            dim_head=heavy_dim_head,
+            heads=heavy_heads,
+            multiply_keys_by_score=multiply_keys_by_score,
+            prenorm=not shared_norm,
+            null_kv=use_null_kv,
+            norm_eps=norm_eps,
+            std=std,
+            output_std=output_std,
+        )
+        self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
+        self.rotary_emb = RotaryEmbedding(heavy_dim_head, rope_theta) if rotary_emb else None
+        self.light_rotary_emb = RotaryEmbedding(light_dim_head, rope_theta) if light_rotary_emb else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | None = None,
+        num_heavy_tokens_kv: int | None = None,
+        random_route: bool = False,
+        sample_index: Tensor | None = None,
+        rotary_angles: Tensor | None = None,
+        return_route: bool = False,
+    ) -> Tensor | tuple[Tensor, Route, Route]:
+        """x (b, n, dim) -> (b, n, dim), with return_route (routing="causal" only) and the queries' and the keys'
+        routing.
+
+        Padding has to stand at the end, where nothing sees it. num_heavy_tokens_q, num_heavy_tokens_kv: in place of the
+        constructor's. random_route: a negative control, routes at random, scores 1. rotary_angles, sample_index: as in
+        `ConditionalRoutedAttention`.
+        """
+        budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        x = self.norm(x)
+        light = self.light_attn(x, rotary_angles=branch_angles(self.light_rotary_emb, x, rotary_angles))
+        angles = branch_angles(self.rotary_emb, x, rotary_angles)
+        if self.routing == "window" and x.shape[1] > self.heavy_window_size:
+            if return_route:
+                raise ValueError("return_route: windows route rows of their own; use routing='causal', or False")
+            return light + self._by_window(x, (budget_q, budget_kv), random_route, angles)
+        query, key_value = self.router.admit(
+            x, self.admissions(budget_q, budget_kv), random_route=random_route, sample_index=sample_index
+        )
+        out = self._by_admission(x, light, query, key_value, budget_kv, angles)
+        return (out, query, key_value) if return_route else out
+
+    def admissions(self, budget_q: int, budget_kv: int) -> tuple[Admission, Admission]:
+        """How queries and keys/values are admitted under these budgets."""
+        width = self.heavy_window_size
+        kept = math.ceil(budget_kv / MEMORY_WINDOWS) if self.num_admitted_kv is None else self.num_admitted_kv
+        places = width if kept >= width else min(2 * kept, budget_kv, width)
+        return Admission(budget_q, min(budget_q, width), False), Admission(kept, places, True)
+
+    def _by_admission(
+        self, x: Tensor, light: Tensor, query: Route, key_value: Route, memory_size: int, angles: Tensor | None
+    ) -> Tensor:
+        """light (b, n, dim) with the heavy branch of what was admitted added."""
+        assert query.indices is not None and query.mask is not None and key_value.indices is not None
+        num_windows = -(-x.shape[1] // self.heavy_window_size) - 1
+        indices_q, indices_kv, scores_q = query.indices.squeeze(1), key_value.indices, query.scores.squeeze(1)
+        rotary = None
+        if angles is not None:
+            rotary = gather_positions(angles, indices_q), gather_positions(angles, indices_kv)
+        tokens_q, tokens_kv = gather_tokens(x, indices_q), gather_tokens(x, indices_kv)
+        weights: dict[str, Any] = {
+            "normalized_scores_kv": key_value.scores,
+            "normalized_scores_q": scores_q if self.multiply_queries_by_score else None,
+            "rotary_emb": rotary,
+        }
+        if num_windows:
+            heavy = self.heavy_attn(
+                tokens_q, tokens_kv, key_value.mask, num_windows=num_windows, memory_size=memory_size, **weights
+            )
+        else:
+            # a free place, whose score is 0: every parameter has a gradient whatever the length, as ZeRO-3 needs
+            heavy = self.heavy_attn(tokens_q, tokens_kv, **weights)
+        heavy = heavy * scores_q.to(heavy.dtype).unsqueeze(-1)
+        if self.null_q_token is not None:
+            # a free place is no query either
+            heavy = torch.where(query.mask.squeeze(1).unsqueeze(-1), heavy, self.null_q_token.to(heavy.dtype))
+        out = add_routed(light, heavy, indices_q, fill=self.null_q_token)
+        width = self.heavy_window_size
+        return out if self.null_q_token is None else torch.cat((light[:, :width], out[:, width:]), dim=1)
+
+    def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None) -> Tensor:
+        """The seed's heavy branch (b, n, dim), a row of queries and keys/values for each window but the first."""
+        batch, length, dim = x.shape
+        width = self.heavy_window_size
+        x = F.pad(x, (0, 0, 0, -length % width))
+        windows = x.shape[1] // width
+        mask = (torch.arange(x.shape[1], device=x.device) < length).expand(batch, -1)
+        query, key_value = self.router.route_windows(x, budgets, mask=mask, random_route=random_route)
+        rows = x.unflatten(1, (windows, width))[:, 1:].flatten(0, 1)
+        tokens_q = rows if query.indices is None else gather_tokens(rows, query.indices.squeeze(1))
+        scores_kv, kv_mask = key_value.scores, key_value.mask
+        assert kv_mask is not None
+        if key_value.indices is None:
+            # no more tokens than the budget
+            context = x.unsqueeze(1).expand(-1, windows - 1, -1, -1).flatten(0, 1)
+            scores_kv, kv_mask = scores_kv[:, 0], kv_mask[:, 0]
+        else:
+            context = gather_tokens(x, key_value.indices.unflatten(0, (batch, -1)).flatten(1, 2))
+            context = context.unflatten(1, (windows - 1, -1)).flatten(0, 1)
+        rotary = None
+        if angles is not None:
+            angles = self.rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x)) if self.rotary_emb else angles
+            of_rows = angles.unflatten(0, (windows, width))[1:].repeat(batch, 1, 1)
+            rotary = (
+                of_rows if query.indices is None else gather_tokens(of_rows, query.indices.squeeze(1)),
+                angles if key_value.indices is None else gather_positions(angles, key_value.indices),
+            )
+        scores_q = query.scores.squeeze(1)
+        heavy = self.heavy_attn(
+            tokens_q,
+            context=context,
+            mask=kv_mask,
+            normalized_scores_kv=scores_kv,
+            normalized_scores_q=scores_q if self.multiply_queries_by_score else None,
+            rotary_emb=rotary,
+        )
+        heavy = put_back(rows, heavy * scores_q.to(heavy.dtype).unsqueeze(-1), query, null_token=self.null_q_token)
+        heavy = heavy.view(batch, -1, dim)[:, : length - width]
+        return F.pad(heavy, (0, 0, width, 0))

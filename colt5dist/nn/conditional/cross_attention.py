@@ -1,0 +1,85 @@
+"""Conditional cross-attention: the routed queries attend to the routed part of a context that may be very long."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colt5dist.nn.attention.attention import Attention
+from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
+from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter
+
+
+class ConditionalRoutedCrossAttention(nn.Module):
+    """x (b, n, dim), context (b, j, dim) -> (b, n, dim): scatter(attention(routed x, routed context) * score), without
+    the residual. There is no light branch.
+
+    num_tokens_q, num_tokens_kv: how many tokens of x and of the context are routed; x or context no longer than that
+    is taken whole. num_sets_kv: routed sets of the context, each for its share of the heads; kv_routing_tokens is
+    another name for it, and one of the two is enough. route_block_size: the context is cut to whole blocks of that
+    many tokens and equally many are routed from each. use_null_q_tokens: a learned output for tokens of x that are
+    not routed, instead of 0. router_straight_through, router_kwargs, use_triton: of `CoordinateDescentRouter`.
+    multiply_keys_by_score: of `Attention`. use_flash_attn belongs to the seed's signature and changes nothing:
+    PyTorch's fused kernels serve wherever the shapes allow.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_tokens_q: int,
+        num_tokens_kv: int,
+        num_sets_kv: int = 1,
+        dim_head: int = 64,
+        heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = NO_KWARGS,
+        kv_routing_tokens: int = 1,
+        multiply_keys_by_score: bool = False,
+        use_triton: bool = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        route_block_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if 1 not in (num_sets_kv, kv_routing_tokens) and num_sets_kv != kv_routing_tokens:
+            raise ValueError(
+                f"num_sets_kv: {num_sets_kv}, but kv_routing_tokens {kv_routing_tokens} is the same number; give one"
+            )
+        num_sets = kv_routing_tokens if num_sets_kv == 1 else num_sets_kv
+        check_sets("num_sets_kv", num_sets, heads)
+        self.num_tokens_q = num_tokens_q
+        self.num_tokens_kv = num_tokens_kv
+        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+        self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
+        self.q_router = CoordinateDescentRouter(dim, straight_through=router_straight_through, **router_kwargs)
+        self.kv_router = CoordinateDescentRouter(
+            dim,
+            straight_through=router_straight_through,
+            num_routing_tokens=num_sets,
+            # the block size of the queries' router, if any, stands in router_kwargs
+            **router_kwargs | ({} if route_block_size is None else {"route_block_size": route_block_size}),
+        )
+        self.heavy_attn = Attention(dim, dim_head=dim_head, heads=heads, multiply_keys_by_score=multiply_keys_by_score)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        num_tokens_q: int | None = None,
+        num_tokens_kv: int | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """mask (b, n) and context_mask (b, j) bool, True = valid -> (b, n, dim).
+
+        num_tokens_q, num_tokens_kv: in place of the constructor's.
+        """
+        budget_q = self.num_tokens_q if num_tokens_q is None else num_tokens_q
+        budget_kv = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
+        query = self.q_router.route(x, budgets=(budget_q,), mask=mask)[0]
+        key_value = self.kv_router.route(context, budgets=(budget_kv,), mask=context_mask)[0]
+        heavy = attend_routed(self.heavy_attn, x, context, query, key_value)
+        return put_back(x, heavy, query, null_token=self.null_q_token)

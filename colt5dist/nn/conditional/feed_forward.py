@@ -1,0 +1,107 @@
+"""Conditional feed-forward: a light branch for every token, a heavy branch for the routed ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from colt5dist.nn.feed_forward import FeedForward
+from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.routing.causal_router import Admission, CausalRouter
+from colt5dist.nn.routing.gather_scatter import add_routed, gather_tokens
+from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter, Route
+
+
+class ConditionalRoutedFeedForward(nn.Module):
+    """x (b, n, dim) -> light(x) + scatter(heavy(routed x) * score), arXiv 2303.09752 section 3.2, without the residual.
+
+    num_heavy_tokens: how many tokens the heavy branch sees. light_ff_mult, heavy_ff_mult: hidden sizes in multiples of
+    dim. router_straight_through, router_kwargs, use_triton: of `CoordinateDescentRouter`.
+
+    Keyword-only, beyond the seed: routing: "topk": the seed's, of the whole sequence; "causal": for decoders, the
+    sequence lies in windows of window_size tokens, num_heavy_tokens are of a window, and a token is admitted by a
+    threshold that the windows before it set (`CausalRouter`), so that no output depends on a later token by one bit; in
+    the first window nothing is routed. light_hidden_dim, heavy_hidden_dim: exact hidden sizes. gated, bias: of both
+    `FeedForward` branches. shared_norm: one RMSNorm before the router and both branches, in place of one in each
+    branch and none before the router. norm_eps, std, output_std: as in `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens: int,
+        light_ff_mult: float = 0.5,
+        heavy_ff_mult: float = 4,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = NO_KWARGS,
+        use_triton: bool = False,
+        routing: str = "topk",
+        window_size: int = 128,
+        light_hidden_dim: int | None = None,
+        heavy_hidden_dim: int | None = None,
+        gated: bool = False,
+        bias: bool = True,
+        shared_norm: bool = False,
+        norm_eps: float | None = None,
+        std: float | None = None,
+        output_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heavy_tokens = num_heavy_tokens
+        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+        branch: dict[str, Any] = {
+            "gated": gated,
+            "bias": bias,
+            "prenorm": not shared_norm,
+            "norm_eps": norm_eps,
+            "std": std,
+            "output_std": output_std,
+        }
+        self.norm = RMSNorm(dim, eps=norm_eps) if shared_norm else nn.Identity()
+        self.router: CoordinateDescentRouter
+        if routing == "causal":
+            self.router = CausalRouter(
+                dim, window_size=window_size, straight_through=router_straight_through, **router_kwargs
+            )
+        elif routing == "topk":
+            self.router = CoordinateDescentRouter(dim, straight_through=router_straight_through, **router_kwargs)
+        else:
+            raise ValueError(f"routing: {routing!r}; use topk or causal")
+        self.light_ff = FeedForward(dim, light_ff_mult, hidden_dim=light_hidden_dim, **branch)
+        self.heavy_ff = FeedForward(dim, heavy_ff_mult, hidden_dim=heavy_hidden_dim, **branch)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        num_heavy_tokens: int | None = None,
+        *,
+        sample_index: Tensor | None = None,
+        return_route: bool = False,
+    ) -> Tensor | tuple[Tensor, Route]:
+        """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the routing.
+
+        num_heavy_tokens: in place of the constructor's. sample_index (b,) int64: the samples' numbers, for random
+        routing. With routing="causal" padding has to stand at the end, and a mask is refused.
+        """
+        budget = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
+        x = self.norm(x)
+        if isinstance(self.router, CausalRouter):
+            if mask is not None:
+                raise ValueError(
+                    "mask: causal routing has none; let the padding stand at the end, where nothing sees it"
+                )
+            places = min(budget, self.router.window_size)
+            route = self.router.admit(x, (Admission(budget, places, False),), sample_index=sample_index)[0]
+        else:
+            route = self.router.route(x, budgets=(budget,), mask=mask, sample_index=sample_index)[0]
+        scores = route.scores.squeeze(1).unsqueeze(-1)
+        out = self.light_ff(x)
+        if route.indices is None:
+            out = out + self.heavy_ff(x) * scores.to(out.dtype)
+        else:
+            indices = route.indices.squeeze(1)
+            heavy = self.heavy_ff(gather_tokens(x, indices))
+            out = add_routed(out, heavy * scores.to(heavy.dtype), indices)
+        return (out, route) if return_route else out

@@ -1,0 +1,69 @@
+"""The heavy branch of conditional attention: routed queries attend to routed keys/values and return to their places."""
+
+import torch
+from torch import Tensor
+
+from colt5dist.nn.attention.attention import Attention
+from colt5dist.nn.routing.gather_scatter import add_routed, gather_positions, gather_tokens
+from colt5dist.nn.routing.router import Route
+
+
+def check_sets(name: str, num_sets: int, heads: int) -> None:
+    """Raise ValueError where argument `name` asks for routed sets that cannot share the heads evenly."""
+    if num_sets < 1 or heads % num_sets:
+        raise ValueError(f"{name}: {num_sets} sets cannot share {heads} heads evenly; use a divisor of the heads")
+
+
+def attend_routed(
+    attention: Attention,
+    x: Tensor,
+    context: Tensor,
+    query: Route,
+    key_value: Route,
+    *,
+    multiply_queries_by_score: bool = False,
+    angles: Tensor | None = None,
+) -> Tensor:
+    """Outputs (b, m, dim) of the routed queries of x (b, n, dim), times their scores, over the routed sets of context
+    (b, j, dim).
+
+    query has one route, key_value as many as there are sets. Where all of the context is taken, it stands for every
+    set without being repeated. angles (n, head dimension): rotary angles of all positions, of x and context alike.
+    """
+    indices_q = None if query.indices is None else query.indices.squeeze(1)
+    indices_kv = key_value.indices
+    tokens_q = x if indices_q is None else gather_tokens(x, indices_q)
+    scores_kv, mask = key_value.scores, key_value.mask
+    if indices_kv is None:
+        scores_kv, mask = scores_kv[:, 0], None if mask is None else mask[:, 0]
+    else:
+        context = gather_tokens(context, indices_kv)
+    rotary = None
+    if angles is not None:
+        rotary = (
+            angles if indices_q is None else gather_positions(angles, indices_q),
+            angles if indices_kv is None else gather_positions(angles, indices_kv),
+        )
+    scores_q = query.scores.squeeze(1)
+    heavy = attention(
+        tokens_q,
+        context=context,
+        mask=mask,
+        normalized_scores_kv=scores_kv,
+        normalized_scores_q=scores_q if multiply_queries_by_score else None,
+        rotary_emb=rotary,
+    )
+    return heavy * scores_q.to(heavy.dtype).unsqueeze(-1)
+
+
+def put_back(
+    x: Tensor, heavy: Tensor, query: Route, *, light: Tensor | None = None, null_token: Tensor | None = None
+) -> Tensor:
+    """The heavy outputs (b, m, dim) at their positions in x (b, n, dim), the null token (dim,) or 0 elsewhere, and the
+    light branch (b, n, dim) added."""
+    if query.indices is None:
+        out = heavy if light is None else light + heavy
+        # the null token is unused here and must still have a gradient: see CoordinateDescentRouter._scores
+        return out if null_token is None else out + (0.0 * null_token).to(out.dtype)
+    base = torch.zeros_like(x, dtype=heavy.dtype) if light is None else light
+    return add_routed(base, heavy, query.indices.squeeze(1), fill=null_token)

@@ -1,0 +1,142 @@
+"""Conditional attention of feature maps: a light branch within patches, a heavy branch among the routed positions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colt5dist.nn.attention.attention import Attention
+from colt5dist.nn.attention.self_attention import SelfAttention
+from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
+from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter
+
+ROUTED_WITHIN = ("map", "patch")
+
+
+class ConditionalRoutedImageAttention(nn.Module):
+    """x (b, height, width, dim), or (b, dim, height, width) with channel_first, -> the same shape, without the
+    residual.
+
+    light: full attention within patches of light_window_size x light_window_size, into which height and width must
+    divide. heavy: num_heavy_tokens_q routed positions attend to num_heavy_tokens_kv routed ones (num_routed_kv sets of
+    them). routing="map": of the whole map; "patch": of each patch, within it, which is what the peer does.
+
+    router_straight_through, router_kwargs, use_triton: of `CoordinateDescentRouter`. multiply_keys_by_score,
+    multiply_queries_by_score, use_null_q_tokens: as in `ConditionalRoutedAttention`. use_flash_attn belongs to the
+    seed's signature and changes nothing: PyTorch's fused kernels serve wherever the shapes allow.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heavy_tokens_q: int,
+        num_heavy_tokens_kv: int,
+        num_routed_kv: int = 1,
+        light_dim_head: int = 64,
+        light_heads: int = 8,
+        light_window_size: int = 128,
+        heavy_dim_head: int = 64,
+        heavy_heads: int = 8,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] = NO_KWARGS,
+        multiply_keys_by_score: bool = False,
+        multiply_queries_by_score: bool = False,
+        use_triton: bool = False,
+        use_null_q_tokens: bool = True,
+        use_flash_attn: bool = False,
+        channel_first: bool = False,
+        routing: str = "map",
+    ) -> None:
+        super().__init__()
+        check_sets("num_routed_kv", num_routed_kv, heavy_heads)
+        if light_window_size < 1:
+            raise ValueError(f"light_window_size: {light_window_size} positions a side; use 1 or more")
+        if routing not in ROUTED_WITHIN:
+            raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTED_WITHIN)}")
+        self.num_heavy_tokens_q = num_heavy_tokens_q
+        self.num_heavy_tokens_kv = num_heavy_tokens_kv
+        self.multiply_queries_by_score = multiply_queries_by_score
+        self.light_window_size = light_window_size
+        self.channel_first = channel_first
+        self.routing = routing
+        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+        self.light_attn = SelfAttention(dim, dim_head=light_dim_head, heads=light_heads, prenorm=True)
+        self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
+        self.router = CoordinateDescentRouter(
+            dim,
+            straight_through=router_straight_through,
+            num_routing_tokens=1 + num_routed_kv,
+            route_groups=(1, num_routed_kv),
+            **router_kwargs,
+        )
+        self.heavy_attn = Attention(
+            dim, dim_head=heavy_dim_head, heads=heavy_heads, multiply_keys_by_score=multiply_keys_by_score
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_heavy_tokens_q: int | None = None,
+        num_heavy_tokens_kv: int | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """mask (b, height, width) bool, True = valid: masked positions are neither attended to nor routed.
+
+        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's.
+        """
+        x = x.movedim(1, -1) if self.channel_first and x.dim() == 4 else x
+        self._check(x, mask)
+        budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
+        budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        height, width = x.shape[1:3]
+        patches = self._cut(x)
+        patch_mask = None if mask is None else self._cut(mask.unsqueeze(-1)).squeeze(-1)
+        light = self._join(self.light_attn(patches, mask=patch_mask), height, width)
+
+        within_patches = self.routing == "patch"
+        tokens = patches if within_patches else x.flatten(1, 2)
+        token_mask = patch_mask if within_patches or mask is None else mask.flatten(1, 2)
+        query, key_value = self.router.route(tokens, budgets=(budget_q, budget_kv), mask=token_mask)
+        heavy = attend_routed(
+            self.heavy_attn,
+            tokens,
+            tokens,
+            query,
+            key_value,
+            multiply_queries_by_score=self.multiply_queries_by_score,
+        )
+        if within_patches:
+            heavy = put_back(tokens, heavy, query, null_token=self.null_q_token)
+            out = light + self._join(heavy, height, width)
+        else:
+            out = put_back(tokens, heavy, query, light=light.flatten(1, 2), null_token=self.null_q_token)
+            out = out.unflatten(1, (height, width))
+        return out.movedim(-1, 1) if self.channel_first else out
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        """Raise for arguments of `forward` that do not fit; x is channel-last."""
+        size = self.light_window_size
+        if x.dim() != 4:
+            raise ValueError(f"x: {tuple(x.shape)}; use a batch of feature maps, 4 dimensions")
+        height, width = x.shape[1:3]
+        if height % size or width % size:
+            raise ValueError(
+                f"x: a map of {height} x {width} is not cut into patches of light_window_size {size}; pad it"
+            )
+        if mask is not None and (mask.shape != x.shape[:3] or mask.dtype != torch.bool):
+            raise ValueError(f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool {tuple(x.shape[:3])}")
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """(b, height, width, dim) -> the patches of all samples, (b * patches, positions of a patch, dim)."""
+        size = self.light_window_size
+        x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(0, 2)
+
+    def _join(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """The way back from `_cut`."""
+        size = self.light_window_size
+        x = patches.unflatten(1, (size, size)).unflatten(0, (-1, height // size, width // size))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)

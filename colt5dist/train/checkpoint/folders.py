@@ -1,0 +1,163 @@
+"""The folders of checkpoints, and what their JSON files say."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from colt5dist.errors import ConfigError
+from colt5dist.train.checkpoint.complete_file import FOLDER_NAME, FORMAT_VERSION, INDEX, STATE, size_problem
+from colt5dist.train.checkpoint.trainer_state import TrainerState
+from colt5dist.train.config.schema import OptimizerConfig
+from colt5dist.train.engine import fragments
+
+ASIDE = re.compile(FOLDER_NAME.pattern + r"\.(damaged|unread|replaced)(-\d+)?")
+UNFINISHED = re.compile(r"\.step_\d{8,}\.(tmp|deleted)")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
+    return root / f"step_{step:08d}"
+
+
+def folder_step(folder: Path) -> int:
+    """Step of a checkpoint's folder."""
+    match = FOLDER_NAME.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Folders with the name of a checkpoint, oldest step first. Other names are not looked at."""
+    found = [path for path in root.glob("step_*") if FOLDER_NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=folder_step)
+
+
+def folders_put_aside(root: Path) -> list[Path]:
+    """Checkpoints that were renamed: found damaged, not readable, or in the way of a new one."""
+    return sorted(path for path in root.glob("step_*") if ASIDE.fullmatch(path.name) and path.is_dir())
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether COMPLETE is there and every file has the size that it names."""
+    return size_problem(folder) is None
+
+
+def find_checkpoints(root: Path, run_id: str | None = None) -> tuple[list[Path], list[Path]]:
+    """Whole checkpoints (of that run), oldest first, and the other folders with such a name."""
+    folders = checkpoint_folders(root)
+    whole = [path for path in folders if size_problem(path, run_id) is None]
+    return whole, [path for path in folders if path not in whole]
+
+
+def unfinished_folders(root: Path) -> list[Path]:
+    """What saves and deletions that were interrupted have left."""
+    return sorted(path for path in root.glob(".step_*") if UNFINISHED.fullmatch(path.name) and path.is_dir())
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The trainer's integers of a checkpoint.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    content = _read_json(folder / STATE)
+    try:
+        return TrainerState(**content["state"])
+    except (KeyError, TypeError):
+        raise ConfigError(f"{folder / STATE}: is damaged; use another checkpoint") from None
+
+
+def read_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Shape and fragments by (parameter name, key).
+
+    Raises:
+        ConfigError: they cannot be read, or a fragment lies outside the folder.
+    """
+    path = folder / INDEX
+    content = _read_json(path)
+    try:
+        if content["format_version"] != FORMAT_VERSION:
+            raise ConfigError(
+                f"{folder}: checkpoint format {content['format_version']}, this version reads {FORMAT_VERSION}; "
+                "load it with the version that wrote it"
+            )
+        found = {(str(entry["name"]), str(entry["key"])): entry for entry in content["tensors"]}
+        files = {str(part["file"]) for entry in found.values() for part in entry["fragments"]}
+    except (KeyError, TypeError):
+        raise ConfigError(f"{path}: is damaged; use another checkpoint") from None
+    for name in files:
+        if Path(name).name != name:
+            raise ConfigError(f"{path}: names a file outside the folder: {name}; do not use it")
+    return found
+
+
+def parameter_shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter in a checkpoint."""
+    return {name: tuple(e["shape"]) for (name, key), e in read_index(folder).items() if key == fragments.WEIGHT}
+
+
+def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Differences between the parameters of a checkpoint and those of a model."""
+    saved = parameter_shapes_of(folder)
+    found = [f"{folder}: parameter {name} is missing" for name in shapes if name not in saved]
+    found += [f"{folder}: parameter {name} is not in this model" for name in saved if name not in shapes]
+    found += [
+        f"{folder}: parameter {name} has shape {saved[name]}, this model needs {shape}"
+        for name, shape in shapes.items()
+        if name in saved and saved[name] != shape
+    ]
+    if not found:
+        return []
+    more = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
+    return [f"{found[0]}{more}; use the model.* of the run that wrote it"]
+
+
+def optimizer_problems(folder: Path, config: OptimizerConfig) -> list[str]:
+    """Whether the checkpoint's optimizer states are those of another optimizer, as one line."""
+    keys = {key for _, key in read_index(folder)} - {fragments.WEIGHT}
+    if not keys or ("exp_avg" in keys) == (config.name == "adamw"):
+        return []
+    return [
+        f"optimizer.name: {config.name} cannot go on from the states of another optimizer in {folder}; set it back, or "
+        "start another run with init_from"
+    ]
+
+
+def checkpoint_bytes(num_parameters: int) -> int:
+    """Size of a checkpoint with AdamW's two moments, up to its JSON: three float32 numbers a parameter."""
+    return 12 * num_parameters
+
+
+def index_content(shapes: dict[str, list[int]], parts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """index.json from the shapes and fragments of `parameter|key`; the fragments have to cover every element once."""
+    tensors = []
+    for name in sorted(shapes):
+        pieces = sorted(parts[name], key=lambda part: part["offset"])
+        _check_cover(name, pieces, shapes[name])
+        parameter, key = name.rsplit("|", 1)
+        tensors.append({"name": parameter, "key": key, "shape": shapes[name], "fragments": pieces})
+    return {"format_version": FORMAT_VERSION, "tensors": tensors}
+
+
+def _check_cover(name: str, pieces: Iterable[dict[str, Any]], shape: list[int]) -> None:
+    end, total = 0, 1
+    for piece in pieces:
+        assert piece["offset"] == end, f"{name}: fragments overlap or leave a hole at element {end}"
+        end += piece["length"]
+    for size in shape:
+        total *= size
+    assert end == total, f"{name}: fragments end at element {end} of {shape}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); use another checkpoint") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is damaged; use another checkpoint")
+    return content

@@ -1,0 +1,118 @@
+"""Loading: each rank reads the slices that overlap what it owns now, whatever world size and stage wrote them."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from colt5dist.errors import ConfigError
+from colt5dist.train.checkpoint.complete_file import Damage, find_difference
+from colt5dist.train.checkpoint.folders import read_index, read_state
+from colt5dist.train.checkpoint.trainer_state import TrainerState
+from colt5dist.train.engine import fragments
+from colt5dist.train.engine.engine import Engine
+from colt5dist.train.ranks import Ranks, gather_objects
+
+
+def find_damage(folder: Path, ranks: Ranks) -> Damage | None:
+    """What in a checkpoint is not as it was written; all ranks share the reading and get the same answer."""
+    damage: Damage | None
+    try:
+        damage = find_difference(folder, lambda piece, name: piece % ranks.world_size == ranks.rank)
+    except ValueError as error:
+        damage = Damage(str(error), may_pass=True)
+    found = [damage for damage in gather_objects(damage) if damage]
+    return min(found, key=lambda damage: damage.may_pass, default=None)
+
+
+def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False) -> TrainerState:
+    """Fill the masters and moments from a checkpoint, in place, each rank reading only what it needs.
+
+    `fragments.refresh_parameters` has to follow, on all ranks, once all have read their part.
+
+    Args:
+        folder: a whole checkpoint.
+        engine: an engine of the same model, before its first step.
+        weights_only: leave the optimizer fresh.
+
+    Raises:
+        ConfigError: the checkpoint is of another model or another optimizer, or cannot be read.
+    """
+    index = read_index(folder)
+    state = read_state(folder)
+    if not weights_only and state.optimizer_step:
+        shapes = {key: tuple(entry["shape"]) for key, entry in index.items()}
+        fragments.create_optimizer_state(engine, state.optimizer_step, shapes)
+    read_fragments(folder, index, engine, weights_only=weights_only)
+    return state
+
+
+def read_fragments(
+    folder: Path, index: dict[tuple[str, str], dict[str, Any]], engine: Engine, *, weights_only: bool = False
+) -> int:
+    """Fill what is there of masters and moments.
+
+    Returns:
+        Bytes of the slices that were read.
+    """
+    num_bytes = 0
+    with _OpenFiles(folder) as files:
+        for fragment in fragments.needed_fragments(engine):
+            if weights_only and fragment.key != fragments.WEIGHT:
+                continue
+            num_bytes += _read_fragment(folder, index, files, fragment)
+    return num_bytes
+
+
+def _read_fragment(
+    folder: Path, index: dict[tuple[str, str], dict[str, Any]], files: "_OpenFiles", fragment: fragments.Fragment
+) -> int:
+    entry = index.get((fragment.name, fragment.key))
+    if entry is None or tuple(entry["shape"]) != fragment.shape:
+        raise ConfigError(
+            f"{folder}: {fragment.key} of parameter {fragment.name} with shape {list(fragment.shape)} is not in it; "
+            "use the model.* and optimizer.name of the run that wrote it"
+        )
+    first, last = fragment.offset, fragment.offset + fragment.tensor.numel()
+    num_read = 0
+    for part, low, high in _overlaps(entry["fragments"], first, last):
+        values = files.read(f"{fragment.name}|{fragment.key}|{part['offset']}", part, low, high)
+        fragment.tensor[low - first : high - first].copy_(values)
+        num_read += high - low
+    if num_read != last - first:
+        raise ConfigError(
+            f"{folder}: its index has {num_read} of {last - first} elements of {fragment.name}; use another checkpoint"
+        )
+    return num_read * fragment.tensor.element_size()
+
+
+def _overlaps(parts: Iterable[dict[str, Any]], first: int, last: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+    for part in parts:
+        low, high = max(first, part["offset"]), min(last, part["offset"] + part["length"])
+        if low < high:
+            yield part, low, high
+
+
+class _OpenFiles:
+    """The rank files of a checkpoint, opened when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Any] = {}
+
+    def __enter__(self) -> "_OpenFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.clear()
+
+    def read(self, tensor_name: str, part: dict[str, Any], low: int, high: int) -> Any:
+        """Elements low .. high - 1 of a parameter, out of the fragment `part`."""
+        path = self.folder / part["file"]
+        try:
+            if path.name not in self.files:
+                self.files[path.name] = safe_open(path, framework="pt").__enter__()
+            return self.files[path.name].get_slice(tensor_name)[low - part["offset"] : high - part["offset"]]
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); use another checkpoint") from None

@@ -1,0 +1,163 @@
+"""From files and arguments to a `RunConfig`: dataclass defaults <- YAML <- `key=value`, all problems listed at once.
+
+A YAML file may name pieces to start from, relative to itself: `include: {model: model/base.yaml}` puts the fields of
+that file into the section `model`.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from colt5dist.errors import ConfigError
+from colt5dist.train.config.schema import RunConfig
+
+FREE_SECTIONS = ("deepspeed",)
+"""Sections whose keys are not ours to know."""
+ALLOW_FROM_ZERO = "from_zero"
+"""The word in `resume_allow` that is no key: starting at step 0 beside checkpoints of which none is whole."""
+
+
+def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` arguments, the last of a repeated key wins.
+
+    Raises:
+        ConfigError: a line for each problem: unknown key, wrong type or value, keys that do not go together.
+    """
+    problems: list[str] = []
+    tree = OmegaConf.structured(RunConfig)
+    known = [name for name, _ in _values(OmegaConf.to_container(tree), "")]
+    settings = _read_yaml(Path(path))
+    for text in overrides:
+        key, separator, _ = text.partition("=")
+        if not separator or not key:
+            problems.append(f"{text}: not of the form key=value; write for instance train.steps=100")
+            continue
+        if text == "run_dir=":  # an empty variable of a shell, say; as YAML it would be null
+            problems.append("run_dir: is empty; name a folder, or null for runs/<name of the config file>")
+            continue
+        try:
+            node = OmegaConf.from_dotlist([text])
+        except (OmegaConfBaseException, yaml.YAMLError, UnicodeError):
+            problems.append(f"{key}: the value in {text!r} is not readable as YAML; quote it")
+            continue
+        settings.extend((k, v, "command line") for k, v in _values(OmegaConf.to_container(node), ""))
+    for key, value, origin in settings:
+        problem = _apply(tree, known, key, value)
+        if problem:
+            problems.append(f"{problem} ({origin})")
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        problems.append(f"{error.full_key}: {_first_line(error)}; give a value that can be resolved")
+        raise ConfigError("\n".join(problems)) from None
+    assert isinstance(config, RunConfig)
+    if not problems:
+        problems = config.problems()
+        problems += [
+            f"resume_allow: no such key {key}; {_did_you_mean(key, known)}"
+            for key in config.resume_allow
+            if key not in known and key != ALLOW_FROM_ZERO
+        ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if config.run_dir is None:
+        config.run_dir = str(Path("runs") / Path(path).stem)
+    return config
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every key named."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def config_leaves(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted key; the free sections are one value each."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    return dict(_values(container, ""))
+
+
+def saved_leaves(path: Path) -> dict[str, Any]:
+    """The settings of a `config.yaml` that a run has written, by dotted key.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    return dict(_values(_load_mapping(path), ""))
+
+
+def _read_yaml(path: Path) -> list[tuple[str, Any, str]]:
+    """Settings of a file and of the pieces that it includes: key, value, and the file it stands in."""
+    content = _load_mapping(path)
+    pieces = content.pop("include", {})
+    if not isinstance(pieces, dict):
+        raise ConfigError(f"{path}: include must map sections to files; write include: {{model: model/base.yaml}}")
+    settings: list[tuple[str, Any, str]] = []
+    for section, name in pieces.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: include.{section}: {name!r} is not the name of a file; write a path")
+        piece = path.parent / name
+        settings.extend((f"{section}.{key}", value, str(piece)) for key, value in _values(_load_mapping(piece), ""))
+    settings.extend((key, value, str(path)) for key, value in _values(content, ""))
+    return settings
+
+
+def _load_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; name one that exists") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration file ({error}); name a YAML file") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({_first_line(error)}); mend the file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds no mapping of keys to values; start from a file in configs/")
+    return {str(key): value for key, value in content.items()}
+
+
+def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | None:
+    """Set one leaf; returns what is wrong, if anything."""
+    section = key.split(".")[0]
+    if value == "???":
+        return f"{key}: has no value; give one"
+    if key not in known and section not in FREE_SECTIONS:
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        if inside:
+            return f"{key}: is a section, not a value; set for instance {inside[0]}"
+        return f"{key}: no such key; {_did_you_mean(key, known)}"
+    try:
+        OmegaConf.update(tree, key, value, merge=True, force_add=section in FREE_SECTIONS)
+    except OmegaConfBaseException as error:
+        return f"{key}: {_first_line(error)}; see the field of that name in --print-config"
+    return None
+
+
+def _did_you_mean(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        last = {name.rsplit(".", 1)[-1]: name for name in known}
+        near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.5)]
+    return f"did you mean {near[0]}?" if near else "--print-config lists all keys"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def _values(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings as (dotted key, value); the free sections are given as they stand."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and name not in FREE_SECTIONS:
+            yield from _values(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,415 @@
+"""The configuration of a run: one dataclass a section, defaults here, values from YAML and the command line.
+
+Each section checks its own fields in `problems`; what concerns several sections is checked in `RunConfig.problems`.
+A message begins with the key, says what is wrong, and ends with the mend.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from colt5dist.data.config import DataConfig
+from colt5dist.data.order.mixture import parse_mixture
+from colt5dist.model.config import CoLT5Config
+from colt5dist.train.config.deepspeed_sections import deepspeed_problems
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length, batch and execution of the run."""
+
+    steps: int = 1000
+    """Optimizer steps after which the run is finished. Schedules do not read it: a longer run is the same run."""
+    global_batch_size: int = 256
+    """Samples an optimizer step, over all devices."""
+    micro_batch_size: int = 8
+    """Samples a device handles at once, fewer where it gets fewer a step; gradient accumulation follows from it."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of parameters in forward and backward; auto: bf16 on GPUs, fp32 on CPUs. Masters are fp32."""
+    activation_checkpointing: Literal["none", "full", "full_keep_routing"] = "none"
+    """What is recomputed in the backward pass: nothing, every layer, or every layer but the routers' decisions."""
+    z_loss: float = 1e-4
+    """Weight of the squared log-normaliser of the output softmax, added to the training loss."""
+    log_every: int = 10
+    """Steps between two records in metrics.jsonl and TensorBoard."""
+    eval_every: int = 500
+    """Steps between two evaluations on the held-out split; 0: only before the first and after the last step."""
+    eval_samples: int = 64
+    """Held-out samples of an evaluation, the same ones each time."""
+    eval_shuffled_inputs: bool = False
+    """Also evaluate with each sample given its neighbour's input: shows how much the decoder reads the encoder."""
+    routing_every: int = 100
+    """Steps between two records of the routers' statistics; 0: none."""
+    max_minutes: float | None = None
+    """Minutes after the start at which a checkpoint is written and the run stops with status 75; null: no limit."""
+    timeout_minutes: float = 30.0
+    """Minutes in which nothing may move on before the first step (of new lengths) is done, or while a checkpoint is
+    written or read or the data is opened; then the run is given up."""
+    timeout_seconds: float = 600.0
+    """Seconds in which nothing else may move on after the first step (a step, a batch of an evaluation).
+    A rank that is silent for a third of it is given up, and named."""
+    deterministic: bool = False
+    """Use deterministic algorithms only; slower, and equal runs on one kind of device are equal to the bit."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = []
+        for name in ("steps", "global_batch_size", "micro_batch_size", "log_every", "eval_samples"):
+            if getattr(self, name) < 1:
+                found.append(f"train.{name}: {getattr(self, name)} is not positive; use 1 or more")
+        for name in ("eval_every", "routing_every", "z_loss"):
+            if getattr(self, name) < 0:
+                found.append(f"train.{name}: {getattr(self, name)} is negative; use 0 or more")
+        for name in ("max_minutes", "timeout_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 525_600:
+                found.append(f"train.{name}: {value} is not within a year; use a number of minutes above 0")
+        if 0 < self.timeout_minutes < 0.1:
+            found.append(f"train.timeout_minutes: {self.timeout_minutes} is too short for a start; use for instance 30")
+        if not 2 <= self.timeout_seconds <= 86_400:
+            found.append(f"train.timeout_seconds: {self.timeout_seconds} is outside [2, 86400]; use for instance 600")
+        if (
+            self.global_batch_size >= 1
+            and self.micro_batch_size >= 1
+            and self.global_batch_size % self.micro_batch_size
+        ):
+            found.append(
+                f"train.micro_batch_size: {self.micro_batch_size} does not divide train.global_batch_size "
+                f"{self.global_batch_size}; use one of {_divisors(self.global_batch_size)}"
+            )
+        return found
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer. Norms, routing vectors and embeddings are never decayed."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw: any ZeRO stage. adafactor: at zero.stage 0 in fp32 only (ZeRO's flat shards change what it does); torch's,
+    which takes the smaller of lr and 1 / sqrt(step), and no betas and eps."""
+    lr: float = 1e-3
+    """Peak learning rate, reached at the end of the warm-up."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = []
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                found.append(f"optimizer.{name}: {getattr(self, name)} is not positive; use a number above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1); use for instance 0.9")
+        for name in ("weight_decay", "gradient_clipping"):
+            if getattr(self, name) < 0:
+                found.append(f"optimizer.{name}: {getattr(self, name)} is negative; use 0 or more")
+        return found
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """The learning rate as a function of the step. It never reads train.steps."""
+
+    name: Literal["inverse_sqrt", "cosine", "warmup_stable_decay", "constant"] = "inverse_sqrt"
+    """Shape after the linear warm-up."""
+    warmup_steps: int = 10_000
+    """Steps of linear warm-up from 0 to optimizer.lr; inverse_sqrt decays as sqrt(warmup_steps / step) from there."""
+    total_steps: int | None = None
+    """Horizon in steps of cosine and warmup_stable_decay; the rate stays at its minimum beyond."""
+    decay_steps: int | None = None
+    """Steps of the final linear decay of warmup_stable_decay."""
+    min_lr_ratio: float = 0.0
+    """Smallest rate of cosine and warmup_stable_decay as a share of optimizer.lr."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = []
+        if self.warmup_steps < 1:
+            found.append(f"schedule.warmup_steps: {self.warmup_steps} is not positive; use 1 or more")
+        if not 0 <= self.min_lr_ratio <= 1:
+            found.append(f"schedule.min_lr_ratio: {self.min_lr_ratio} is outside [0, 1]; use a share of optimizer.lr")
+        if self.name in ("cosine", "warmup_stable_decay"):
+            if self.total_steps is None:
+                found.append(f"schedule.total_steps: {self.name} needs a horizon; set it, for instance to train.steps")
+            elif self.total_steps <= self.warmup_steps:
+                found.append(
+                    f"schedule.total_steps: {self.total_steps} is not beyond the warm-up; use more than "
+                    f"schedule.warmup_steps {self.warmup_steps}"
+                )
+        if self.name == "warmup_stable_decay":
+            if self.decay_steps is None or self.decay_steps < 1:
+                found.append("schedule.decay_steps: warmup_stable_decay needs it; set the steps of the final decay")
+            elif self.total_steps is not None and self.decay_steps > self.total_steps - self.warmup_steps:
+                found.append(
+                    f"schedule.decay_steps: {self.decay_steps} does not fit between the warm-up and "
+                    f"schedule.total_steps; use {max(self.total_steps - self.warmup_steps, 1)} or fewer"
+                )
+        return found
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    """How DeepSpeed's ZeRO shards the model states over the devices."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0: nothing, 1: optimizer states, 2: also gradients, 3: also parameters. Stage 0 in bf16 runs as stage 1."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Model states kept in host memory: optimizer (stages 1-3) or also the parameters (stage 3)."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which gradients are summed over devices."""
+    bucket_size: int = 500_000_000
+    """Elements of a communication bucket."""
+    persistence_threshold: int = 100_000
+    """Stage 3: parameters of fewer elements stay whole on every device."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = []
+        if self.offload == "parameters" and self.stage != 3:
+            found.append(
+                f"zero.offload: parameters needs zero.stage=3, not {self.stage}; set it, or zero.offload=optimizer"
+            )
+        if self.offload == "optimizer" and self.stage == 0:
+            found.append("zero.offload: optimizer needs zero.stage 1, 2 or 3; set zero.stage=1")
+        if not 1_000 <= self.bucket_size < 2**40:
+            found.append(f"zero.bucket_size: {self.bucket_size} is outside [1000, 2**40); use for instance 500000000")
+        if self.persistence_threshold < 0:
+            found.append(f"zero.persistence_threshold: {self.persistence_threshold} is negative; use 0 or more")
+        return found
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int = 1000
+    """Steps between two checkpoints; the last step and a requested stop are always saved; 0: only those."""
+    every_minutes: float | None = None
+    """Minutes between two checkpoints by the clock of rank 0, counted from the newer of start and last save; null: by
+    steps only."""
+    keep_last: int = 2
+    """Newest whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of it are never deleted; 0: none."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written does to the run. The last one of a run or before a stop always ends it
+    with status 74; older checkpoints stay as they are in any case."""
+    asynchronous: bool = False
+    """Copy to host memory and write beside training; takes 12 bytes a parameter of it, shared by the ranks."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = []
+        if self.keep_last < 1:
+            found.append(f"checkpoint.keep_last: {self.keep_last} is not positive; use 1 or more")
+        for name in ("every_steps", "keep_every"):
+            if getattr(self, name) < 0:
+                found.append(f"checkpoint.{name}: {getattr(self, name)} is negative; use 0 or more")
+        if self.every_minutes is not None and not 0 < self.every_minutes <= 525_600:
+            found.append(
+                f"checkpoint.every_minutes: {self.every_minutes} is not within a year; use a number of minutes above 0"
+            )
+        return found
+
+
+@dataclass(kw_only=True)
+class HealthConfig:
+    """What is done about losses and gradients that are not finite, and about loss spikes."""
+
+    max_skipped: int = 10
+    """Steps in a row, skipped because a loss or gradient was not finite, at which the run is given up."""
+    spike_window: int = 100
+    """Applied steps before a step that its loss is compared with; nothing is told before there are as many."""
+    spike_threshold: float = 10.0
+    """Robust standard deviations above the window's median from which on a loss is a spike."""
+    on_spike: Literal["warn", "rollback"] = "warn"
+    """warn: a line in the log and a count; rollback: also back to the last checkpoint, past the samples around it."""
+    skip_steps: int = 20
+    """Steps up to the spike, its own included, whose samples are passed over after a rollback."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run; further spikes are only warned of."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        found = [
+            f"health.{name}: {getattr(self, name)} is too small; use {smallest} or more"
+            for name, smallest in (("max_skipped", 1), ("spike_window", 4), ("skip_steps", 1), ("max_rollbacks", 0))
+            if getattr(self, name) < smallest
+        ]
+        if self.spike_threshold <= 0:
+            found.append(f"health.spike_threshold: {self.spike_threshold} is not positive; use for instance 10")
+        return found
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """A window of steps recorded with torch.profiler."""
+
+    steps: list[int] = field(default_factory=list)
+    """First and last step of the window, for instance [20, 23]; the trace goes to `profile/` in the run directory."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these fields, one line each."""
+        if self.steps and (len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]):
+            return [f"profile.steps: {self.steps} is not a window; use for instance [20,23]"]
+        return []
+
+
+SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "health", "profile")
+"""Fields of `RunConfig` that are sections of their own."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    run_dir: str | None = None
+    """Folder of the run; null: runs/<name of the config file>."""
+    seed: int = 0
+    """Seed of the initial weights, the data order, the masks and random routing."""
+    resume: Literal["never", "auto", "must"] = "auto"
+    """auto: go on from the newest whole checkpoint, if any; must: fail without one; never: need an empty folder."""
+    resume_allow: list[str] = field(default_factory=list)
+    """Keys that may differ from the run that is resumed, for instance [optimizer.lr]; from_zero: start at step 0 where
+    checkpoints are there, but none of them is whole."""
+    init_from: str | None = None
+    """Run directory or checkpoint of another run whose weights, and nothing else, this run starts from."""
+    model: CoLT5Config = field(default_factory=CoLT5Config)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Merged last into the JSON that DeepSpeed gets, for what has no key here."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the configuration, one line each; needs no device, no shards and no other process."""
+        found = [
+            f"{title}.{name}: {value} is too large; give a number below 2**53"
+            for title in SECTIONS
+            for name, value in vars(getattr(self, title)).items()
+            if isinstance(value, int) and abs(value) >= 2**53
+        ]
+        if found:
+            return found
+        for title in SECTIONS:
+            section = getattr(self, title)
+            found.extend(section.problems())
+            for name, value in vars(section).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    found.append(f"{title}.{name}: {value} is not a finite number; give one")
+        if self.run_dir == "":
+            found.append("run_dir: is empty; name a folder, or null for runs/<name of the config file>")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed: {self.seed} is outside [0, 2**32); use for instance 0")
+        if not any(line.startswith(("model.", "data.", "train.")) for line in found):
+            found += self._architecture_problems() + self._input_multiple_problems()
+            for number, stage in enumerate(self.stages[1:]):
+                later = stage.model.problems() + stage.train.problems() + stage._input_multiple_problems()
+                found += [f"data.length_schedule[{number}]: {line}" for line in later]
+        found.extend(deepspeed_problems(self.deepspeed))
+        if self.optimizer.name == "adafactor" and self.zero.stage != 0:
+            found.append(
+                f"optimizer.name: adafactor cannot work on the flat shards of zero.stage {self.zero.stage}; "
+                "set zero.stage=0 or optimizer.name=adamw"
+            )
+        return found
+
+    def _architecture_problems(self) -> list[str]:
+        found = []
+        causal = self.model.architecture == "causal"
+        if causal != parse_mixture(self.data.mixture).is_causal:
+            found.append(
+                f"data.mixture: {self.data.mixture} does not go with model.architecture {self.model.architecture}; "
+                f"set data.mixture={'causal' if causal else 'colt5'}"
+            )
+        if causal and self.train.eval_shuffled_inputs:
+            found.append("train.eval_shuffled_inputs: model.architecture causal has no inputs to shuffle; set false")
+        if causal and any(entry.num_heavy_tokens for entry in self.data.length_schedule):
+            found.append(
+                "data.length_schedule: num_heavy_tokens is a share of a window with model.architecture causal, which "
+                "no length changes; leave it out"
+            )
+        return found
+
+    def _input_multiple_problems(self) -> list[str]:
+        multiple = self.model.input_multiple
+        if self.data.input_length % multiple == 0:
+            return []
+        lower = self.data.input_length // multiple * multiple
+        choices = " or ".join(str(n) for n in (lower, lower + multiple) if n)
+        return [
+            f"data.input_length: {self.data.input_length} is not a multiple of {multiple}, which "
+            f"model.num_heavy_tokens {self.model.num_heavy_tokens} needs; use {choices}"
+        ]
+
+    @cached_property
+    def stages(self) -> list["RunConfig"]:
+        """This run's configuration before the first entry of data.length_schedule, and from each of them on."""
+        entries = self.data.length_schedule
+        return [
+            replace(
+                self,
+                data=data,
+                train=replace(self.train, micro_batch_size=size or self.train.micro_batch_size),
+                model=replace(self.model, num_heavy_tokens=share or self.model.num_heavy_tokens),
+            )
+            for data, size, share in zip(
+                self.data.stages(),
+                [None, *(entry.micro_batch_size for entry in entries)],
+                [None, *(entry.num_heavy_tokens for entry in entries)],
+                strict=True,
+            )
+        ]
+
+    def stage_at(self, step: int) -> "RunConfig":
+        """The configuration that an optimizer step is taken with."""
+        return self.stages[sum(entry.step <= step for entry in self.data.length_schedule)]
+
+    def batch_problems(self, world_size: int) -> list[str]:
+        """What is wrong with the batch sizes on `world_size` devices, at any length of the schedule."""
+        problems = [problem for stage in self.stages for problem in stage._batch_problems(world_size)]
+        return list(dict.fromkeys(problems))
+
+    def _batch_problems(self, world_size: int) -> list[str]:
+        train = self.train
+        if train.global_batch_size % world_size:
+            mend = f"use a multiple of {world_size}, or another number of devices"
+            return [
+                f"train.global_batch_size: {train.global_batch_size} does not divide among {world_size} devices; {mend}"
+            ]
+        share = train.global_batch_size // world_size
+        if share % self.micro_batch_size(world_size) == 0:
+            return []
+        return [
+            f"train.micro_batch_size: {train.micro_batch_size} does not divide the {share} samples that each of "
+            f"{world_size} devices gets of train.global_batch_size {train.global_batch_size}; use one of "
+            f"{_divisors(share)}"
+        ]
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples a device holds at once: train.micro_batch_size, or all it gets a step where that is less."""
+        return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches a device handles an optimizer step."""
+        return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)
+
+
+def _divisors(number: int) -> str:
+    small = [n for n in range(1, min(math.isqrt(number), 10_000) + 1) if number % n == 0]
+    return ", ".join(str(n) for n in sorted({*small, *(number // n for n in small)}))

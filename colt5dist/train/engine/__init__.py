@@ -1,0 +1,1 @@
+"""All that knows how DeepSpeed works inside: engine, optimizer, gradients, where weights and moments lie."""

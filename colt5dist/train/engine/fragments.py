@@ -1,0 +1,162 @@
+"""Where DeepSpeed keeps the float32 weights and the optimizer's moments, as flat fragments of named parameters.
+
+Every ZeRO stage holds the same numbers in other places. This file is the only one that knows them; it touches
+semi-private parts of DeepSpeed 0.19.8 (tests/train/engine/test_zero_stages.py probes them, run it again at each new
+version):
+
+- stage 0: the parameters themselves and the state of torch's optimizer, whole on every rank;
+- stages 1 and 2: flat partitions (`single_partition_of_fp32_groups`; `fp32_groups_flat_partition` in bf16 at stage 1),
+  in which `param._hp_mapping` names this rank's part of each parameter;
+- stage 3: flat sub-groups (`fp32_partitioned_groups_flat`), in which `grad_position` names it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from colt5dist.train.engine.engine import Engine
+
+WEIGHT = "weight"
+"""Key of the float32 master weights; the other keys are the optimizer's own (exp_avg, exp_avg_sq, ...)."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of elements of one parameter, or of one of its optimizer states, that this rank holds.
+
+    `tensor` is a flat float32 view of the live memory: reading it saves, writing it loads.
+    """
+
+    name: str
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+def owned_fragments(engine: Engine) -> Iterator[Fragment]:
+    """What this rank has to save: the ranks' fragments together cover every element once."""
+    if engine.stage:
+        yield from _sharded_fragments(engine)
+        return
+    fragments = list(_whole_fragments(engine))
+    total = sum(f.tensor.numel() for f in fragments)
+    world_size, rank = engine.deepspeed.world_size, engine.deepspeed.global_rank
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    start = 0
+    for f in fragments:
+        low, high = max(first - start, 0), min(last - start, f.tensor.numel())
+        if low < high:
+            yield Fragment(f.name, f.key, f.offset + low, f.shape, f.tensor[low:high])
+        start += f.tensor.numel()
+
+
+def needed_fragments(engine: Engine) -> Iterator[Fragment]:
+    """What this rank has to load: at stage 0 all of it, else the part that it holds."""
+    return _sharded_fragments(engine) if engine.stage else _whole_fragments(engine)
+
+
+def create_optimizer_state(engine: Engine, optimizer_step: int, shapes: dict[tuple[str, str], tuple[int, ...]]) -> None:
+    """Make zero moments, which do not exist before the first step, and set the optimizer's step.
+
+    Args:
+        engine: the engine before its first step.
+        optimizer_step: steps that the optimizer has applied.
+        shapes: shape of the state by (parameter name, key), as the checkpoint's index has it.
+    """
+    keys = sorted({key for _, key in shapes if key != WEIGHT})
+    for name, tensor in _state_owners(engine):
+        state = engine.torch_optimizer.state[tensor]
+        state["step"] = torch.tensor(float(optimizer_step), device=tensor.device)
+        for key in keys:
+            if name is None:
+                state[key] = torch.zeros_like(tensor)
+            elif (name, key) in shapes:
+                state[key] = torch.zeros(shapes[name, key], dtype=torch.float32, device=tensor.device)
+
+
+def optimizer_step(engine: Engine) -> int:
+    """Steps that the optimizer has applied (skipped ones not counted)."""
+    for _, tensor in _state_owners(engine):
+        state = engine.torch_optimizer.state.get(tensor)
+        if state:
+            return int(state["step"])
+    return 0
+
+
+def refresh_parameters(engine: Engine) -> None:
+    """After loading: bring the weights that forward uses in line with the float32 masters, on all ranks."""
+    if engine.stage in (1, 2):
+        engine.deepspeed.optimizer.update_lp_params()
+    elif engine.stage == 3:
+        optimizer = engine.deepspeed.optimizer
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _flat_partitions(engine: Engine) -> list[torch.Tensor]:
+    """Stages 1-3: the flat float32 tensors that the optimizer steps on, one a parameter group (or sub-group)."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return list(optimizer.single_partition_of_fp32_groups)
+    return list(optimizer.fp32_groups_flat_partition)
+
+
+def _state_owners(engine: Engine) -> Iterator[tuple[str | None, torch.Tensor]]:
+    """The tensors that key the optimizer's state; named at stage 0, where they are the parameters."""
+    if engine.stage:
+        yield from ((None, flat) for flat in _flat_partitions(engine))
+    else:
+        yield from engine.module.named_parameters()
+
+
+def _states(engine: Engine, owner: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    state = engine.torch_optimizer.state.get(owner, {})
+    for key in sorted(state):
+        if key != "step" and torch.is_tensor(state[key]):
+            yield key, state[key]
+
+
+def _whole_fragments(engine: Engine) -> Iterator[Fragment]:
+    for name, p in engine.module.named_parameters():
+        yield Fragment(name, WEIGHT, 0, tuple(p.shape), p.detach().view(-1))
+        for key, state in _states(engine, p):
+            yield Fragment(name, key, 0, tuple(state.shape), state.view(-1))
+
+
+def _sharded_fragments(engine: Engine) -> Iterator[Fragment]:
+    flats = _flat_partitions(engine)
+    for name, p in engine.module.named_parameters():
+        place = _place(engine, p)
+        if place is None:
+            continue
+        group, start, offset, count = place
+        shape = tuple(getattr(p, "ds_shape", p.shape))
+        yield Fragment(name, WEIGHT, offset, shape, flats[group].detach()[start : start + count])
+        for key, state in _states(engine, flats[group]):
+            yield Fragment(name, key, offset, shape, state[start : start + count])
+
+
+def _place(engine: Engine, p: Any) -> tuple[int, int, int, int] | None:
+    """This rank's part of a parameter: flat partition, start in it, offset in the parameter, number of elements."""
+    if engine.stage == 3:
+        optimizer = engine.deepspeed.optimizer
+        group, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+        offset = p.partition_numel() * engine.deepspeed.global_rank
+        count = min(p.partition_numel(), p.ds_numel - offset)  # the last partitions may be padding
+        return (group, start, offset, count) if count > 0 else None
+    mapping = p._hp_mapping
+    if mapping is None:
+        return None
+    return (
+        mapping.param_group_index,
+        mapping.hp_fragment_address.start,
+        mapping.lp_fragment_address.start,
+        mapping.hp_fragment_address.numel,
+    )

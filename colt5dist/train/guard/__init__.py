@@ -1,0 +1,1 @@
+"""What protects a run: bad numbers, loss spikes, requests to stop, lost ranks, reports of failures."""

@@ -1,0 +1,133 @@
+"""What a run costs, by formula: parameters, FLOPs, memory; and the peak rate of the devices it runs on."""
+
+import re
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from colt5dist.data.config import DataConfig
+from colt5dist.model.config import CoLT5Config
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.deepspeed_json import uses_bf16
+
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+}
+"""Dense bf16 matrix rate by words of the device's name, from the vendor's data sheets; the first match counts."""
+
+
+def tokens_of_run(config: RunConfig, per_sample: Callable[[DataConfig], float]) -> int:
+    """Sum over all samples of a run, each by the lengths of its stage.
+
+    Args:
+        config: the run.
+        per_sample: tokens of one sample of a stage.
+    """
+    bounds = [1, *(entry.step for entry in config.data.length_schedule), config.train.steps + 1]
+    steps = [max(0, min(stop, config.train.steps + 1) - first) for first, stop in pairwise(bounds)]
+    stages = zip(config.stages, steps, strict=True)
+    return round(config.train.global_batch_size * sum(per_sample(stage.data) * number for stage, number in stages))
+
+
+def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: int) -> int:
+    """Multiply-adds of one sample's forward pass, as executed: light branches on all tokens, heavy ones on the routed.
+
+    Counted are the matrix products (CoLT5 2303.09752, tables 1 and 2, with gated feed-forward layers and the output
+    embedding); local attention by its 2 * radius + 1 keys, causal self-attention whole; routing itself is left out.
+    The causal architecture: light attention by the keys of two windows, what is routed by the budgets, heavy attention
+    by the memory once it is full.
+    """
+    n, t, d, dh = input_length, target_length, model.d_model, model.head_dim
+    head = t * d * model.vocab_size
+    light, heavy = model.num_light_heads * dh, model.num_heavy_heads * dh
+    if model.architecture == "causal":
+        num_ff, num_q, num_kv = (t * share // model.window_size for share in model.num_routed(model.window_size))
+        light_attention = 4 * t * d * light + 2 * t * min(2 * model.window_size, t) * light
+        seen = min(model.memory_size, num_kv)
+        heavy_attention = 2 * num_q * d * heavy + 2 * num_kv * d * heavy + 2 * num_q * seen * heavy
+        feed_forward = 3 * d * (t * model.light_ff_dim + num_ff * model.heavy_ff_dim)
+        return model.num_decoder_layers * (light_attention + heavy_attention + feed_forward) + head
+    if model.encoder == "dense":
+        width = model.num_heads * dh
+        encoder_layer = 4 * n * d * width + 2 * n * n * width + 3 * n * d * model.ff_dim
+    else:
+        num_ff, num_q, num_kv = model.num_routed(n)
+        light_attention = 4 * n * d * light + 2 * n * min(2 * model.light_radius + 1, n) * light
+        heavy_attention = 2 * num_q * d * heavy + 2 * num_kv * d * heavy + 2 * num_q * num_kv * heavy
+        feed_forward = 3 * d * (n * model.light_ff_dim + num_ff * model.heavy_ff_dim)
+        encoder_layer = light_attention + heavy_attention + feed_forward
+    width = model.num_heads * dh
+    self_attention = 4 * t * d * width + 2 * t * t * width
+    cross_attention = 2 * t * d * width + 2 * n * d * dh + 2 * t * n * width
+    decoder_layer = self_attention + cross_attention + 3 * t * d * model.ff_dim
+    return model.num_encoder_layers * encoder_layer + model.num_decoder_layers * decoder_layer + head
+
+
+def step_flops(config: RunConfig) -> int:
+    """Floating-point operations of an optimizer step: two a multiply-add, backward twice the forward.
+
+    What activation checkpointing computes again is not counted.
+    """
+    forward = forward_multiply_adds(config.model, config.data.input_length, config.data.target_length)
+    return 6 * forward * config.train.global_batch_size
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of one device in operations a second; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has used: of the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes a device needs for the model states: parameters, gradients, masters and moments (no activations)."""
+
+    stage: int
+    device_bytes: int
+
+
+def state_memory(config: RunConfig, num_parameters: int, world_size: int, on_gpu: bool) -> list[StateMemory]:
+    """Memory of the model states on a device at each ZeRO stage, without offload and communication buckets.
+
+    bf16: parameters 2 bytes, gradients 2 while they are made and 4 summed in float32, master and AdamW's moments 12.
+    fp32: parameters 4, gradients 4, moments 8, and from stage 1 on a master copy of the device's own share, 4.
+    """
+    p, w = num_parameters, world_size
+    if uses_bf16(config, on_gpu):
+        whole, gradients, accumulated, states = 2, 2, 4, 12
+        totals = {
+            0: p * (whole + gradients + accumulated + states / w),  # runs as stage 1
+            1: p * (whole + gradients + accumulated + states / w),
+            2: p * (whole + (gradients + accumulated + states) / w),
+            3: p * (whole + gradients + accumulated + states) / w,
+        }
+    else:
+        totals = {
+            0: p * (4 + 4 + 8),
+            1: p * (4 + 4 + 12 / w),
+            2: p * (4 + (4 + 12) / w),
+            3: p * (4 + 4 + 12) / w,
+        }
+    return [StateMemory(stage, round(total)) for stage, total in totals.items()]

@@ -1,0 +1,92 @@
+"""What a configuration would do and need, without GPUs, shards or other processes."""
+
+from dataclasses import replace
+from operator import attrgetter
+
+from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
+from colt5dist.data.sample_lengths import length_notes, required_sentinels, text_tokens_of_sample
+from colt5dist.errors import ConfigError
+from colt5dist.train.checkpoint import checkpoint_bytes
+from colt5dist.train.config.load import config_to_yaml
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.deepspeed_json import engine_stage
+from colt5dist.train.engine.engine import num_elements, parameter_shapes
+from colt5dist.train.report.accounting import state_memory, step_flops, tokens_of_run
+from colt5dist.train.report.activation_memory import activation_bytes
+from colt5dist.wording import count
+
+WORLD_SIZES = (1, 8, 64)
+
+
+def dry_run_report(config: RunConfig, world_size: int) -> str:
+    """The resolved configuration and the figures that follow from it, as text.
+
+    Args:
+        config: the run.
+        world_size: devices of this start; the memory table shows some more.
+
+    Raises:
+        ConfigError: the batch sizes do not divide among the devices.
+    """
+    problems = config.batch_problems(world_size)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    train = config.train
+    num_parameters = sum(num_elements(shape) for shape in parameter_shapes(config).values())
+    run_tokens = [tokens_of_run(config, attrgetter(f"{side}_length")) for side in ("input", "target")]
+    lines = [
+        config_to_yaml(config).rstrip(),
+        "",
+        f"parameters: {num_parameters:,}",
+        f"checkpoint: {checkpoint_bytes(num_parameters) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, and one "
+        "more lies on the disk while it is written",
+        f"sentinels needed: {required_sentinels(config.data)}",
+        f"tokens of the run: {input_and_target(*run_tokens)}, in {count(train.steps, 'step')}",
+        f"text of the run: {tokens_of_run(config, text_tokens_of_sample):,} tokens before corruption (a start says how "
+        "many passes over the shards that is)",
+    ]
+    first_steps = [1, *(entry.step for entry in config.data.length_schedule)]
+    for first_step, stage in zip(first_steps, config.stages, strict=True):
+        if len(first_steps) > 1:
+            lines.append(f"from step {first_step:,} on:")
+        lines += stage_lines(stage, world_size)
+    lines.append("model states a GPU in GB (activations come on top):")
+    sizes = sorted({world_size, *WORLD_SIZES})
+    lines.append("  ZeRO stage " + "".join(f"{count(size, 'GPU'):>12}" for size in sizes))
+    tables = [state_memory(config, num_parameters, size, on_gpu=True) for size in sizes]
+    for row in zip(*tables, strict=True):
+        lines.append(f"  {row[0].stage:<10} " + "".join(f"{cell.device_bytes / 1e9:>12.2f}" for cell in row))
+    if engine_stage(replace(config, zero=replace(config.zero, stage=0)), on_gpu=True) == 1:
+        lines.append(
+            "  note: in bf16 stage 0 runs as stage 1, hence the same memory (DeepSpeed's stage 0 trains otherwise)"
+        )
+    return "\n".join(lines)
+
+
+def input_and_target(num_input: int, num_target: int) -> str:
+    """Both numbers of tokens; a decoder-only model has no input."""
+    return (f"{num_input:,} input, " if num_input else "") + f"at most {num_target:,} target"
+
+
+def stage_lines(stage: RunConfig, world_size: int) -> list[str]:
+    """Batch, work, activations and data plan at the lengths of one stage."""
+    data, batch = stage.data, stage.train.global_batch_size
+    micro_batch_size = stage.micro_batch_size(world_size)
+    accumulation = stage.gradient_accumulation_steps(world_size)
+    activations = activation_bytes(stage, micro_batch_size, on_gpu=True) / 1e9
+    lines = [
+        f"batch: {count(batch, 'sample')} = {count(world_size, 'device')} x "
+        f"{count(accumulation, 'micro-batch', 'micro-batches')} x {micro_batch_size}",
+        f"tokens a step: {input_and_target(batch * data.input_length, batch * data.target_length)}",
+        f"FLOPs a step: {step_flops(stage):.3e} (multiply-add = 2, backward = 2 forwards, as routed)",
+        f"activations a GPU: about {activations:.2f} GB, or less (activation checkpointing: "
+        f"{stage.train.activation_checkpointing})",
+        "data plan (tokens of a full sample):",
+    ]
+    lengths = lengths_of_mixture(data.mixture, data.input_length, data.target_length)
+    for name, length in zip(parse_mixture(data.mixture).names, lengths, strict=True):
+        lines.append(
+            f"  {name:<10} {length.raw_tokens:>7} of text -> {length.input_tokens:>7} input, "
+            f"{length.target_tokens:>6} target, {length.num_spans:>5} sentinels"
+        )
+    return lines + [f"  note: {note}" for note in length_notes(data)]

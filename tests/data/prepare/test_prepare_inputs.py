@@ -1,0 +1,233 @@
+"""What prepare reads and makes of it: compressed files, parquet, folders, worker processes, tokenizers, duplicates."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from colt5dist.data.prepare.compressed import open_compressed
+from colt5dist.data.prepare.documents import Item, read_items
+from colt5dist.data.prepare.inputs import find_inputs
+from colt5dist.data.prepare.prepare import prepare
+from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.read.shards import ShardSet, open_shards
+from colt5dist.data.read.stream import TokenReader
+from colt5dist.errors import ConfigError
+
+MakeText = Callable[[random.Random, int], str]
+
+
+def texts_of(part: ShardSet) -> list[str]:
+    """The documents of one set."""
+    ends = part.index.document_ends.tolist()
+    reader = TokenReader(part, cache_bytes=1 << 20)
+    return [part.tokenizer.decode(reader.read(begin, end)) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def all_texts(folder: Path) -> list[str]:
+    """The documents of a prepared folder, sorted."""
+    shards = open_shards(folder)
+    return sorted(texts_of(shards) + texts_of(shards.validation))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def texts(make_text: MakeText) -> list[str]:
+    """Distinct documents."""
+    rng = random.Random(5)
+    return [f"{number} {make_text(rng, rng.randint(20, 4000))}" for number in range(300)]
+
+
+@pytest.fixture(scope="module")
+def inputs(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same documents in files of all kinds, a part each."""
+    folder = tmp_path_factory.mktemp("inputs")
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:60]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[60:120])))
+    frames = [zstandard.ZstdCompressor().compress(b"".join(part)) for part in (lines[120:150], lines[150:180])]
+    (folder / "c.jsonl.zst").write_bytes(b"".join(frames))
+    table = pyarrow.table({"id": list(range(100)), "text": texts[180:280]})
+    parquet.write_table(table, folder / "d.parquet", row_group_size=17)
+    (folder / "sub").mkdir()
+    for number, text in enumerate(texts[280:298]):
+        (folder / "sub" / f"{number}.txt").write_text(text)
+    (folder / "sub/x.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(texts[298].encode()))
+    (folder / "sub/y.MD").write_text(texts[299])
+    for name in ("notes.bin", ".hidden.txt"):
+        (folder / "sub" / name).write_text("no document")
+    return folder
+
+
+def config(inputs: Path, output: Path, **changes: object) -> PrepareConfig:
+    """Settings that read the folder."""
+    settings = {"input": [str(inputs)], "output": output, "validation_fraction": 0.1, **changes}
+    return PrepareConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of one process."""
+    output = tmp_path_factory.mktemp("one") / "shards"
+    prepare(config(inputs, output))
+    return output
+
+
+def test_all_kinds_of_files(texts: list[str], undisturbed: Path) -> None:
+    """Each document of each file once; a folder stands for the files of known kinds below it."""
+    assert all_texts(undisturbed) == sorted(texts)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers(inputs: Path, undisturbed: Path, tmp_path: Path, workers: int) -> None:
+    """The same bytes."""
+    prepare(config(inputs, tmp_path / "shards", workers=workers))
+    assert content(tmp_path / "shards") == content(undisturbed)
+
+
+def items(path: Path, offset: int = 0, line: int = 0) -> list[Item]:
+    """What is read from one file."""
+    return list(read_items(find_inputs([str(path)])[0], text_key="text", offset=offset, line=line))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
+def test_reading_goes_on_anywhere(inputs: Path, name: str) -> None:
+    """From the place of any item come the items after it."""
+    whole = items(inputs / name)
+    for number in (0, 1, 16, 17, 18, 40, len(whole) - 1):
+        place = whole[number]
+        rest = items(inputs / name, place.offset, place.line)
+        assert [(item.text, item.line) for item in rest] == [(item.text, item.line) for item in whole[number + 1 :]]
+
+
+@pytest.mark.parametrize("cut", [3, 100, 5000, -1])
+def test_a_zst_file_that_breaks_off(inputs: Path, tmp_path: Path, cut: int) -> None:
+    """Is a problem after the last whole line, never taken for whole."""
+    (tmp_path / "c.jsonl.zst").write_bytes((inputs / "c.jsonl.zst").read_bytes()[:cut])
+    found = items(tmp_path / "c.jsonl.zst")
+    assert found[-1].problem == "unreadable" and all(item.text for item in found[:-1])
+    with open(tmp_path / "c.jsonl.zst", "rb") as raw, pytest.raises((EOFError, zstandard.ZstdError)):
+        open_compressed(raw, ".zst").read()
+
+
+def test_parquet_problems(tmp_path: Path) -> None:
+    """No such column, rows without text, and a damaged file, each with its place."""
+    rows = ["good", None, "  ", "fine"]
+    parquet.write_table(pyarrow.table({"text": rows, "id": [1, 2, 3, 4]}), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.table({"other": ["x"]}), tmp_path / "other.parquet")
+    whole = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:-20])
+    problems = prepare(config(tmp_path, tmp_path / "shards")).problems
+    assert problems.counts == {"unreadable": 1, "no text under 'text'": 2, "empty": 1}
+    assert problems.examples["no text under 'text'"] == [f"{tmp_path}/other.parquet", f"{tmp_path}/rows.parquet:2"]
+    assert problems.examples["empty"] == [f"{tmp_path}/rows.parquet:3"]
+    assert all_texts(tmp_path / "shards") == ["fine", "good"]
+    numbers = [str(item.problem) for item in items(tmp_path / "rows.parquet")]
+    assert numbers == ["", "no text under 'text'", "empty", ""]
+
+
+def test_parquet_without_pyarrow(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what to install, before anything is written."""
+    monkeypatch.setattr("colt5dist.data.prepare.inputs.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--input: .*d\.parquet needs pyarrow; pip install 'colt5dist\[parquet\]'"):
+        prepare(config(inputs, tmp_path / "shards"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_duplicates_and_short_documents(texts: list[str], tmp_path: Path) -> None:
+    """The first of equal texts stays; what the settings leave out is told, and is no error."""
+    lines = [*texts[:50], *texts[:20], "short", *texts[40:60], "short"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    changes = {"input": [str(tmp_path / "in.jsonl")], "strict": True, "min_document_tokens": 10, "deduplicate": True}
+    prepared = prepare(config(tmp_path, tmp_path / "shards", **changes))
+    assert prepared.problems.counts == {}
+    assert prepared.problems.unwanted == {"duplicate": 30, "of fewer than 10 tokens": 2}
+    assert all_texts(tmp_path / "shards") == sorted(texts[:60])
+    assert prepare(config(tmp_path, tmp_path / "shards", **changes)).problems.unwanted == prepared.problems.unwanted
+    with pytest.raises(ConfigError, match="holds shards of other inputs or settings"):
+        prepare(config(tmp_path, tmp_path / "shards", **{**changes, "deduplicate": False}))
+
+
+def test_a_tokenizer_from_the_inputs(inputs: Path, texts: list[str], tmp_path: Path) -> None:
+    """The same one every time, with the wanted number of ids; every text comes back."""
+    for name, workers in (("one", 0), ("two", 2)):
+        prepare(config(inputs, tmp_path / name, train_tokenizer=400, workers=workers))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    shards = open_shards(tmp_path / "one")
+    assert shards.tokenizer.vocab_size == 400 and all_texts(tmp_path / "one") == sorted(texts)
+    assert shards.num_tokens < 0.8 * sum(map(len, texts_of(shards)))
+
+
+def test_killed_with_workers(texts: list[str], tmp_path: Path) -> None:
+    """SIGKILL at several moments, each followed at once by a new start: the same bytes, and no process is left."""
+    lines = [json.dumps({"text": text + " again" * number}) for number in range(2) for text in texts]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    settings = {"input": [str(tmp_path / "in.jsonl")], "train_tokenizer": 300, "deduplicate": True, "workers": 2}
+    killed = config(tmp_path, tmp_path / "killed", **settings, commit_seconds=0.02)
+    rng = random.Random(0)
+    started: list[psutil.Process] = []
+    state = tmp_path / "killed.partial/state.json"
+    kills = 0
+
+    def saved() -> int:
+        try:
+            return state.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def slowly(*_: object) -> None:  # called ten times a second at most
+        time.sleep(0.1)
+
+    while kills < 6:
+        process = multiprocessing.get_context("fork").Process(target=prepare, args=(killed, slowly))
+        process.start()
+        assert process.pid is not None
+        before = saved()
+        # the first one while it trains the tokenizer, the others when they have got further
+        while process.is_alive() and kills and saved() in (0, before):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.05)
+        if process.is_alive():
+            started += psutil.Process(process.pid).children()
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        kills += 1
+    assert kills >= 3
+    prepare(killed)
+    prepare(config(tmp_path, tmp_path / "whole", **settings))
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert started and not alive
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_killed_worker_is_named(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not hang the others; a new start goes on."""
+    # so that when it is killed, most of the texts have not been given to it
+    monkeypatch.setattr("colt5dist.data.prepare.encoding.BATCH_TEXTS", 1)
+
+    others = psutil.Process().children()  # of other tests
+
+    def kill_worker(done: int, total: int, writer: object) -> None:
+        for child in set(psutil.Process().children()) - set(others):
+            os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(ConfigError, match="--workers: a worker process was killed"):
+        prepare(config(inputs, tmp_path / "shards", workers=1), kill_worker)

@@ -1,0 +1,108 @@
+"""Settings from files and arguments, and the DeepSpeed configuration derived from them."""
+
+from pathlib import Path
+
+import pytest
+
+from colt5dist.errors import ConfigError
+from colt5dist.train.config.load import load_config
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage
+from colt5dist.train.engine.engine import device_problems
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    """A configuration from the text of a YAML file."""
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    return load_config(path, list(overrides))
+
+
+def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, "train: {steps: 5, log_every: 3}", "train.steps=7")
+    assert (config.train.steps, config.train.log_every, config.train.eval_samples) == (7, 3, 64)
+    assert config.run_dir == "runs/some"
+
+
+def test_an_included_piece_is_the_base_of_its_section(tmp_path: Path) -> None:
+    (tmp_path / "pieces").mkdir()
+    (tmp_path / "pieces" / "z.yaml").write_text("stage: 2\noffload: optimizer\n")
+    config = load(tmp_path, "include: {zero: pieces/z.yaml}\nzero: {stage: 1}")
+    assert (config.zero.stage, config.zero.offload) == (1, "optimizer")
+
+
+def test_problems_of_file_and_arguments_are_named_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, "train: {stepps: 5}", "zero.stages=1")
+    first, second = str(raised.value).splitlines()
+    assert first.startswith("train.stepps: no such key; did you mean train.steps?") and "some.yaml" in first
+    assert second.startswith("zero.stages: no such key; did you mean zero.stage?") and "command line" in second
+
+
+def test_deepspeed_gets_every_number_from_its_one_place(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "",
+        "train.global_batch_size=48",
+        "train.micro_batch_size=4",
+        "optimizer.gradient_clipping=0.5",
+        "zero.stage=3",
+    )
+    derived = deepspeed_config(config, world_size=3, on_gpu=True)
+    assert (derived["train_batch_size"], derived["gradient_accumulation_steps"]) == (48, 4)
+    assert derived["gradient_clipping"] == 0.5
+    assert derived["bf16"] == {"enabled": True}
+    assert derived["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert derived["communication_data_type"] == "fp32"
+    assert derived["zero_optimization"]["stage"] == 3
+    assert "optimizer" not in derived and "scheduler" not in derived
+
+
+def test_no_clipping_is_said_to_deepspeed(tmp_path: Path) -> None:
+    """DeepSpeed's own default is 1.0."""
+    config = load(tmp_path, "", "optimizer.gradient_clipping=0")
+    assert deepspeed_config(config, world_size=1, on_gpu=False)["gradient_clipping"] == 0.0
+
+
+def test_the_free_section_is_merged_last(tmp_path: Path) -> None:
+    config = load(tmp_path, "", "deepspeed.zero_optimization.overlap_comm=false", "deepspeed.wall_clock_breakdown=true")
+    derived = deepspeed_config(config, world_size=1, on_gpu=True)
+    assert derived["zero_optimization"]["overlap_comm"] is False
+    assert derived["zero_optimization"]["stage"] == 1
+    assert derived["wall_clock_breakdown"] is True
+
+
+def test_bf16_at_stage_0_runs_as_stage_1(tmp_path: Path) -> None:
+    config = load(tmp_path, "", "zero.stage=0")
+    assert engine_stage(config, on_gpu=True) == 1
+    assert engine_stage(config, on_gpu=False) == 0
+
+
+def test_adafactor_is_refused_in_bf16(tmp_path: Path) -> None:
+    config = load(tmp_path, "", "zero.stage=0", "optimizer.name=adafactor")
+    assert device_problems(config, world_size=1, cuda_devices=0, local_world_size=1) == []
+    (problem,) = device_problems(config, world_size=1, cuda_devices=1, local_world_size=1)
+    assert problem.startswith("optimizer.name: adafactor needs fp32")
+
+
+def test_more_processes_than_gpus_is_refused(tmp_path: Path) -> None:
+    config = load(tmp_path, "")
+    (problem,) = device_problems(config, world_size=4, cuda_devices=2, local_world_size=4)
+    assert "2 GPUs for 4 processes" in problem
+
+
+@pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 4, 2), (2, 4, 1), (4, 2, 1), (8, 1, 1)])
+def test_the_default_runs_on_one_to_eight_devices(world_size: int, micro: int, accumulation: int) -> None:
+    config = load_config(Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml", [])
+    assert config.batch_problems(world_size) == []
+    assert config.micro_batch_size(world_size) == micro
+    assert config.gradient_accumulation_steps(world_size) == accumulation
+
+
+def test_a_micro_batch_that_does_not_divide_a_devices_share_is_refused(tmp_path: Path) -> None:
+    config = load(tmp_path, "", "train.global_batch_size=12", "train.micro_batch_size=4")
+    assert config.batch_problems(1) == config.batch_problems(3) == []
+    (problem,) = config.batch_problems(2)
+    assert "4 does not divide the 6 samples" in problem and problem.endswith("use one of 1, 2, 3, 6")
+    (problem,) = config.batch_problems(5)
+    assert problem.startswith("train.global_batch_size: 12 does not divide among 5 devices")

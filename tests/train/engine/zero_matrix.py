@@ -1,0 +1,114 @@
+"""Trains, saves and loads at ZeRO stages (0123, say) and writes the losses as JSON; started by test_zero_stages.py.
+
+    torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES SETTING...
+
+Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from colt5dist.data.read.batch import Batch
+from colt5dist.train.checkpoint import (
+    Saver,
+    TrainerState,
+    load_checkpoint,
+    read_fragments,
+    read_index,
+    step_folder,
+)
+from colt5dist.train.config.load import load_config
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.engine import Engine, to_device
+from colt5dist.train.engine.fragments import refresh_parameters
+from colt5dist.train.losses import LossSums, count_target_tokens
+from colt5dist.train.ranks import finish_process_group, initialise_process_group, ranks_from_environment
+
+TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
+LEARNING_RATE = 0.01
+
+
+def micro_batches(config: RunConfig, step: int, rank: int, world_size: int) -> list[Batch]:
+    """This rank's part of a global batch of random tokens with targets of very different lengths."""
+    generator = torch.Generator().manual_seed(step)
+    size, n, t = config.train.global_batch_size, config.data.input_length, config.data.target_length
+    inputs = torch.randint(3, 250, (size, n), generator=generator)
+    targets = torch.randint(3, 250, (size, t), generator=generator)
+    lengths = torch.randint(2, t, (size, 1), generator=generator)
+    whole = Batch(
+        input_ids=inputs,
+        input_mask=torch.ones(size, n, dtype=torch.bool),
+        decoder_input_ids=targets.roll(1, dims=1),
+        target_ids=targets,
+        target_mask=torch.arange(t) < lengths,
+        objective=torch.arange(size) % 4,
+        sample_index=torch.arange(size) + step * size,
+        target_bytes=lengths.squeeze(1),
+    )
+    mine = {name: tensor[rank::world_size] for name, tensor in whole.items()}
+    width = config.train.micro_batch_size
+    starts = range(0, size // world_size, width)
+    return [Batch(**{name: tensor[i : i + width] for name, tensor in mine.items()}) for i in starts]
+
+
+def train_step(engine: Engine, config: RunConfig, step: int, *, spoil: bool = False) -> tuple[float, float, bool]:
+    """One step; with `spoil` the last rank's loss is NaN. Returns loss, gradient norm and whether it was applied."""
+    ranks = ranks_from_environment()
+    batches = micro_batches(config, step, ranks.rank, ranks.world_size)
+    count = count_target_tokens(batches, engine.device)
+    sums = LossSums(("a", "b", "c", "d"), engine.device)
+    for batch in batches:
+        on_device = to_device(batch, engine.device)
+        output = engine.forward(on_device)
+        loss = output.token_loss.sum() / count
+        if spoil and ranks.rank == ranks.world_size - 1:
+            loss = loss * float("nan")
+        engine.backward(loss)
+        sums.add(on_device, output)
+    loss = sums.read().loss
+    applied, norm = engine.step(LEARNING_RATE)
+    return loss, norm, applied
+
+
+def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> None:
+    """Run the matrix."""
+    ranks = ranks_from_environment()
+    device = initialise_process_group(ranks, 5)
+    results: dict[str, object] = {}
+    for stage in stages:
+        config = load_config(TINY, [*settings, f"zero.stage={stage}"])
+        root = folder / f"stage{stage}"
+        if not root.exists():
+            engine = Engine(config, ranks.world_size, device)
+            steps = [train_step(engine, config, step) for step in (1, 2)]
+            *spoilt, applied = train_step(engine, config, 3, spoil=True)
+            results[f"nan {stage}"] = {"applied": applied, "finite": math.isfinite(spoilt[0])}
+            state = TrainerState(step=3, optimizer_step=2, samples_consumed=24, skipped_steps=1)
+            Saver(root, engine, config.checkpoint, run_id="matrix").save(state)
+            steps += [train_step(engine, config, step) for step in (4, 5)]
+            results[f"train {stage}"] = [(loss, norm) for loss, norm, _ in steps]
+    for written in stages:
+        for stage in stages:
+            config = load_config(TINY, [*settings, f"zero.stage={stage}"])
+            engine = Engine(config, ranks.world_size, device)
+            source = step_folder(folder / f"stage{written}", 3)
+            state = load_checkpoint(source, engine)
+            refresh_parameters(engine)
+            assert state.optimizer_step == 2
+            index = read_index(source)
+            num_bytes = 4 * sum(math.prod(entry["shape"]) for entry in index.values())
+            results[f"share read {written} {stage}"] = read_fragments(source, index, engine) / num_bytes
+            results[f"load {written} {stage}"] = [train_step(engine, config, step)[:2] for step in (4, 5)]
+    dist.barrier()
+    if ranks.is_first:
+        output.write_text(json.dumps(results))
+    finish_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [int(stage) for stage in sys.argv[3]], sys.argv[4:])

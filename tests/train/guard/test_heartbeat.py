@@ -1,0 +1,105 @@
+"""A rank that is gone, fails or stands still is named by the other, which ends in time; two processes over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from colt5dist.train.config.load import load_config
+from colt5dist.train.guard.failures import failures_kept, memory_advice
+from colt5dist.train.ranks import Ranks
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = Path(__file__).with_name("heartbeat_ranks.py")
+TINY = ROOT / "configs" / "tiny.yaml"
+TIMEOUT_SECONDS = 12.0
+GONE = "is gone: killed (for want of memory?) or paused, or its host is down or cut off"
+
+
+WAYS = {
+    "kill": (0, f"rank 1 on host-b {GONE}"),
+    "kill-first": (1, f"rank 0 on host-a {GONE}"),
+    "raise": (0, "rank 1 on host-b failed: ValueError: a fault of this rank alone"),
+    "memory": (0, "rank 1 on host-b failed: RuntimeError"),
+    "pause": (0, f"rank 1 on host-b {GONE}"),
+    "pause-collective": (0, f"rank 1 on host-b {GONE}"),
+    "wait": (
+        0,
+        "nothing moved on for 12 s (rank 0 on host-a: agreeing on the step, step 3; rank 1 on host-b: training",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float, int, str]]:
+    """By way: the run's folder, seconds until the other rank ended, its status, what it printed. All at once."""
+    root = tmp_path_factory.mktemp("heartbeat")
+    survivors = {**{way: survivor for way, (survivor, _) in WAYS.items()}, "slow-save": 0, "slow-step": 0}
+    command = [sys.executable, str(SCRIPT), str(root), str(TIMEOUT_SECONDS)]
+    done = subprocess.run(
+        [*command, *(f"{way}={rank}" for way, rank in survivors.items())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return {
+        way: (root / way, seconds, status, (root / way / f"stderr_{survivors[way]}").read_text())
+        for way, (status, seconds) in json.loads(done.stdout).items()
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_other_rank_ends_and_names_the_one(way: str, ended: dict[str, tuple[Path, float, int, str]]) -> None:
+    survivor, message = WAYS[way]
+    run_dir, _, status, printed = ended[way]
+    assert status not in (0, -signal.SIGKILL)
+    assert message in printed
+    assert message in (run_dir / "failures" / f"rank_{survivor}.txt").read_text()
+    # rank 0 speaks for the run, and rank 1 where rank 0 cannot
+    written = json.loads((run_dir / "status.json").read_text())
+    assert (written["status"] == "failed" and "fault" in written["reason"]) or message in written["reason"]
+
+
+@pytest.mark.parametrize("way", ["slow-save", "slow-step"])
+def test_a_save_or_a_first_step_may_take_longer(way: str, ended: dict[str, tuple[Path, float, int, str]]) -> None:
+    """One rank still writes, or compiles for new lengths, when train.timeout_seconds are over; the other waits."""
+    run_dir, seconds, status, printed = ended[way]
+    assert (status, printed) == (0, "") and seconds > 1.25 * TIMEOUT_SECONDS
+    assert not (run_dir / "failures").exists() and not (run_dir / "status.json").exists()
+
+
+def test_an_allocation_that_fails_says_what_to_lower(tmp_path: Path) -> None:
+
+    config = load_config(TINY, [f"run_dir={tmp_path}", "zero.stage=1"])
+    ranks = Ranks(rank=0, local_rank=0, world_size=2, local_world_size=2)
+    with pytest.raises(RuntimeError), failures_kept(config, ranks, ["a", "b"], lambda error: ""):
+        torch.empty(2**58, dtype=torch.uint8)
+    text = (tmp_path / "failures" / "rank_0.txt").read_text()
+    assert "train.micro_batch_size 4, data.input_length 2048, data.target_length 456" in text
+    for mend in ("lower train.micro_batch_size (to 2, say)", "full_keep_routing", "raise zero.stage (to 2)"):
+        assert mend in text
+    assert "Traceback" in text
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_full_says_what_to_lower(tmp_path: Path) -> None:
+
+    config = load_config(TINY, [f"run_dir={tmp_path}"])
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    with pytest.raises(torch.OutOfMemoryError), failures_kept(config, ranks, ["a"], lambda error: ""):
+        torch.empty(2**48, dtype=torch.uint8, device="cuda")
+    assert "out of memory with train.micro_batch_size 4" in (tmp_path / "failures" / "rank_0.txt").read_text()
+
+
+def test_what_is_lowered_already_is_not_advised() -> None:
+    settings = ["zero.stage=3", "zero.offload=parameters", "train.micro_batch_size=1", "train.global_batch_size=8"]
+    config = load_config(TINY, [*settings, "train.activation_checkpointing=full"])
+    advice = memory_advice(config, 2, 1)
+    assert advice.endswith("; lower data.input_length or data.target_length; --dry-run estimates what is needed")

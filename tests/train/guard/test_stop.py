@@ -1,0 +1,131 @@
+"""Requests to stop: signals, their echoes, files, the clock, the launcher's death."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from colt5dist.train.guard.stop import StopReason, StopRequests
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def restore_handlers() -> Iterator[None]:
+    """Leave this process's signal handlers as they were."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def requests(run_dir: Path, **options: object) -> StopRequests:
+    """Requests of a rank that watches files."""
+    return StopRequests(run_dir, **{"watch_files": True, "max_minutes": None, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_and_its_echoes_change_nothing(
+    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests were started with nohup
+    stop = requests(tmp_path)
+    assert stop.reason() is None
+    for echo in (number, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), echo)
+        assert stop.reason() is StopReason.SIGNAL
+    assert capfd.readouterr().err.count("the run ends after this step") == 1
+
+
+def test_files_count_once(tmp_path: Path) -> None:
+    stop = requests(tmp_path)
+    (tmp_path / "SAVE").touch()
+    assert stop.save_requested() and stop.reason() is None
+    stop.obeyed("SAVE")
+    assert not stop.save_requested()
+    (tmp_path / "STOP").touch()
+    assert stop.reason() is StopReason.FILE
+    stop.obeyed("STOP")
+    assert stop.reason() is None
+
+
+def test_only_the_first_rank_looks_for_files(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    (tmp_path / "SAVE").touch()
+    stop = requests(tmp_path, watch_files=False)
+    assert stop.reason() is None and not stop.save_requested()
+
+
+def test_the_clock(tmp_path: Path) -> None:
+    stop = requests(tmp_path, max_minutes=0.0001)
+    time.sleep(0.01)
+    assert stop.reason() is StopReason.TIME
+
+
+def test_a_second_interrupt_by_hand_ends_at_once(tmp_path: Path) -> None:
+    """An interrupt within 3 s is the same key press or the launcher's echo; a later one is impatience."""
+    script = """
+        import os, signal, sys, time
+        from pathlib import Path
+        import colt5dist.train.guard.stop as stop
+        stop.STOP_AT_ONCE_SECONDS = 3600.0
+        stop.StopRequests(Path(sys.argv[1]), watch_files=False, max_minutes=None)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("still here", flush=True)
+        stop.STOP_AT_ONCE_SECONDS = 0.0
+        os.kill(os.getpid(), signal.SIGINT)
+        print("not here")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stdout == "still here\n"
+
+
+def test_the_launchers_death_is_a_request(tmp_path: Path) -> None:
+    """A rank whose launcher (here a stand-in of its name) is killed sees it; else it would train on as an orphan."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        textwrap.dedent(
+            """
+            import sys, time
+            from pathlib import Path
+            from colt5dist.train.guard.stop import StopRequests
+            folder = Path(sys.argv[1])
+            stop = StopRequests(folder, watch_files=False, max_minutes=None)
+            assert stop.reason() is None
+            (folder / "ready").touch()
+            for _ in range(300):
+                if stop.reason():
+                    (folder / "new").write_text(stop.reason().name)
+                    (folder / "new").rename(folder / "reason")
+                    break
+                time.sleep(0.1)
+            """
+        )
+    )
+    launcher = tmp_path / "torchrun"
+    launcher.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, {str(rank)!r}, {str(tmp_path)!r}])\n")
+    process = subprocess.Popen([sys.executable, str(launcher)])
+    wait_for(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "reason")
+    assert (tmp_path / "reason").read_text() == "LAUNCHER"
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a file is there and not empty-handed."""
+    deadline = time.monotonic() + 40
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+    time.sleep(0.05)
