@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import ACTIVATION_CHECKPOINTING, run_layer
 from colt5dist.model.colt5 import CoLT5Output
-from colt5dist.model.conditional_layer import routed_tokens, router_settings
 from colt5dist.model.config import CoLT5Config
-from colt5dist.model.dense_layer import weight_settings
-from colt5dist.model.routing_statistics import LayerRouting
+from colt5dist.model.layer_settings import attention_settings, feed_forward_settings, head_settings, router_settings
+from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
 from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutoregressiveBlock
@@ -27,37 +26,22 @@ class CausalLayer(nn.Module):
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
         super().__init__()
         num_feed_forward, num_query, num_key_value = config.num_routed(config.window_size)
-        weights = weight_settings(config, config.num_decoder_layers) | {"shared_norm": True}
+        num_layers = config.num_decoder_layers
         self.block = ConditionalRoutedAutoregressiveBlock(
             config.d_model,
             num_heavy_attn_tokens_q=num_query,
             num_heavy_attn_tokens_kv=config.memory_size,
             num_heavy_ff_tokens=num_feed_forward,
-            light_dim_head=config.head_dim,
-            light_heads=config.num_light_heads,
             light_window_size=config.window_size,
-            heavy_dim_head=config.head_dim,
-            heavy_heads=config.num_heavy_heads,
-            router_straight_through=False,
             # a layer's three routers draw from three streams
-            router_kwargs=router_settings(config, seed) | {"random_stream": 3 * layer_number},
-            multiply_keys_by_score=True,
-            use_null_q_tokens=False,
+            **router_settings(config, seed=seed, stream=3 * layer_number),
+            **head_settings(config),
             attention_kwargs={
                 "num_admitted_kv": num_key_value,
-                "use_null_kv": False,
-                "rotary_emb": True,
                 "light_rotary_emb": True,
-                "rope_theta": config.rope_theta,
-                **weights,
+                **attention_settings(config, num_layers),
             },
-            ff_kwargs={
-                "light_hidden_dim": config.light_ff_dim,
-                "heavy_hidden_dim": config.heavy_ff_dim,
-                "gated": True,
-                "bias": False,
-                **weights,
-            },
+            ff_kwargs=feed_forward_settings(config, num_layers),
         )
 
     def forward(

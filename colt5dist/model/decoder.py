@@ -4,9 +4,11 @@ from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import run_layer
 from colt5dist.model.config import CoLT5Config
-from colt5dist.model.dense_layer import dense_feed_forward, dense_self_attention, weight_settings
+from colt5dist.model.layer_settings import dense_attention_settings, dense_feed_forward_settings, weight_settings
 from colt5dist.nn.attention.multi_query import MultiQueryAttention
 from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.attention.self_attention import SelfAttention
+from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
 
 
@@ -16,14 +18,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: CoLT5Config) -> None:
         super().__init__()
         num_layers = config.num_decoder_layers
-        self.self_attention = dense_self_attention(config, num_layers, causal=True)
+        self.self_attention = SelfAttention(config.d_model, causal=True, **dense_attention_settings(config, num_layers))
         self.cross_attention = MultiQueryAttention(
             config.d_model,
             dim_head=config.head_dim,
             heads=config.num_heads,
             **weight_settings(config, num_layers),
         )
-        self.feed_forward = dense_feed_forward(config, num_layers)
+        self.feed_forward = FeedForward(config.d_model, **dense_feed_forward_settings(config, num_layers))
 
     def forward(self, x: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
         """x (b, t, d_model), encoder_states (b, n, d_model), encoder_mask (b, n) bool, rotary_angles (t, head_dim)."""

@@ -3,13 +3,21 @@
 from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import run_layer
-from colt5dist.model.conditional_layer import routed_tokens, router_settings
 from colt5dist.model.config import CoLT5Config
-from colt5dist.model.dense_layer import dense_feed_forward, dense_self_attention, weight_settings
-from colt5dist.model.routing_statistics import LayerRouting
+from colt5dist.model.layer_settings import (
+    attention_settings,
+    dense_attention_settings,
+    dense_feed_forward_settings,
+    feed_forward_settings,
+    head_settings,
+    router_settings,
+)
+from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
 from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.attention.self_attention import SelfAttention
 from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
+from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
 
 
@@ -25,41 +33,26 @@ class ConditionalEncoderLayer(nn.Module):
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
         super().__init__()
         self.config = config
-        router = router_settings(config, seed)
-        weights = weight_settings(config, config.num_encoder_layers)
-        # a layer's three routers draw from three streams
+        num_layers = config.num_encoder_layers
+        # a layer's three routers draw from three streams: queries, keys/values, feed-forward
+        stream = 3 * layer_number
+        # the budgets follow the input's length: `forward` gives them
         self.attention = ConditionalRoutedAttention(
             config.d_model,
             num_heavy_tokens_q=1,
             num_heavy_tokens_kv=1,
-            light_dim_head=config.head_dim,
-            light_heads=config.num_light_heads,
             light_radius=config.light_radius,
             light_rotary_emb=config.light_positions == "rotary",
             light_relative_bias=config.light_positions == "relative",
-            heavy_dim_head=config.head_dim,
-            heavy_heads=config.num_heavy_heads,
-            router_straight_through=False,
-            router_kwargs=router | {"random_stream": 3 * layer_number},
-            multiply_keys_by_score=True,
-            use_null_q_tokens=False,
-            use_null_kv=False,
-            rotary_emb=True,
-            rope_theta=config.rope_theta,
-            shared_norm=True,
-            **weights,
+            **router_settings(config, seed=seed, stream=stream),
+            **head_settings(config),
+            **attention_settings(config, num_layers),
         )
         self.feed_forward = ConditionalRoutedFeedForward(
             config.d_model,
             num_heavy_tokens=1,
-            light_hidden_dim=config.light_ff_dim,
-            heavy_hidden_dim=config.heavy_ff_dim,
-            router_straight_through=False,
-            router_kwargs=router | {"random_stream": 3 * layer_number + 2},
-            gated=True,
-            bias=False,
-            shared_norm=True,
-            **weights,
+            **router_settings(config, seed=seed, stream=stream + 2),
+            **feed_forward_settings(config, num_layers),
         )
 
     def forward(
@@ -99,8 +92,9 @@ class DenseEncoderLayer(nn.Module):
 
     def __init__(self, config: CoLT5Config) -> None:
         super().__init__()
-        self.attention = dense_self_attention(config, config.num_encoder_layers, causal=False)
-        self.feed_forward = dense_feed_forward(config, config.num_encoder_layers)
+        num_layers = config.num_encoder_layers
+        self.attention = SelfAttention(config.d_model, **dense_attention_settings(config, num_layers))
+        self.feed_forward = FeedForward(config.d_model, **dense_feed_forward_settings(config, num_layers))
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
         """x (b, n, d_model), mask (b, n) bool, rotary_angles (n, head_dim) -> (b, n, d_model)."""

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from colt5dist.nn.routing.router import Route
+
 ROUTER_NAMES = ("feed_forward", "query", "key_value")
 
 
@@ -24,6 +26,17 @@ class LayerRouting(NamedTuple):
     feed_forward: RoutedTokens
     query: RoutedTokens
     key_value: RoutedTokens
+
+
+def routed_tokens(route: Route) -> RoutedTokens:
+    """The only route of a group, without gradient."""
+    soft_scores = route.soft_scores[:, 0]
+    if route.indices is None:
+        indices = torch.arange(soft_scores.shape[-1], device=soft_scores.device).expand_as(soft_scores)
+    else:
+        indices = route.indices[:, 0]
+    mask = torch.ones_like(indices, dtype=torch.bool) if route.mask is None else route.mask[:, 0]
+    return RoutedTokens(indices, mask, soft_scores)
 
 
 def _routers(routing: Sequence[LayerRouting]) -> Iterator[tuple[str, str, RoutedTokens]]:

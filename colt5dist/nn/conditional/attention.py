@@ -11,7 +11,8 @@ from colt5dist.nn.attention.local import LocalSelfAttention
 from colt5dist.nn.attention.rotary import RotaryEmbedding, branch_angles
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter, Route
+from colt5dist.nn.routing.router import CoordinateDescentRouter, Route
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 
 class ConditionalRoutedAttention(nn.Module):
@@ -72,16 +73,15 @@ class ConditionalRoutedAttention(nn.Module):
         self.num_heavy_tokens_q = num_heavy_tokens_q
         self.num_heavy_tokens_kv = num_heavy_tokens_kv
         self.multiply_queries_by_score = multiply_queries_by_score
-        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+        router = router_arguments(router_kwargs, straight_through=router_straight_through, use_triton=use_triton)
 
         self.norm = RMSNorm(dim, eps=norm_eps) if shared_norm else nn.Identity()
         # one router for queries and keys/values: they read the same x
         self.router = CoordinateDescentRouter(
             dim,
-            straight_through=router_straight_through,
             num_routing_tokens=1 + num_routed_kv,
             route_groups=(1, num_routed_kv),
-            **router_kwargs,
+            **router,
         )
         self.light_attn: LocalSelfAttention | None = None
         if has_light_attn:

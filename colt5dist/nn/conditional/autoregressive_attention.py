@@ -15,7 +15,8 @@ from colt5dist.nn.conditional.heavy_branch import check_sets, put_back
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.routing.causal_router import Admission, CausalRouter
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_positions, gather_tokens
-from colt5dist.nn.routing.router import NO_KWARGS, Route
+from colt5dist.nn.routing.router import Route
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 ROUTINGS = ("causal", "window")
 MEMORY_WINDOWS = 16
@@ -97,10 +98,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         self.router = CausalRouter(
             dim,
             window_size=self.heavy_window_size,
-            straight_through=router_straight_through,
             num_routing_tokens=1 + num_routed_kv,
             route_groups=(1, num_routed_kv),
-            **(dict(router_kwargs) | ({"use_triton": True} if use_triton else {})),
+            **router_arguments(router_kwargs, straight_through=router_straight_through, use_triton=use_triton),
         )
         self.light_attn = LocalSelfAttention(
             dim,
@@ -165,7 +165,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         width = self.heavy_window_size
         kept = math.ceil(budget_kv / MEMORY_WINDOWS) if self.num_admitted_kv is None else self.num_admitted_kv
         places = width if kept >= width else min(2 * kept, budget_kv, width)
-        return Admission(budget_q, min(budget_q, width), False), Admission(kept, places, True)
+        return self.router.at_once(budget_q), Admission(kept, places, after_window=True)
 
     def _by_admission(
         self, x: Tensor, light: Tensor, query: Route, key_value: Route, memory_size: int, angles: Tensor | None

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from colt5dist.nn.conditional.autoregressive_attention import ConditionalRoutedAutoregressiveAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
-from colt5dist.nn.routing.router import NO_KWARGS, Route
+from colt5dist.nn.routing.router import Route
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS
 
 
 class ConditionalRoutedAutoregressiveBlock(nn.Module):

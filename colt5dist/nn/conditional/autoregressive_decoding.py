@@ -21,7 +21,7 @@ from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutor
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
 from colt5dist.nn.routing.causal_router import Admission, CausalRouter
 from colt5dist.nn.routing.gather_scatter import gather_tokens
-from colt5dist.ops.admit import HISTORY, trailing_mean
+from colt5dist.ops.admit import HISTORY, admission_threshold, admit_next, num_admitted
 
 
 @dataclass
@@ -68,10 +68,9 @@ def read_block(block: ConditionalRoutedAutoregressiveBlock, x: Tensor) -> tuple[
     """The block's output (b, n, dim) for the first n tokens x (b, n, dim), and the state after them."""
     attention, feed_forward = block.conditional_attn, block.conditional_ff
     between = x + attention(x)
-    budget = feed_forward.num_heavy_tokens
     state = BlockState(_read_attention(attention, attention.norm(x)))
     router = _causal_router(feed_forward)
-    admission = Admission(budget, min(budget, router.window_size), after_window=False)
+    admission = router.at_once(feed_forward.num_heavy_tokens)
     _read_scores(router, router.raw_scores(feed_forward.norm(between)), state.feed_forward, (admission,))
     return between + feed_forward(between), state
 
@@ -88,8 +87,7 @@ def feed_forward_step(layer: ConditionalRoutedFeedForward, x: Tensor, state: Rou
     """The causal feed-forward's output (b, 1, dim) for the next token x (b, 1, dim); the state moves on."""
     router = _causal_router(layer)
     x = layer.norm(x)
-    budget = layer.num_heavy_tokens
-    admission = Admission(budget, min(budget, router.window_size), after_window=False)
+    admission = router.at_once(layer.num_heavy_tokens)
     admitted, score = _route_query(router, x, state, admission)
     if len(state.window) == router.window_size:
         _finish_window(router, state, (admission,))
@@ -129,13 +127,11 @@ def _route_query(router: CausalRouter, x: Tensor, state: RouterState, admission:
     score = scores[:, 0]
     if state.num_admitted is None:
         return torch.zeros_like(score, dtype=torch.bool), torch.zeros_like(score)
-    admitted = state.num_admitted < admission.num_places
-    if state.threshold is not None:
-        admitted &= score >= state.threshold
+    admitted = admit_next(score, state.threshold, state.num_admitted, admission.num_places)
     state.num_admitted = state.num_admitted + admitted
     if state.duals is None or state.threshold is None or router.straight_through:
         return admitted, torch.ones_like(score)
-    return admitted, ((score + state.duals[:, 0]).clamp(max=0.0) / router.final_eps).exp()
+    return admitted, router.scores_by_past(score, state.duals[:, 0])
 
 
 def _finish_window(router: CausalRouter, state: RouterState, admissions: Sequence[Admission]) -> None:
@@ -150,11 +146,9 @@ def _set_past(router: CausalRouter, state: RouterState, past: Tensor, admissions
     past = past[:, :, -HISTORY:]
     state.past = past
     state.num_admitted = torch.zeros(past.shape[0], dtype=torch.int64, device=past.device)
-    num_tokens = admissions[0].num_tokens
-    if num_tokens < router.window_size:
-        largest = past[:, 0].topk(num_tokens, dim=-1, sorted=False).values
-        state.threshold = trailing_mean(largest.amin(dim=-1))[..., -1]
-    if any(admission.num_tokens < router.window_size for admission in admissions):
+    if admissions[0].routes(router.window_size):
+        state.threshold = admission_threshold(past[:, 0], admissions[0].num_tokens)[..., -1]
+    if any(admission.routes(router.window_size) for admission in admissions):
         state.duals = router.duals(past.flatten(2), admissions, past.shape[2])[..., -1]
 
 
@@ -165,10 +159,7 @@ def _read_scores(router: CausalRouter, scores: Tensor, state: RouterState, admis
     rest = scores[..., whole:]
     if windows:
         _set_past(router, state, scores[..., :whole].unflatten(-1, (windows, -1)), admissions)
-        reached = torch.ones_like(rest[:, 0], dtype=torch.bool)
-        if state.threshold is not None:
-            reached = rest[:, 0] >= state.threshold.unsqueeze(-1)
-        state.num_admitted = reached.sum(dim=-1).clamp(max=admissions[0].num_places)
+        state.num_admitted = num_admitted(rest[:, 0], state.threshold, admissions[0].num_places)
     state.window = list(rest.unbind(dim=-1))
 
 
@@ -241,14 +232,14 @@ def _remember(layer: ConditionalRoutedAutoregressiveAttention, state: AttentionS
     assert past is not None
     windows, width = past.shape[2:]
     raw = past[:, 1:].flatten(2)
-    pick_by = raw if admission.num_tokens < width else torch.zeros_like(raw)
+    pick_by = raw if admission.routes(width) else torch.zeros_like(raw)
     indices, taken = (t[..., -admission.num_places :] for t in router.places(pick_by, admission, windows))
     indices = indices - (windows - 1) * width
     scores = torch.ones_like(raw[..., -width:])
-    if admission.num_tokens < width and not router.straight_through:
+    if admission.routes(width) and not router.straight_through:
         assert state.router.duals is not None
         duals = state.router.duals[:, 1:].unsqueeze(-1)
-        scores = ((raw[..., -width:] + duals).clamp(max=0.0) / router.final_eps).exp()
+        scores = router.scores_by_past(raw[..., -width:], duals)
     scores = scores.gather(-1, indices).masked_fill(~taken, 0.0)
     tokens = gather_tokens(torch.cat(state.window, dim=1), indices)
     _keep(layer, state, tokens, state.position - width + indices, taken, scores)

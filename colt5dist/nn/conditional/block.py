@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
-from colt5dist.nn.routing.router import NO_KWARGS
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.attention import Attention
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
-from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter
+from colt5dist.nn.routing.router import CoordinateDescentRouter
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 
 class ConditionalRoutedCrossAttention(nn.Module):
@@ -51,15 +52,14 @@ class ConditionalRoutedCrossAttention(nn.Module):
         check_sets("num_sets_kv", num_sets, heads)
         self.num_tokens_q = num_tokens_q
         self.num_tokens_kv = num_tokens_kv
-        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+        router = router_arguments(router_kwargs, straight_through=router_straight_through, use_triton=use_triton)
         self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
-        self.q_router = CoordinateDescentRouter(dim, straight_through=router_straight_through, **router_kwargs)
+        self.q_router = CoordinateDescentRouter(dim, **router)
         self.kv_router = CoordinateDescentRouter(
             dim,
-            straight_through=router_straight_through,
             num_routing_tokens=num_sets,
             # the block size of the queries' router, if any, stands in router_kwargs
-            **router_kwargs | ({} if route_block_size is None else {"route_block_size": route_block_size}),
+            **router | ({} if route_block_size is None else {"route_block_size": route_block_size}),
         )
         self.heavy_attn = Attention(dim, dim_head=dim_head, heads=heads, multiply_keys_by_score=multiply_keys_by_score)
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.nn.routing.causal_router import Admission, CausalRouter
+from colt5dist.nn.routing.causal_router import CausalRouter
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_tokens
-from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter, Route
+from colt5dist.nn.routing.router import CoordinateDescentRouter, Route
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 
 class ConditionalRoutedFeedForward(nn.Module):
@@ -49,7 +50,7 @@ class ConditionalRoutedFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heavy_tokens = num_heavy_tokens
-        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+        router = router_arguments(router_kwargs, straight_through=router_straight_through, use_triton=use_triton)
         branch: dict[str, Any] = {
             "gated": gated,
             "bias": bias,
@@ -61,11 +62,9 @@ class ConditionalRoutedFeedForward(nn.Module):
         self.norm = RMSNorm(dim, eps=norm_eps) if shared_norm else nn.Identity()
         self.router: CoordinateDescentRouter
         if routing == "causal":
-            self.router = CausalRouter(
-                dim, window_size=window_size, straight_through=router_straight_through, **router_kwargs
-            )
+            self.router = CausalRouter(dim, window_size=window_size, **router)
         elif routing == "topk":
-            self.router = CoordinateDescentRouter(dim, straight_through=router_straight_through, **router_kwargs)
+            self.router = CoordinateDescentRouter(dim, **router)
         else:
             raise ValueError(f"routing: {routing!r}; use topk or causal")
         self.light_ff = FeedForward(dim, light_ff_mult, hidden_dim=light_hidden_dim, **branch)
@@ -92,8 +91,7 @@ class ConditionalRoutedFeedForward(nn.Module):
                 raise ValueError(
                     "mask: causal routing has none; let the padding stand at the end, where nothing sees it"
                 )
-            places = min(budget, self.router.window_size)
-            route = self.router.admit(x, (Admission(budget, places, False),), sample_index=sample_index)[0]
+            route = self.router.admit(x, (self.router.at_once(budget),), sample_index=sample_index)[0]
         else:
             route = self.router.route(x, budgets=(budget,), mask=mask, sample_index=sample_index)[0]
         scores = route.scores.squeeze(1).unsqueeze(-1)

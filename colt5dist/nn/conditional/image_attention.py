@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from colt5dist.nn.attention.attention import Attention
 from colt5dist.nn.attention.self_attention import SelfAttention
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
-from colt5dist.nn.routing.router import NO_KWARGS, CoordinateDescentRouter
+from colt5dist.nn.routing.router import CoordinateDescentRouter
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 ROUTED_WITHIN = ("map", "patch")
 
@@ -61,15 +62,14 @@ class ConditionalRoutedImageAttention(nn.Module):
         self.light_window_size = light_window_size
         self.channel_first = channel_first
         self.routing = routing
-        router_kwargs = dict(router_kwargs) | ({"use_triton": True} if use_triton else {})
+        router = router_arguments(router_kwargs, straight_through=router_straight_through, use_triton=use_triton)
         self.light_attn = SelfAttention(dim, dim_head=light_dim_head, heads=light_heads, prenorm=True)
         self.null_q_token = nn.Parameter(torch.randn(dim)) if use_null_q_tokens else None
         self.router = CoordinateDescentRouter(
             dim,
-            straight_through=router_straight_through,
             num_routing_tokens=1 + num_routed_kv,
             route_groups=(1, num_routed_kv),
-            **router_kwargs,
+            **router,
         )
         self.heavy_attn = Attention(
             dim, dim_head=heavy_dim_head, heads=heavy_heads, multiply_keys_by_score=multiply_keys_by_score

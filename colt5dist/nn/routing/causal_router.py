@@ -27,6 +27,10 @@ class Admission(NamedTuple):
     num_places: int
     after_window: bool
 
+    def routes(self, window_size: int) -> bool:
+        """Whether windows of this size choose among their tokens; otherwise they admit all."""
+        return self.num_tokens < window_size
+
 
 class CausalRouter(CoordinateDescentRouter):
     """`CoordinateDescentRouter` over windows of `window_size` tokens, none of whose decisions and scores depends on a
@@ -59,6 +63,10 @@ class CausalRouter(CoordinateDescentRouter):
             raise ValueError(f"routing: {self.routing!r} is a control of training; decoding needs 'learned'")
         return self._scores(x, None, True)[0]
 
+    def at_once(self, num_tokens: int) -> Admission:
+        """Admission of tokens whose own window reads them: queries, and tokens of a feed-forward."""
+        return Admission(num_tokens, min(num_tokens, self.window_size), after_window=False)
+
     @property
     def final_eps(self) -> float:
         """Temperature of the scores."""
@@ -84,7 +92,7 @@ class CausalRouter(CoordinateDescentRouter):
         self._check(x, [admission.num_tokens for admission in admissions], None, None)
         length, width = x.shape[1], self.window_size
         num_decided = -(-length // width) - 1
-        routed = [admission.num_tokens < width for admission in admissions]
+        routed = [admission.routes(width) for admission in admissions]
         scores, touch = self._scores(x, None, num_decided > 0 and any(routed))
         if num_decided == 0:
             return [_nothing(x, size, touch) for size in self.route_groups]
@@ -171,6 +179,10 @@ class CausalRouter(CoordinateDescentRouter):
         soft = self._soft_topk(windows, k, None)
         return trailing_mean(dual_variable(windows, soft, self.final_eps))
 
+    def scores_by_past(self, scores: Tensor, duals: Tensor) -> Tensor:
+        """y of raw scores by the dual variables a of the windows before, of one shape or broadcast to it."""
+        return ((scores + duals).clamp(max=0.0) / self.final_eps).exp()
+
     def _soft_by_past(self, scores: Tensor, duals: Tensor, after_window: bool) -> Tensor:
         """y of every token, scores (b, r, n) -> (b, r, n); 0 where nothing is admitted."""
         length = scores.shape[-1]
@@ -180,7 +192,7 @@ class CausalRouter(CoordinateDescentRouter):
         else:
             decided = scores[..., self.window_size :]
             by_token = by_token[..., : decided.shape[-1]]
-        soft = keep_value(((decided + by_token).clamp(max=0.0) / self.final_eps).exp())
+        soft = keep_value(self.scores_by_past(decided, by_token))
         missing = length - soft.shape[-1]
         return F.pad(soft, (0, missing) if after_window else (missing, 0))
 

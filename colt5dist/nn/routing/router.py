@@ -1,9 +1,8 @@
 """Which tokens the heavy branch sees, and the scores by which it is weighed."""
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from colt5dist.ops.select_topk import select_topk
 from colt5dist.ops.soft_topk import soft_topk, soft_topk_problems
 
 ROUTINGS = ("learned", "static", "random")
-NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 class RouterReturn(NamedTuple):

@@ -2,6 +2,7 @@
 
 A top-k over the sequence is no such decision: a later token can push an earlier one out. Here a window of tokens admits
 those whose score reaches a threshold that was set by the windows before it, in order, until its places are taken.
+`admit_in_order` decides over whole windows, `admit_next` over one more token, as decoding does.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from colt5dist.errors import ConfigError
 
-__all__ = ["HISTORY", "admit_in_order", "trailing_mean"]
+__all__ = ["HISTORY", "admission_threshold", "admit_in_order", "admit_next", "num_admitted", "trailing_mean"]
 
 HISTORY = 8
 """Windows over whose values a threshold is averaged: one window's is noisy, very old ones are another text's."""
@@ -24,10 +25,39 @@ def trailing_mean(values: Tensor) -> Tensor:
     return summed / torch.arange(1, num_windows + 1, device=values.device, dtype=values.dtype).clamp(max=HISTORY)
 
 
+def admission_threshold(earlier: Tensor, num_tokens: int) -> Tensor:
+    """Scores that the tokens of a window have to reach.
+
+    Args:
+        earlier: (..., v, w), w scores of each of v windows, in order.
+        num_tokens: 1 .. w.
+
+    Returns:
+        (..., v): entry i is the num_tokens-th largest score of a window, averaged over window i of `earlier` and up to
+        HISTORY - 1 before it. About num_tokens of a like window reach it.
+    """
+    return trailing_mean(earlier.topk(num_tokens, dim=-1, sorted=False).values.amin(dim=-1))
+
+
+def _reach(scores: Tensor, threshold: Tensor | None) -> Tensor:
+    """Which scores reach the threshold; threshold None: all do that are no -inf or NaN."""
+    real = scores > float("-inf")
+    return real if threshold is None else (scores >= threshold) & real
+
+
+def num_admitted(scores: Tensor, threshold: Tensor | None, num_places: int) -> Tensor:
+    """How many a window has admitted after its first scores (..., n), given its threshold (...): (...) int64."""
+    return _reach(scores, None if threshold is None else threshold.unsqueeze(-1)).sum(dim=-1).clamp(max=num_places)
+
+
+def admit_next(score: Tensor, threshold: Tensor | None, admitted_before: Tensor, num_places: int) -> Tensor:
+    """Whether a window that has admitted `admitted_before` (...) tokens admits the next one, of this score (...)."""
+    return _reach(score, threshold) & (admitted_before < num_places)
+
+
 @torch.library.custom_op("colt5dist::admit_in_order", mutates_args=())
 def _admit_in_order(scores: Tensor, earlier: Tensor, num_tokens: int, num_places: int) -> tuple[Tensor, Tensor]:
-    threshold = trailing_mean(earlier.topk(num_tokens, dim=-1, sorted=False).values.amin(dim=-1))
-    admitted = (scores >= threshold.unsqueeze(-1)) & (scores > float("-inf"))
+    admitted = _reach(scores, admission_threshold(earlier, num_tokens).unsqueeze(-1))
     count = admitted.cumsum(dim=-1)
     rank = torch.arange(1, num_places + 1, device=scores.device).expand(*scores.shape[:-1], num_places)
     taken = rank <= count[..., -1:]

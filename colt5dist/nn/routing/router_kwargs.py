@@ -1,0 +1,26 @@
+"""The arguments that a conditional layer hands to its routers."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
+
+
+def router_arguments(router_kwargs: Mapping[str, Any], *, straight_through: bool, use_triton: bool) -> dict[str, Any]:
+    """Keyword arguments of `CoordinateDescentRouter` from those of a conditional layer.
+
+    Args:
+        router_kwargs: the layer's `router_kwargs`.
+        straight_through: the layer's `router_straight_through`.
+        use_triton: the layer's; False leaves the choice to router_kwargs.
+
+    Raises:
+        TypeError: router_kwargs is no mapping, or names straight_through, which has an argument of its own.
+    """
+    if not isinstance(router_kwargs, Mapping):
+        raise TypeError(f"router_kwargs: {router_kwargs!r}; use a dict of arguments of CoordinateDescentRouter")
+    if "straight_through" in router_kwargs:
+        raise TypeError("router_kwargs: straight_through has an argument of its own; use router_straight_through")
+    chosen = {"use_triton": True} if use_triton else {}
+    return {"straight_through": straight_through, **router_kwargs, **chosen}
