@@ -56,9 +56,19 @@ class CausalLayer(nn.Module):
 
 
 class CausalCoLT5(nn.Module):
-    """Embedding, conditional layers, norm, and the loss with an output embedding of its own.
+    """Decoder-only CoLT5: embedding, causal conditional layers, norm, and the loss of the targets.
 
-    activation_checkpointing, seed: as in `CoLT5`. Raises ValueError naming every problem of the configuration.
+    The output embedding is not that of the input. No logit depends on a later token by one bit.
+
+    Args:
+        config: sizes and routing, with architecture="causal".
+        activation_checkpointing: of every layer: "none" keeps all activations; "full" runs each layer again in the
+            backward pass; "full_keep_routing" does the same with the routing decisions of the first run.
+        seed: seed of random routing, used with routing="random" only.
+
+    Raises:
+        TypeError: config is no CoLT5Config, or seed no whole number.
+        ValueError: every problem of the configuration, one line each.
     """
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:

@@ -25,10 +25,20 @@ class CoLT5Output(NamedTuple):
 
 
 class CoLT5(nn.Module):
-    """Conditional (or dense) encoder, decoder, one embedding for the inputs of both and another for the output.
+    """CoLT5: conditional (or dense) encoder, decoder, and the loss of the targets.
 
-    activation_checkpointing: none | full | full_keep_routing, of every layer of both (`run_layer`). seed: of random
-    routing. Raises ValueError naming every problem of the configuration.
+    The inputs of encoder and decoder share one embedding; the output has another (arXiv 2303.09752).
+
+    Args:
+        config: sizes and routing, with architecture="encoder_decoder".
+        activation_checkpointing: of every layer of encoder and decoder: "none" keeps all activations; "full" runs each
+            layer again in the backward pass; "full_keep_routing" does the same with the routing decisions of the first
+            run.
+        seed: seed of random routing, used with routing="random" only.
+
+    Raises:
+        TypeError: config is no CoLT5Config, or seed no whole number.
+        ValueError: every problem of the configuration, one line each.
     """
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:

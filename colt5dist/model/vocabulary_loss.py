@@ -63,6 +63,11 @@ class VocabularyLoss(nn.Module):
     """Output embedding (untied, vocab_size x d_model) and the loss of its logits, token by token.
 
     No tensor of (all tokens, vocabulary) is kept for the backward pass.
+
+    Args:
+        d_model: width of a hidden state.
+        vocab_size: number of ids.
+        std: standard deviation of the initial weight.
     """
 
     def __init__(self, d_model: int, vocab_size: int, *, std: float) -> None:

@@ -9,13 +9,25 @@ from colt5dist.nn.norm import RMSNorm
 
 
 class FeedForward(nn.Module):
-    """x (..., dim) -> (..., dim): RMSNorm, linear with bias to `dim * mult`, GELU, linear with bias.
+    """Norm, linear map, GELU, linear map: x (..., dim) -> (..., dim).
 
-    What T5.1.1 and CoLT5 do otherwise is keyword-only: hidden_dim: exact hidden size, in place of `dim * mult`. gated:
-    gated GELU (Shazeer, arXiv 2002.05202), whose first linear map is twice as wide, the gate in its first half, and
-    whose GELU is the tanh form, as in T5.1.1. bias: of both linear maps. prenorm: False leaves the norm to the caller.
-    norm_eps: of RMSNorm. std, output_std: standard deviations of the initial weights of the first and the second
-    linear map (None: PyTorch's initialisation).
+    Arguments from hidden_dim on are not in colt5-attention: they are what T5.1.1 and CoLT5 do otherwise.
+
+    Args:
+        dim: width of a token.
+        mult: hidden size in multiples of dim.
+        hidden_dim: the hidden size itself, in place of dim * mult; None: dim * mult, rounded down.
+        gated: whether it is gated GELU (Shazeer, arXiv 2002.05202): the first linear map is twice as wide, the gate in
+            its first half, and GELU has the tanh form, as in T5.1.1.
+        bias: whether both linear maps have a bias.
+        prenorm: whether an RMSNorm stands before it; False leaves the norm to the caller.
+        norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
+        std: standard deviation of the initial weight of the first linear map; None: PyTorch's initialisation.
+        output_std: the same of the second linear map.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

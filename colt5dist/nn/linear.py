@@ -8,9 +8,14 @@ from colt5dist.nn.initial import normal_
 class Linear(nn.Linear):
     """`torch.nn.Linear` with the standard deviation of its initial weight as an argument.
 
-    std: of the normal distribution that the weight is drawn from (the bias starts at 0); None keeps PyTorch's own
-    initialisation, which is the seed layers'. The weight is drawn inside `__init__`, the only place where ZeRO-3 shows
-    it whole.
+    The weight is drawn inside `__init__`, the only place where ZeRO-3 shows it whole.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether there is a bias; with std it starts at 0.
+        std: standard deviation of the normal distribution from which the weight is drawn; None: PyTorch's
+            initialisation, which the layers of colt5-attention have.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, std: float | None = None) -> None:

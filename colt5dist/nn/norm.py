@@ -6,10 +6,18 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / ||x|| * sqrt(dim) * gamma over the last dimension, without bias; x (..., dim) -> same shape and type.
+    """x / ||x|| * sqrt(dim) * gamma over the last dimension, without bias.
 
-    eps is added to the mean square under the root, which is taken in float32 whatever the type of x (float64 stays).
-    None is the seed's form: so small that only vectors shorter than about 1e-12 are not brought to length sqrt(dim).
+    x (..., dim) -> the same shape and type. The root is taken in float32 whatever the type of x (float64 stays).
+
+    Args:
+        dim: size of the last dimension of x.
+        eps: added to the mean square under the root. None: 1e-24 / dim, as in colt5-attention, so small that only
+            vectors shorter than about 1e-12 are not brought to length sqrt(dim).
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(self, dim: int, *, eps: float | None = None) -> None:

@@ -34,17 +34,29 @@ class KeyValueProjection(Linear):
 
 
 class Attention(nn.Module):
-    """Queries x (b, i, dim) attend to context (b, n, dim), or (b, r, n, dim): r routed sets, one for each of r groups
-    of heads.
+    """Attention of queries to routed sets of keys and values.
 
-    A learned null key and value a head stands before the context and is always attended to. The values, with
-    multiply_keys_by_score the keys too, are multiplied by the routing scores of the context. One RMSNorm serves x and
-    context. use_flash belongs to the seed's signature and changes nothing: PyTorch's fused kernels serve wherever the
-    shapes allow.
+    Queries x (b, i, dim) attend to context (b, n, dim), or (b, r, n, dim): r routed sets, one for each of r groups of
+    heads. The values are multiplied by the routing scores of the context. One RMSNorm serves x and context. Without
+    bias, a score on keys and values is a score on the normalised context, which is CoLT5's (arXiv 2303.09752, section
+    3.3). Arguments from prenorm on are not in colt5-attention.
 
-    Keyword-only, beyond the seed: prenorm=False leaves the norm to the caller; null_kv=False: no null key and value;
-    norm_eps, std, output_std as in `FeedForward`. Without bias, a score on keys and values is a score on the
-    normalised context, which is CoLT5's (arXiv 2303.09752, section 3.3).
+    Args:
+        dim: width of a token.
+        dim_head: width of an attention head.
+        heads: attention heads.
+        multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
+        use_flash: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the signature of
+            colt5-attention.
+        prenorm: whether an RMSNorm stands before it; False leaves the norm to the caller.
+        null_kv: whether each head has a learned key and value that stands before the context and is always attended to.
+        norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
+        std: standard deviation of the initial weights; None: PyTorch's initialisation.
+        output_std: the same of the last linear map.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

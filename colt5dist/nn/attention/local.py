@@ -10,11 +10,18 @@ from colt5dist.ops.local_attention import local_attention
 
 
 class LocalSelfAttention(nn.Module):
-    """x (b, n, dim) -> (b, n, dim): each position attends to those at most `radius` away; linear maps without bias.
+    """Attention of each position to its neighbours, without bias: x (b, n, dim) -> (b, n, dim).
 
-    causal: no position sees a later one; of windows of `radius` tokens it sees its own and the one before.
-    prenorm: the seed's LayerNorm, with bias, before it. relative_bias: T5's learned bias of the distance. std,
-    output_std: standard deviations of the initial weights (None: PyTorch's initialisation).
+    Args:
+        dim: width of a token.
+        dim_head: width of an attention head.
+        heads: attention heads.
+        radius: how far away a position may be that is attended to, 1 or more. With causal: tokens of a window.
+        causal: whether no position sees a later one; it then sees its own window of radius tokens and the one before.
+        prenorm: whether a LayerNorm with bias stands before it, as in colt5-attention.
+        relative_bias: whether T5's learned bias of the distance is added to the scores.
+        std: standard deviation of the initial weights; None: PyTorch's initialisation.
+        output_std: the same of the last linear map.
     """
 
     def __init__(

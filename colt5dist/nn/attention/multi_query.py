@@ -8,11 +8,19 @@ from colt5dist.nn.norm import RMSNorm
 
 
 class MultiQueryAttention(nn.Module):
-    """Queries x (b, i, dim) attend to context (b, n, dim); all heads share one key and one value of `dim_head`.
+    """Cross-attention whose heads share one key and one value of width dim_head, without bias.
 
-    x is normalised here, the context comes normalised. There are no positions: those of the decoder and of the encoder
-    are not on one scale, and T5, whose relative bias is the encoder's own and the decoder's own, has none here either.
-    Linear maps without bias; norm_eps, std, output_std as in `FeedForward`.
+    Queries x (b, i, dim) attend to context (b, n, dim). x is normalised here, the context comes normalised. There are
+    no positions: those of the decoder and of the encoder are not on one scale, and T5, whose relative bias is the
+    encoder's own and the decoder's own, has none here either.
+
+    Args:
+        dim: width of a token of x and of the context.
+        dim_head: width of an attention head.
+        heads: attention heads.
+        norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
+        std: standard deviation of the initial weights; None: PyTorch's initialisation.
+        output_std: the same of the last linear map.
     """
 
     def __init__(

@@ -10,11 +10,18 @@ from colt5dist.nn.initial import normal_
 
 
 class RelativeBias(nn.Module):
-    """`() -> (heads, 2 * radius + 1)`: what is added to the scores of a key at each distance from the query.
+    """`() -> (heads, 2 * radius + 1)`: what is added to the score of a key at each distance.
 
-    Entry r is of the key `radius - r` positions before it. Half of the num_buckets learned numbers a head are for keys
-    up to the query's own position, half for later ones; of each half, half are for one distance each, and half for
-    distances that grow by a constant factor up to max_distance. std: standard deviation of the initial values.
+    Entry r is of the key `radius - r` positions before the query. Half of the num_buckets learned numbers of a head are
+    for keys up to the query's own position, half for later ones. Of each half, half are for one distance each, and half
+    for distances that grow by a constant factor up to max_distance.
+
+    Args:
+        heads: attention heads.
+        radius: largest distance of a key from its query.
+        num_buckets: learned numbers of a head; a multiple of 4.
+        max_distance: distance from which on all keys share a number; above num_buckets / 4.
+        std: standard deviation of the initial values.
     """
 
     def __init__(

@@ -7,10 +7,19 @@ from torch import Tensor, nn
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of the rotary positions: `(seq_len) -> (seq_len, dim)`, the second half of dim repeating the first.
+    """Angles of the rotary positions: `(seq_len) -> (seq_len, dim)`.
 
-    The frequencies are computed at each call, in float32, and not kept in a buffer: a buffer would be rounded to
-    bfloat16 together with the parameters, and positions beyond a few hundred would fall together.
+    The second half of dim repeats the first. The frequencies are computed at each call, in float32, and not kept in a
+    buffer: a buffer would be rounded to bfloat16 together with the parameters, and positions beyond a few hundred would
+    coincide.
+
+    Args:
+        dim: width of the vectors to turn, an attention head; even.
+        theta: base of the frequencies.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(self, dim: int, theta: float = 10000) -> None:

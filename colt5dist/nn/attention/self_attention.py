@@ -10,13 +10,25 @@ from colt5dist.nn.norm import RMSNorm
 
 
 class SelfAttention(nn.Module):
-    """x (b, n, dim) -> (b, n, dim), `heads` heads of `dim_head`, linear maps without bias.
+    """Attention of a sequence to itself, without bias: x (b, n, dim) -> (b, n, dim).
 
-    prenorm: RMSNorm before it. use_flash belongs to the seed's signature and changes nothing: PyTorch's fused kernels
-    serve wherever the shapes allow.
+    Arguments from causal on are not in colt5-attention.
 
-    Keyword-only, beyond the seed: causal: a position sees itself and what is before it. norm_eps: of RMSNorm. std,
-    output_std: standard deviations of the initial weights (None: PyTorch's initialisation).
+    Args:
+        dim: width of a token.
+        dim_head: width of an attention head.
+        heads: attention heads.
+        use_flash: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the signature of
+            colt5-attention.
+        prenorm: whether an RMSNorm stands before it.
+        causal: whether a position sees only itself and what is before it.
+        norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
+        std: standard deviation of the initial weights; None: PyTorch's initialisation.
+        output_std: the same of the last linear map.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

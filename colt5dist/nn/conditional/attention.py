@@ -16,21 +16,52 @@ from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 
 class ConditionalRoutedAttention(nn.Module):
-    """x (b, n, dim) -> light(x, x) + scatter(heavy(routed queries, routed keys/values) * score), without the residual.
+    """Conditional attention: local attention for all tokens, heavy attention among the routed ones.
 
-    arXiv 2303.09752, section 3.3. num_heavy_tokens_q, num_heavy_tokens_kv: how many tokens the heavy branch takes as
-    queries and as keys/values; num_routed_kv: sets of the latter, each for its share of the heavy heads.
-    light_window_size: twice the radius of the light branch. multiply_keys_by_score, multiply_queries_by_score: the
-    routing scores multiply the keys as well as the values, and the queries as well as the output. use_null_q_tokens: a
-    learned output for tokens that are no heavy query. rotary_emb: rotary positions in the heavy branch, those of the
-    tokens in the whole sequence. use_flash_attn belongs to the seed's signature and changes nothing: PyTorch's fused
-    kernels serve wherever the shapes allow.
+    x (b, n, dim) -> light(x, x) + scatter(heavy(routed queries, routed keys/values) * score), without the residual
+    (CoLT5, arXiv 2303.09752, section 3.3). Arguments from light_radius on are not in colt5-attention.
 
-    Keyword-only, beyond the seed: light_radius: the light branch's radius itself. light_rotary_emb: rotary positions
-    there too. light_relative_bias: T5's relative bias there. use_null_kv: a learned null key and value in the heavy
-    branch. shared_norm: one RMSNorm before the routers and both branches, in place of a LayerNorm in the light one, a
-    RMSNorm in the heavy one and none before the routers. rope_theta: base of the rotary frequencies. norm_eps, std,
-    output_std: as in `FeedForward`.
+    Args:
+        dim: width of a token.
+        num_heavy_tokens_q: budget of queries, 1 or more: how many tokens the heavy branch takes as queries.
+        num_heavy_tokens_kv: budget of keys/values, 1 or more: how many tokens the heavy branch takes as keys/values,
+            for each set.
+        num_routed_kv: routed sets of keys/values, each with its own picks and for its own share of the heavy heads;
+            divides heavy_heads.
+        has_light_attn: whether there is a light branch.
+        light_dim_head: width of a head of the light branch.
+        light_heads: heads of the light branch.
+        light_window_size: twice the radius of the light branch: a token attends to the tokens at most light_window_size
+            // 2 away. 2 or more.
+        heavy_dim_head: width of a head of the heavy branch; even with rotary_emb.
+        heavy_heads: heads of the heavy branch.
+        router_straight_through: whether routing scores are exactly 1 in the forward pass and carry the gradient of the
+            soft scores; False: the soft scores multiply.
+        router_kwargs: further arguments of the routers (`CoordinateDescentRouter`), for instance {"eps": 1.0,
+            "n_iters": 50}.
+        multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
+        multiply_queries_by_score: whether the routing scores multiply the queries as well as the heavy output.
+        use_triton: whether the routers use the Triton kernels wherever the tokens are; False leaves the choice to the
+            router: Triton on CUDA.
+        use_null_q_tokens: whether tokens that are no heavy query get a learned output of the heavy branch, instead of
+            0.
+        use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
+            signature of colt5-attention.
+        rotary_emb: whether the heavy branch has rotary positions, those of the tokens in the whole sequence.
+        light_radius: radius of the light branch, 1 or more; None: light_window_size // 2.
+        light_rotary_emb: whether the light branch has rotary positions.
+        light_relative_bias: whether the light branch has T5's learned bias of the distance.
+        use_null_kv: whether each heavy head has a learned key and value that is always attended to.
+        shared_norm: whether one RMSNorm serves the router and both branches. False: a LayerNorm in the light branch, an
+            RMSNorm in the heavy one, and none before the router.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
+        std: standard deviation of the initial weights; None: PyTorch's initialisation.
+        output_std: the same of the last linear map of each branch.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

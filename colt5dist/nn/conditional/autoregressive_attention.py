@@ -24,25 +24,60 @@ MEMORY_WINDOWS = 16
 
 
 class ConditionalRoutedAutoregressiveAttention(nn.Module):
-    """x (b, n, dim) -> causal light(x) + scatter(heavy(routed queries, routed keys/values of earlier windows) * score).
+    """Conditional attention for decoders: each window's queries attend to what earlier windows routed.
 
-    The sequence lies in windows of heavy_window_size tokens (None: light_window_size), the last one of any length. The
-    routed queries of a window attend to keys/values that were routed in the windows before it, so the first window, and
-    a sequence that is no longer, has the light branch only. num_heavy_tokens_q: routed queries of a window;
-    num_heavy_tokens_kv: keys/values that a window sees, of each of num_routed_kv sets. light_window_size: the light
-    branch sees its own window of so many tokens, up to the token itself, and the one before. The other arguments are
-    those of `ConditionalRoutedAttention`.
+    x (b, n, dim) -> causal light(x) + scatter(heavy(routed queries, routed keys/values of earlier windows) * score),
+    without the residual. The sequence is cut into windows of heavy_window_size tokens, the last one of any length. The
+    first window, and a sequence that is no longer than one, has the light branch only. Arguments from num_admitted_kv
+    on are not in colt5-attention.
 
-    routing: "causal": no output depends on a later token by one bit. Queries are admitted in order by a threshold which
-    the earlier windows set (`CausalRouter`). Keys/values are admitted once, in the same way, where their own window has
-    a say, for only later ones read them; a window sees the newest num_heavy_tokens_kv that were admitted before it.
-    "window": the seed's. Each window routes its own best queries, and the best keys/values of all earlier windows:
-    whether a token is a query depends on later tokens of its window, and every window holds a row of scores and
-    num_heavy_tokens_kv tokens of its own.
+    Args:
+        dim: width of a token.
+        num_heavy_tokens_q: budget of queries, 1 or more: routed queries of a window.
+        num_heavy_tokens_kv: budget of keys/values, 1 or more: routed keys/values that a window sees, for each set.
+        num_routed_kv: routed sets of keys/values, each with its own picks and for its own share of the heavy heads;
+            divides heavy_heads.
+        light_dim_head: width of a head of the light branch.
+        light_heads: heads of the light branch.
+        light_window_size: tokens of a window of the light branch, which sees its own window, up to the token itself,
+            and the window before.
+        heavy_window_size: tokens of a window of the heavy branch; None: light_window_size.
+        heavy_dim_head: width of a head of the heavy branch; even with rotary_emb.
+        heavy_heads: heads of the heavy branch.
+        router_straight_through: whether routing scores are exactly 1 in the forward pass and carry the gradient of the
+            soft scores; False: the soft scores multiply.
+        router_kwargs: further arguments of the routers (`CoordinateDescentRouter`), for instance {"eps": 1.0,
+            "n_iters": 50}.
+        multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
+        multiply_queries_by_score: whether the routing scores multiply the queries as well as the heavy output.
+        use_triton: whether the routers use the Triton kernels wherever the tokens are; False leaves the choice to the
+            router: Triton on CUDA.
+        use_null_q_tokens: whether tokens that are no heavy query get a learned output of the heavy branch, instead of
+            0.
+        use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
+            signature of colt5-attention.
+        rotary_emb: whether the heavy branch has rotary positions, those of the tokens in the whole sequence.
+        routing: "causal": no output depends on a later token by one bit. Queries are admitted in order by a threshold
+            that the earlier windows set (`CausalRouter`); keys/values are admitted once, in the same way, except that
+            their own window takes part in its threshold, for only later windows read them. A window sees the newest
+            num_heavy_tokens_kv that were admitted before it. "window": as in colt5-attention. Each window routes its
+            own best queries, and the best keys/values of all earlier windows: whether a token is a query depends on
+            later tokens of its window, and every window holds a row of scores and num_heavy_tokens_kv tokens of its
+            own.
+        num_admitted_kv: keys/values of a window that reach the threshold in the mean; no window admits more than twice
+            as many. None: num_heavy_tokens_kv / 16, rounded up.
+        light_rotary_emb: whether the light branch has rotary positions.
+        use_null_kv: whether each heavy head has a learned key and value that is always attended to.
+        shared_norm: whether one RMSNorm serves the router and both branches. False: a LayerNorm in the light branch, an
+            RMSNorm in the heavy one, and none before the router.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
+        std: standard deviation of the initial weights; None: PyTorch's initialisation.
+        output_std: the same of the last linear map of each branch.
 
-    Keyword-only, beyond the seed: num_admitted_kv: of a window, the keys/values that reach the threshold in the mean,
-    no window admits more than twice as many (None: num_heavy_tokens_kv / 16, rounded up). light_rotary_emb,
-    use_null_kv, shared_norm, rope_theta, norm_eps, std, output_std: as in `ConditionalRoutedAttention`.
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

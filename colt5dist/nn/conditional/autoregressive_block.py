@@ -12,13 +12,47 @@ from colt5dist.nn.routing.router_kwargs import NO_KWARGS
 
 
 class ConditionalRoutedAutoregressiveBlock(nn.Module):
-    """x (b, n, dim) -> x + attention(x), then + feed-forward of that; no output depends on a later token by one bit.
+    """A decoder's block: causal conditional attention, then a conditional feed-forward, with residuals.
 
-    num_heavy_attn_tokens_q, num_heavy_ff_tokens: tokens of a window that the heavy branches take as queries and in the
-    feed-forward; num_heavy_attn_tokens_kv: keys/values that a window sees. The windows of both are of heavy_window_size
-    tokens (None: light_window_size). router_straight_through, router_kwargs and use_triton are of all routers,
-    attention_kwargs and ff_kwargs are further arguments of `ConditionalRoutedAutoregressiveAttention` and
-    `ConditionalRoutedFeedForward`, the others theirs by name.
+    x (b, n, dim) -> x + attention(x), then + feed_forward of that. No output depends on a later token by one bit. The
+    block is not in colt5-attention.
+
+    Args:
+        dim: width of a token.
+        num_heavy_attn_tokens_q: budget of queries, 1 or more: tokens of a window that heavy attention takes as queries.
+        num_heavy_attn_tokens_kv: budget of keys/values, 1 or more: the newest routed keys/values of earlier windows
+            that a window sees, for each set.
+        num_routed_kv: routed sets of keys/values, each with its own picks and for its own share of the heavy heads;
+            divides heavy_heads.
+        num_heavy_ff_tokens: budget of the feed-forward, 1 or more: tokens of a window that its heavy branch sees.
+        light_dim_head: width of a head of the light branch.
+        light_heads: heads of the light branch.
+        light_window_size: tokens of a window of light attention, which sees its own window, up to the token itself, and
+            the window before.
+        heavy_window_size: tokens of a window of the heavy branches of both layers; None: light_window_size.
+        heavy_dim_head: width of a head of the heavy branch; even with rotary_emb.
+        heavy_heads: heads of the heavy branch.
+        light_ff_mult: hidden size of the light feed-forward, in multiples of dim.
+        heavy_ff_mult: hidden size of the heavy feed-forward, in multiples of dim.
+        router_straight_through: whether routing scores are exactly 1 in the forward pass and carry the gradient of the
+            soft scores; False: the soft scores multiply.
+        router_kwargs: further arguments of all routers (`CoordinateDescentRouter`), for instance {"eps": 1.0,
+            "n_iters": 50}. The feed-forward's router draws its random numbers from the streams after those of
+            attention.
+        multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
+        multiply_queries_by_score: whether the routing scores multiply the queries as well as the heavy output.
+        use_triton: whether the routers use the Triton kernels wherever the tokens are; False leaves the choice to the
+            router: Triton on CUDA.
+        use_null_q_tokens: whether tokens that are no heavy query get a learned output of the heavy branch, instead of
+            0.
+        use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
+            signature of colt5-attention.
+        attention_kwargs: further arguments of `ConditionalRoutedAutoregressiveAttention`, by their names there.
+        ff_kwargs: further arguments of `ConditionalRoutedFeedForward`, by their names there.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

@@ -11,11 +11,42 @@ from colt5dist.nn.routing.router_kwargs import NO_KWARGS
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):
-    """x (b, n, dim) -> x + attention(x), then + feed-forward of that.
+    """Conditional attention, then the conditional feed-forward, each with its residual.
 
-    num_heavy_attn_tokens_q, num_heavy_attn_tokens_kv, num_heavy_ff_tokens: tokens that the heavy branches of attention
-    and of the feed-forward see. The other arguments are those of `ConditionalRoutedAttention` and
-    `ConditionalRoutedFeedForward`; router_straight_through, router_kwargs and use_triton are of all routers.
+    x (b, n, dim) -> x + attention(x), then + feed_forward of that.
+
+    Args:
+        dim: width of a token.
+        num_heavy_attn_tokens_q: budget of queries, 1 or more: how many tokens heavy attention takes as queries.
+        num_heavy_attn_tokens_kv: budget of keys/values, 1 or more: how many tokens heavy attention takes as
+            keys/values, for each set.
+        num_routed_kv: routed sets of keys/values, each with its own picks and for its own share of the heavy heads;
+            divides heavy_heads.
+        num_heavy_ff_tokens: budget of the feed-forward, 1 or more: how many tokens its heavy branch sees.
+        light_dim_head: width of a head of the light branch.
+        light_heads: heads of the light branch.
+        light_window_size: twice the radius of the light branch: a token attends to the tokens at most light_window_size
+            // 2 away. 2 or more.
+        heavy_dim_head: width of a head of the heavy branch.
+        heavy_heads: heads of the heavy branch.
+        light_ff_mult: hidden size of the light feed-forward, in multiples of dim.
+        heavy_ff_mult: hidden size of the heavy feed-forward, in multiples of dim.
+        router_straight_through: whether routing scores are exactly 1 in the forward pass and carry the gradient of the
+            soft scores; False: the soft scores multiply.
+        router_kwargs: further arguments of the routers (`CoordinateDescentRouter`), for instance {"eps": 1.0,
+            "n_iters": 50}.
+        multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
+        multiply_queries_by_score: whether the routing scores multiply the queries as well as the heavy output.
+        use_triton: whether the routers use the Triton kernels wherever the tokens are; False leaves the choice to the
+            router: Triton on CUDA.
+        use_null_q_tokens: whether tokens that are no heavy query get a learned output of the heavy branch, instead of
+            0.
+        use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
+            signature of colt5-attention.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

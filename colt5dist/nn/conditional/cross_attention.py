@@ -13,16 +13,36 @@ from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 
 class ConditionalRoutedCrossAttention(nn.Module):
-    """x (b, n, dim), context (b, j, dim) -> (b, n, dim): scatter(attention(routed x, routed context) * score), without
-    the residual. There is no light branch.
+    """Conditional cross-attention: routed tokens attend to the routed tokens of a context.
 
-    num_tokens_q, num_tokens_kv: how many tokens of x and of the context are routed; x or context no longer than that
-    is taken whole. num_sets_kv: routed sets of the context, each for its share of the heads; kv_routing_tokens is
-    another name for it, and one of the two is enough. route_block_size: the context is cut to whole blocks of that
-    many tokens and equally many are routed from each. use_null_q_tokens: a learned output for tokens of x that are
-    not routed, instead of 0. router_straight_through, router_kwargs, use_triton: of `CoordinateDescentRouter`.
-    multiply_keys_by_score: of `Attention`. use_flash_attn belongs to the seed's signature and changes nothing:
-    PyTorch's fused kernels serve wherever the shapes allow.
+    x (b, n, dim), context (b, j, dim) -> scatter(attention(routed x, routed context) * score) (b, n, dim), without the
+    residual. There is no light branch. x or a context no longer than its budget is taken whole.
+
+    Args:
+        dim: width of a token of x and of the context.
+        num_tokens_q: budget of queries, 1 or more: how many tokens of x are routed.
+        num_tokens_kv: budget of keys/values, 1 or more: how many tokens of the context are routed, for each set.
+        num_sets_kv: routed sets of the context, each with its own picks and for its own share of the heads; divides
+            heads.
+        dim_head: width of an attention head.
+        heads: attention heads.
+        router_straight_through: whether routing scores are exactly 1 in the forward pass and carry the gradient of the
+            soft scores; False: the soft scores multiply.
+        router_kwargs: further arguments of the routers (`CoordinateDescentRouter`), for instance {"eps": 1.0,
+            "n_iters": 50}.
+        kv_routing_tokens: another name for num_sets_kv: give one of the two.
+        multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
+        use_triton: whether the routers use the Triton kernels wherever the tokens are; False leaves the choice to the
+            router: Triton on CUDA.
+        use_null_q_tokens: whether tokens of x that are not routed get a learned output, instead of 0.
+        use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
+            signature of colt5-attention.
+        route_block_size: the context is cut into whole blocks of so many tokens, and equally many are routed from each;
+            None: from the whole context.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

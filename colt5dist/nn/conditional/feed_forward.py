@@ -14,17 +14,40 @@ from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 
 
 class ConditionalRoutedFeedForward(nn.Module):
-    """x (b, n, dim) -> light(x) + scatter(heavy(routed x) * score), arXiv 2303.09752 section 3.2, without the residual.
+    """Conditional feed-forward: a light branch for all tokens, a heavy branch for the routed ones.
 
-    num_heavy_tokens: how many tokens the heavy branch sees. light_ff_mult, heavy_ff_mult: hidden sizes in multiples of
-    dim. router_straight_through, router_kwargs, use_triton: of `CoordinateDescentRouter`.
+    x (b, n, dim) -> light(x) + scatter(heavy(routed x) * score), without the residual (CoLT5, arXiv 2303.09752, section
+    3.2). Arguments from routing on are not in colt5-attention.
 
-    Keyword-only, beyond the seed: routing: "topk": the seed's, of the whole sequence; "causal": for decoders, the
-    sequence lies in windows of window_size tokens, num_heavy_tokens are of a window, and a token is admitted by a
-    threshold that the windows before it set (`CausalRouter`), so that no output depends on a later token by one bit; in
-    the first window nothing is routed. light_hidden_dim, heavy_hidden_dim: exact hidden sizes. gated, bias: of both
-    `FeedForward` branches. shared_norm: one RMSNorm before the router and both branches, in place of one in each
-    branch and none before the router. norm_eps, std, output_std: as in `FeedForward`.
+    Args:
+        dim: width of a token.
+        num_heavy_tokens: budget, 1 or more: how many tokens the heavy branch sees.
+        light_ff_mult: hidden size of the light feed-forward, in multiples of dim.
+        heavy_ff_mult: hidden size of the heavy feed-forward, in multiples of dim.
+        router_straight_through: whether routing scores are exactly 1 in the forward pass and carry the gradient of the
+            soft scores; False: the soft scores multiply.
+        router_kwargs: further arguments of the router (`CoordinateDescentRouter`), for instance {"eps": 1.0, "n_iters":
+            50}.
+        use_triton: whether the router uses the Triton kernels wherever the tokens are; False leaves the choice to the
+            router: Triton on CUDA.
+        routing: "topk": the best tokens of the whole sequence, as in colt5-attention. "causal", for decoders: the
+            sequence is cut into windows of window_size tokens and num_heavy_tokens is the budget of a window. A token
+            is admitted by a threshold that the windows before it set (`CausalRouter`), so that no output depends on a
+            later token by one bit; in the first window nothing is routed.
+        window_size: tokens of a window with routing="causal".
+        light_hidden_dim: hidden size of the light branch itself; None: dim * light_ff_mult.
+        heavy_hidden_dim: hidden size of the heavy branch itself; None: dim * heavy_ff_mult.
+        gated: whether both branches use gated GELU, as T5.1.1 does, instead of GELU.
+        bias: whether the linear maps of both branches have a bias.
+        shared_norm: whether one RMSNorm serves the router and both branches. False: one in each branch, and none before
+            the router.
+        norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
+        std: standard deviation of the initial weights; None: PyTorch's initialisation.
+        output_std: the same of the second linear map of each branch.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

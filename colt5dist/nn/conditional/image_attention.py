@@ -16,16 +16,43 @@ ROUTED_WITHIN = ("map", "patch")
 
 
 class ConditionalRoutedImageAttention(nn.Module):
-    """x (b, height, width, dim), or (b, dim, height, width) with channel_first, -> the same shape, without the
-    residual.
+    """Conditional attention of feature maps: light within patches, heavy among the routed positions.
 
-    light: full attention within patches of light_window_size x light_window_size, into which height and width must
-    divide. heavy: num_heavy_tokens_q routed positions attend to num_heavy_tokens_kv routed ones (num_routed_kv sets of
-    them). routing="map": of the whole map; "patch": of each patch, within it, which is what the peer does.
+    x (b, height, width, dim), or (b, dim, height, width) with channel_first -> the same shape, without the residual.
+    The heavy branch attends from routed positions to routed positions.
 
-    router_straight_through, router_kwargs, use_triton: of `CoordinateDescentRouter`. multiply_keys_by_score,
-    multiply_queries_by_score, use_null_q_tokens: as in `ConditionalRoutedAttention`. use_flash_attn belongs to the
-    seed's signature and changes nothing: PyTorch's fused kernels serve wherever the shapes allow.
+    Args:
+        dim: width of a position, the number of channels.
+        num_heavy_tokens_q: budget of queries, 1 or more: how many positions the heavy branch takes as queries.
+        num_heavy_tokens_kv: budget of keys/values, 1 or more: how many positions the heavy branch takes as keys/values,
+            for each set.
+        num_routed_kv: routed sets of keys/values, each with its own picks and for its own share of the heavy heads;
+            divides heavy_heads.
+        light_dim_head: width of a head of the light branch.
+        light_heads: heads of the light branch.
+        light_window_size: side of a patch: the light branch is full attention within patches of light_window_size x
+            light_window_size positions, into which height and width must divide.
+        heavy_dim_head: width of a head of the heavy branch.
+        heavy_heads: heads of the heavy branch.
+        router_straight_through: whether routing scores are exactly 1 in the forward pass and carry the gradient of the
+            soft scores; False: the soft scores multiply.
+        router_kwargs: further arguments of the routers (`CoordinateDescentRouter`), for instance {"eps": 1.0,
+            "n_iters": 50}.
+        multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
+        multiply_queries_by_score: whether the routing scores multiply the queries as well as the heavy output.
+        use_triton: whether the routers use the Triton kernels wherever the tokens are; False leaves the choice to the
+            router: Triton on CUDA.
+        use_null_q_tokens: whether positions that are no heavy query get a learned output of the heavy branch, instead
+            of 0.
+        use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
+            signature of colt5-attention.
+        channel_first: whether the channels stand before height and width.
+        routing: "map": the budgets are of the whole map. "patch": of each patch, and positions attend within their
+            patch, as in colt5-attention.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

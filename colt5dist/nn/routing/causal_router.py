@@ -33,8 +33,7 @@ class Admission(NamedTuple):
 
 
 class CausalRouter(CoordinateDescentRouter):
-    """`CoordinateDescentRouter` over windows of `window_size` tokens, none of whose decisions and scores depends on a
-    later token.
+    """`CoordinateDescentRouter` over windows, none of whose decisions depends on a later token.
 
     For each window the soft top-k with the window's budget gives the dual variable a (see `colt5dist.ops.soft_topk`).
     With the mean of a over the windows before, a token's score is that which the soft top-k would give it,
@@ -42,9 +41,18 @@ class CausalRouter(CoordinateDescentRouter):
         y = exp(min(s + a, 0) / eps)
 
     and it is admitted in order, by a threshold on s that is set by the same windows (`admit_in_order`). y is
-    differentiable: by s, and by a to the scores of the earlier windows, which compete with it. straight_through and the
-    controls routing="static" and "random" are as in `CoordinateDescentRouter`; the other arguments too, except
-    learned_routing_tokens and route_block_size, which are refused.
+    differentiable: with respect to s, and through a to the scores of the earlier windows, which compete with it.
+    straight_through and the controls routing="static" and "random" are as in `CoordinateDescentRouter`.
+
+    Args:
+        dim: width of a token.
+        window_size: tokens of a window.
+        settings: the other arguments of `CoordinateDescentRouter`, which describes them; learned_routing_tokens and
+            route_block_size are refused.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(self, dim: int, *, window_size: int, **settings: Any) -> None:

@@ -45,22 +45,45 @@ class Route(NamedTuple):
 
 
 class CoordinateDescentRouter(nn.Module):
-    """Picks tokens by the soft top-k of their products with learned vectors (arXiv 2303.09752, section 3.1, appendix
-    C).
+    """Picks tokens by the soft top-k of their products with learned vectors.
 
-    The sum of the soft scores is `num_tokens * fetch_k_ratio`, found in n_iters steps of coordinate descent while
-    epsilon falls from eps_init by the factor eps_decay to eps. straight_through: the returned scores are exactly 1 (0
-    at masked tokens) and carry the gradient of the soft ones. num_routing_tokens: routes, each with its own vector and
-    its own picks. learned_routing_tokens: the vectors are given to `forward`. cosine_sim_routing: products of unit
-    vectors, times cosine_sim_scale. route_block_size w: the sequence is cut to whole blocks of w and equally many are
-    picked from each. use_triton: the Triton kernels, wherever the tokens are; False leaves the choice to
-    `implementation`. triton_checkpoint_segments: `checkpoint_segments` of `soft_topk`.
+    The sum of the soft scores is `num_tokens * fetch_k_ratio`. It is found by coordinate descent while the temperature
+    epsilon falls from eps_init by the factor eps_decay to eps (CoLT5, arXiv 2303.09752, section 3.1 and appendix C).
+    Arguments from routing on are not in colt5-attention.
 
-    Keyword-only, beyond the seed: routing: learned | static (the first token of equal blocks, score 1) | random (score
-    1): the paper's controls, which own no vector. route_groups: sizes of groups of routes with a budget each, for
-    `route`; they sum to num_routing_tokens. std: standard deviation of the initial vectors. solver, implementation: of
-    `soft_topk`. random_seed, random_stream: random picks are a function of these two (route r uses stream
-    random_stream + r) and of the sample's number.
+    Args:
+        dim: width of a token.
+        straight_through: whether the returned scores are exactly 1 (0 at masked tokens) and carry the gradient of the
+            soft scores; False: the soft scores.
+        n_iters: iterations of coordinate descent.
+        fetch_k_ratio: sum of the soft scores for each token to route, 1 or more.
+        eps: final temperature of the soft top-k, above 0, in units of the scores.
+        eps_decay: factor of the temperature from one iteration to the next, in (0, 1].
+        eps_init: temperature of the first iteration; None: eps.
+        num_routing_tokens: routes r, each with a vector and picks of its own.
+        learned_routing_tokens: whether the vectors are given to `forward` as routing_tokens; False: they are parameters
+            of the router.
+        use_triton: whether the Triton kernels serve wherever the tokens are; False leaves the choice to implementation.
+        cosine_sim_routing: whether the scores are products of unit vectors, times cosine_sim_scale.
+        cosine_sim_scale: factor of the scores with cosine_sim_routing.
+        route_block_size: the sequence is cut into whole blocks of so many tokens, and equally many are picked from
+            each; None: from the whole sequence.
+        triton_checkpoint_segments: segments of iterations of which the backward pass keeps the ends only, 1 to n_iters:
+            `checkpoint_segments` of `soft_topk`; None: every iteration is kept.
+        routing: "learned"; or one of the paper's controls, which own no vector and whose scores are 1: "static", the
+            first token of equal blocks; "random", by the sample's number.
+        route_groups: sizes of groups of routes with a budget each, for `route`; they sum to num_routing_tokens. None:
+            one group.
+        std: standard deviation of the initial vectors.
+        solver: "coordinate_descent", or "newton" for the exact soft top-k.
+        implementation: of `soft_topk`: "auto", "reference", "scalar" or "triton".
+        random_seed: seed of random routing, whose picks are a function of random_seed, random_stream and the sample's
+            number.
+        random_stream: stream of random numbers of the first route; route i draws from stream random_stream + i.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a string for a number.
+        ValueError: an argument has a wrong value; the message names it and says what to use.
     """
 
     def __init__(

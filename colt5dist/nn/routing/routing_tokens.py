@@ -53,9 +53,15 @@ def cosine_similarity(scores: Tensor, x: Tensor, routing_tokens: Tensor) -> Tens
 
 
 class RoutingTokens(nn.Module):
-    """One learned vector a route, all routes that read the same x in one parameter: x (b, n, dim) -> scores (b, r, n).
+    """One learned vector for each route: x (b, n, dim) -> raw scores (b, r, n).
 
-    std: standard deviation of the initial vectors. With x of mean square 1, dim**-0.5 gives scores of variance 1.
+    All routes that read the same x have their vectors in one parameter.
+
+    Args:
+        num_routes: routes, r.
+        dim: width of a token of x.
+        std: standard deviation of the initial vectors. With x of mean square 1, dim**-0.5 gives scores of variance 1.
+        cosine_sim: whether the scores are products of unit vectors.
     """
 
     def __init__(self, num_routes: int, dim: int, *, std: float, cosine_sim: bool) -> None:
