@@ -3,9 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colt5dist.nn.checks import check_features
 from colt5dist.nn.gated_gelu import gated_gelu
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm
+from colt5dist.ops.checks import check_counts, check_optional_counts, check_optional_not_negative, check_positive
 
 
 class FeedForward(nn.Module):
@@ -44,6 +46,11 @@ class FeedForward(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim)
+        check_positive(mult=mult)
+        check_optional_counts(hidden_dim=hidden_dim)
+        check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
+        self.dim = dim
         hidden_dim = int(dim * mult) if hidden_dim is None else hidden_dim
         self.gated = gated
         self.norm = RMSNorm(dim, eps=norm_eps) if prenorm else nn.Identity()
@@ -52,6 +59,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
+        check_features("x", x, self.dim)
         hidden = self.to_hidden(self.norm(x))
         if self.gated:
             return self.to_out(gated_gelu(hidden))

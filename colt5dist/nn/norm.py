@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colt5dist.nn.checks import check_features
+from colt5dist.ops.checks import check_counts, check_optional_not_negative
+
 
 class RMSNorm(nn.Module):
     """x / ||x|| * sqrt(dim) * gamma over the last dimension, without bias.
@@ -22,10 +25,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, *, eps: float | None = None) -> None:
         super().__init__()
+        check_counts(dim=dim)
+        check_optional_not_negative(eps=eps)
         self.dim = dim
         self.eps = 1e-24 / dim if eps is None else eps
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
+        check_features("x", x, self.dim)
         return F.rms_norm(x, (self.dim,), self.gamma, self.eps)

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend, merge_heads, split_heads
 from colt5dist.nn.attention.rotary import apply_rotary
+from colt5dist.nn.checks import check_device, check_features, check_tensor, check_tokens
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm
+from colt5dist.ops.checks import check_counts, check_optional_not_negative
 
 
 class KeyValueProjection(Linear):
@@ -74,6 +76,9 @@ class Attention(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, dim_head=dim_head, heads=heads)
+        check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
+        self.dim = dim
         self.heads = heads
         self.multiply_keys_by_score = multiply_keys_by_score
         self.norm = RMSNorm(dim, eps=norm_eps) if prenorm else nn.Identity()
@@ -98,6 +103,7 @@ class Attention(nn.Module):
         dim_head), and of the keys, (n, dim_head), (b, n, dim_head) or (b, r, n, dim_head); the null key is not
         rotated.
         """
+        self._check(x, context, mask)
         q, k, v = self.project(x, context, normalized_scores_kv, normalized_scores_q, rotary_emb)
         num_routes = 1 if mask is None or mask.dim() == 2 else mask.shape[1]
         if mask is not None and mask.dim() == 3:
@@ -107,6 +113,28 @@ class Attention(nn.Module):
             k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         return self.to_out(merge_heads(attend(q, k, v, mask=mask)))
+
+    def _check(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> None:
+        """Raise for arguments of `forward` that do not fit."""
+        check_tokens("x", x, self.dim)
+        if context is None:
+            context = x
+        else:
+            check_features("context", context, self.dim)
+            check_device("context", context, x)
+            if context.dim() not in (3, 4) or context.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"context: shape {tuple(context.shape)}; use ({x.shape[0]}, tokens, {self.dim}), or "
+                    f"({x.shape[0]}, sets, tokens, {self.dim})"
+                )
+        if mask is None:
+            return
+        check_tensor("mask", mask)
+        b, n = context.shape[0], context.shape[-2]
+        fits = mask.dim() in (2, 3) and (mask.shape[0], mask.shape[-1]) == (b, n)
+        if mask.dtype != torch.bool or not fits:
+            raise ValueError(f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool ({b}, {n}) or ({b}, sets, {n})")
+        check_device("mask", mask, x)
 
     def project(
         self,

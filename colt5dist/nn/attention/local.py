@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from colt5dist.nn.attention.attend import merge_heads
 from colt5dist.nn.attention.relative_bias import RelativeBias
 from colt5dist.nn.attention.rotary import rotated_queries_and_keys
+from colt5dist.nn.checks import check_mask, check_tokens
 from colt5dist.nn.linear import Linear
+from colt5dist.ops.checks import check_counts, check_optional_not_negative
 from colt5dist.ops.local_attention import local_attention
 
 
@@ -38,6 +40,9 @@ class LocalSelfAttention(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, dim_head=dim_head, heads=heads, radius=radius)
+        check_optional_not_negative(std=std, output_std=output_std)
+        self.dim = dim
         self.heads = heads
         self.radius = radius
         self.causal = causal
@@ -50,6 +55,8 @@ class LocalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
         """x (b, n, dim); mask (b, n) bool, True = valid; rotary_angles (n, dim_head) -> (b, n, dim)."""
+        check_tokens("x", x, self.dim)
+        check_mask("mask", mask, x.shape[:2], x)
         q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)
         bias = None if self.relative_bias is None else self.relative_bias()
         out = local_attention(q, k, v, radius=self.radius, causal=self.causal, mask=mask, bias=bias)

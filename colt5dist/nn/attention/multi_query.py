@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend
+from colt5dist.nn.checks import check_mask, check_tokens
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm
+from colt5dist.ops.checks import check_counts, check_optional_not_negative
 
 
 class MultiQueryAttention(nn.Module):
@@ -34,6 +36,9 @@ class MultiQueryAttention(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, dim_head=dim_head, heads=heads)
+        check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
+        self.dim = dim
         self.heads = heads
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.to_q = Linear(dim, dim_head * heads, std=std)
@@ -42,6 +47,9 @@ class MultiQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """mask (b, n) bool, True = valid; a sample without a valid context token gets 0. Returns (b, i, dim)."""
+        check_tokens("x", x, self.dim)
+        check_tokens("context", context, self.dim)
+        check_mask("mask", mask, context.shape[:2], context, "context")
         q = self.to_q(self.norm(x))
         b, i, _ = q.shape
         k, v = self.to_kv(context).unsqueeze(1).chunk(2, dim=-1)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colt5dist.ops.checks import check_counts, check_positive
+
 
 class RotaryEmbedding(nn.Module):
     """Angles of the rotary positions: `(seq_len) -> (seq_len, dim)`.
@@ -24,6 +26,8 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, theta: float = 10000) -> None:
         super().__init__()
+        check_counts(dim=dim)
+        check_positive(theta=theta)
         if dim % 2:
             raise ValueError(f"dim: {dim} is odd; rotary positions turn pairs, use an even dimension")
         self.dim = dim
@@ -33,6 +37,7 @@ class RotaryEmbedding(nn.Module):
         self, seq_len: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Angles (seq_len, dim) of the positions 0 .. seq_len - 1; `dtype` is float32 or float64."""
+        check_counts(seq_len=seq_len, at_least=0)
         return self.at(torch.arange(seq_len, device=device, dtype=dtype))
 
     def at(self, positions: Tensor) -> Tensor:

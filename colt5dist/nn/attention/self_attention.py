@@ -5,8 +5,10 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend, merge_heads
 from colt5dist.nn.attention.rotary import rotated_queries_and_keys
+from colt5dist.nn.checks import check_mask, check_tokens
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm
+from colt5dist.ops.checks import check_counts, check_optional_not_negative
 
 
 class SelfAttention(nn.Module):
@@ -45,6 +47,9 @@ class SelfAttention(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, dim_head=dim_head, heads=heads)
+        check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
+        self.dim = dim
         self.heads = heads
         self.causal = causal
         self.norm = RMSNorm(dim, eps=norm_eps) if prenorm else nn.Identity()
@@ -54,5 +59,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
         """x (b, n, dim); mask (b, n) bool, True = valid (not with causal); rotary_angles (n, dim_head) -> (b, n,
         dim)."""
+        check_tokens("x", x, self.dim)
+        check_mask("mask", mask, x.shape[:2], x)
         q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)
         return self.to_out(merge_heads(attend(q, k, v, mask=mask, causal=self.causal)))

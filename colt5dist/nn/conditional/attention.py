@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from colt5dist.nn.attention.attention import Attention
 from colt5dist.nn.attention.local import LocalSelfAttention
 from colt5dist.nn.attention.rotary import RotaryEmbedding, branch_angles
+from colt5dist.nn.checks import budget, check_mask, check_tokens
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.routing.router import CoordinateDescentRouter, Route
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
+from colt5dist.ops.checks import check_counts, check_optional_counts, check_optional_not_negative, check_positive
 
 
 class ConditionalRoutedAttention(nn.Module):
@@ -96,11 +98,23 @@ class ConditionalRoutedAttention(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(
+            dim=dim,
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            light_dim_head=light_dim_head,
+            light_heads=light_heads,
+            heavy_dim_head=heavy_dim_head,
+            heavy_heads=heavy_heads,
+        )
+        check_counts(light_window_size=light_window_size)
+        check_optional_counts(light_radius=light_radius)
+        check_positive(rope_theta=rope_theta)
+        check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
         check_sets("num_routed_kv", num_routed_kv, heavy_heads)
         if has_light_attn and light_radius is None and light_window_size < 2:
             raise ValueError(f"light_window_size: {light_window_size} is twice the radius; use 2 or more")
-        if has_light_attn and light_radius is not None and light_radius < 1:
-            raise ValueError(f"light_radius: {light_radius}; use 1 or more")
+        self.dim = dim
         self.num_heavy_tokens_q = num_heavy_tokens_q
         self.num_heavy_tokens_kv = num_heavy_tokens_kv
         self.multiply_queries_by_score = multiply_queries_by_score
@@ -161,8 +175,10 @@ class ConditionalRoutedAttention(nn.Module):
         computed once for a stack of layers whose two branches have one head dimension; None: computed here, where the
         layer has rotary positions. sample_index (b,) int64: the samples' numbers, for random routing.
         """
-        budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
-        budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        check_tokens("x", x, self.dim)
+        check_mask("mask", mask, x.shape[:2], x)
+        budget_q = budget("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q)
+        budget_kv = budget("num_heavy_tokens_kv", num_heavy_tokens_kv, self.num_heavy_tokens_kv)
         x = self.norm(x)
         query, key_value = self.router.route(x, budgets=(budget_q, budget_kv), mask=mask, sample_index=sample_index)
         light = None

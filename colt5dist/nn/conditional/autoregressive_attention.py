@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from colt5dist.nn.attention.local import LocalSelfAttention
 from colt5dist.nn.attention.memory import MemoryAttention
 from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype, branch_angles
+from colt5dist.nn.checks import budget, check_tokens
 from colt5dist.nn.conditional.heavy_branch import check_sets, put_back
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.routing.causal_router import Admission, CausalRouter
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_positions, gather_tokens
 from colt5dist.nn.routing.router import Route
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
+from colt5dist.ops.checks import check_counts, check_optional_counts, check_optional_not_negative, check_positive
 
 ROUTINGS = ("causal", "window")
 MEMORY_WINDOWS = 16
@@ -112,16 +114,23 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(
+            dim=dim,
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            light_dim_head=light_dim_head,
+            light_heads=light_heads,
+            light_window_size=light_window_size,
+            heavy_dim_head=heavy_dim_head,
+            heavy_heads=heavy_heads,
+        )
+        check_optional_counts(heavy_window_size=heavy_window_size, num_admitted_kv=num_admitted_kv)
+        check_positive(rope_theta=rope_theta)
+        check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
         check_sets("num_routed_kv", num_routed_kv, heavy_heads)
         if routing not in ROUTINGS:
             raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTINGS)}")
-        for name, value in (
-            ("light_window_size", light_window_size),
-            ("heavy_window_size", heavy_window_size),
-            ("num_admitted_kv", num_admitted_kv),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}; use 1 or more")
+        self.dim = dim
         self.num_heavy_tokens_q = num_heavy_tokens_q
         self.num_heavy_tokens_kv = num_heavy_tokens_kv
         self.num_admitted_kv = num_admitted_kv
@@ -180,8 +189,9 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         constructor's. random_route: a negative control, routes at random, scores 1. rotary_angles, sample_index: as in
         `ConditionalRoutedAttention`.
         """
-        budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
-        budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        check_tokens("x", x, self.dim)
+        budget_q = budget("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q)
+        budget_kv = budget("num_heavy_tokens_kv", num_heavy_tokens_kv, self.num_heavy_tokens_kv)
         x = self.norm(x)
         light = self.light_attn(x, rotary_angles=branch_angles(self.light_rotary_emb, x, rotary_angles))
         angles = branch_angles(self.rotary_emb, x, rotary_angles)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from colt5dist.nn.conditional.autoregressive_attention import ConditionalRoutedAutoregressiveAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
 from colt5dist.nn.routing.router import Route
-from colt5dist.nn.routing.router_kwargs import NO_KWARGS
+from colt5dist.nn.routing.router_kwargs import NO_KWARGS, check_mapping
+from colt5dist.ops.checks import check_counts, check_optional_counts
 
 
 class ConditionalRoutedAutoregressiveBlock(nn.Module):
@@ -82,7 +83,13 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
         ff_kwargs: Mapping[str, Any] = NO_KWARGS,
     ) -> None:
         super().__init__()
+        check_counts(
+            num_heavy_attn_tokens_q=num_heavy_attn_tokens_q,
+            num_heavy_attn_tokens_kv=num_heavy_attn_tokens_kv,
+            num_heavy_ff_tokens=num_heavy_ff_tokens,
+        )
         router: dict[str, Any] = {"router_straight_through": router_straight_through, "use_triton": use_triton}
+        check_mapping(router_kwargs=router_kwargs, attention_kwargs=attention_kwargs, ff_kwargs=ff_kwargs)
         # random routing draws from a stream of its own for each route
         stream = router_kwargs.get("random_stream", 0)
         self.conditional_attn = ConditionalRoutedAutoregressiveAttention(
@@ -132,6 +139,11 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
 
         Budgets in place of the constructor's; sample_index, rotary_angles: as in `ConditionalRoutedAttention`.
         """
+        check_optional_counts(
+            num_heavy_attn_tokens_q=num_heavy_attn_tokens_q,
+            num_heavy_attn_tokens_kv=num_heavy_attn_tokens_kv,
+            num_heavy_ff_tokens=num_heavy_ff_tokens,
+        )
         attended, query, key_value = self.conditional_attn(
             x,
             num_heavy_tokens_q=num_heavy_attn_tokens_q,

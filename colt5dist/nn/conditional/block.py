@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS
+from colt5dist.ops.checks import check_counts, check_optional_counts
 
 
 class ConditionalRoutedTransformerBlock(nn.Module):
@@ -73,6 +74,11 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         use_flash_attn: bool = False,
     ) -> None:
         super().__init__()
+        check_counts(
+            num_heavy_attn_tokens_q=num_heavy_attn_tokens_q,
+            num_heavy_attn_tokens_kv=num_heavy_attn_tokens_kv,
+            num_heavy_ff_tokens=num_heavy_ff_tokens,
+        )
         router: dict[str, Any] = {
             "router_straight_through": router_straight_through,
             "router_kwargs": router_kwargs,
@@ -111,6 +117,11 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         num_heavy_ff_tokens: int | None = None,
     ) -> Tensor:
         """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim); budgets in place of the constructor's."""
+        check_optional_counts(
+            num_heavy_attn_tokens_q=num_heavy_attn_tokens_q,
+            num_heavy_attn_tokens_kv=num_heavy_attn_tokens_kv,
+            num_heavy_ff_tokens=num_heavy_ff_tokens,
+        )
         x = x + self.conditional_attn(
             x, mask=mask, num_heavy_tokens_q=num_heavy_attn_tokens_q, num_heavy_tokens_kv=num_heavy_attn_tokens_kv
         )

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attention import Attention
+from colt5dist.nn.checks import budget, check_device, check_mask, check_tokens
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
 from colt5dist.nn.routing.router import CoordinateDescentRouter
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
+from colt5dist.ops.checks import check_counts, check_optional_counts
 
 
 class ConditionalRoutedCrossAttention(nn.Module):
@@ -64,12 +66,16 @@ class ConditionalRoutedCrossAttention(nn.Module):
         route_block_size: int | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, num_tokens_q=num_tokens_q, num_tokens_kv=num_tokens_kv, dim_head=dim_head, heads=heads)
+        check_counts(num_sets_kv=num_sets_kv, kv_routing_tokens=kv_routing_tokens)
+        check_optional_counts(route_block_size=route_block_size)
         if 1 not in (num_sets_kv, kv_routing_tokens) and num_sets_kv != kv_routing_tokens:
             raise ValueError(
                 f"num_sets_kv: {num_sets_kv}, but kv_routing_tokens {kv_routing_tokens} is the same number; give one"
             )
         num_sets = kv_routing_tokens if num_sets_kv == 1 else num_sets_kv
         check_sets("num_sets_kv", num_sets, heads)
+        self.dim = dim
         self.num_tokens_q = num_tokens_q
         self.num_tokens_kv = num_tokens_kv
         router = router_arguments(router_kwargs, straight_through=router_straight_through, use_triton=use_triton)
@@ -97,8 +103,15 @@ class ConditionalRoutedCrossAttention(nn.Module):
 
         num_tokens_q, num_tokens_kv: in place of the constructor's.
         """
-        budget_q = self.num_tokens_q if num_tokens_q is None else num_tokens_q
-        budget_kv = self.num_tokens_kv if num_tokens_kv is None else num_tokens_kv
+        check_tokens("x", x, self.dim)
+        check_tokens("context", context, self.dim)
+        check_device("context", context, x)
+        if context.shape[0] != x.shape[0]:
+            raise ValueError(f"context: a batch of {context.shape[0]}; use {x.shape[0]}, as x has it")
+        check_mask("mask", mask, x.shape[:2], x)
+        check_mask("context_mask", context_mask, context.shape[:2], context, "context")
+        budget_q = budget("num_tokens_q", num_tokens_q, self.num_tokens_q)
+        budget_kv = budget("num_tokens_kv", num_tokens_kv, self.num_tokens_kv)
         query = self.q_router.route(x, budgets=(budget_q,), mask=mask)[0]
         key_value = self.kv_router.route(context, budgets=(budget_kv,), mask=context_mask)[0]
         heavy = attend_routed(self.heavy_attn, x, context, query, key_value)

@@ -5,12 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colt5dist.nn.checks import budget, check_mask, check_tokens
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.nn.routing.causal_router import CausalRouter
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_tokens
 from colt5dist.nn.routing.router import CoordinateDescentRouter, Route
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
+from colt5dist.ops.checks import check_counts, check_optional_counts, check_positive
 
 
 class ConditionalRoutedFeedForward(nn.Module):
@@ -72,6 +74,10 @@ class ConditionalRoutedFeedForward(nn.Module):
         output_std: float | None = None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, num_heavy_tokens=num_heavy_tokens, window_size=window_size)
+        check_positive(light_ff_mult=light_ff_mult, heavy_ff_mult=heavy_ff_mult)
+        check_optional_counts(light_hidden_dim=light_hidden_dim, heavy_hidden_dim=heavy_hidden_dim)
+        self.dim = dim
         self.num_heavy_tokens = num_heavy_tokens
         router = router_arguments(router_kwargs, straight_through=router_straight_through, use_triton=use_triton)
         branch: dict[str, Any] = {
@@ -107,16 +113,18 @@ class ConditionalRoutedFeedForward(nn.Module):
         num_heavy_tokens: in place of the constructor's. sample_index (b,) int64: the samples' numbers, for random
         routing. With routing="causal" padding has to stand at the end, and a mask is refused.
         """
-        budget = self.num_heavy_tokens if num_heavy_tokens is None else num_heavy_tokens
+        check_tokens("x", x, self.dim)
+        num_tokens = budget("num_heavy_tokens", num_heavy_tokens, self.num_heavy_tokens)
         x = self.norm(x)
         if isinstance(self.router, CausalRouter):
             if mask is not None:
                 raise ValueError(
                     "mask: causal routing has none; let the padding stand at the end, where nothing sees it"
                 )
-            route = self.router.admit(x, (self.router.at_once(budget),), sample_index=sample_index)[0]
+            route = self.router.admit(x, (self.router.at_once(num_tokens),), sample_index=sample_index)[0]
         else:
-            route = self.router.route(x, budgets=(budget,), mask=mask, sample_index=sample_index)[0]
+            check_mask("mask", mask, x.shape[:2], x)
+            route = self.router.route(x, budgets=(num_tokens,), mask=mask, sample_index=sample_index)[0]
         scores = route.scores.squeeze(1).unsqueeze(-1)
         out = self.light_ff(x)
         if route.indices is None:

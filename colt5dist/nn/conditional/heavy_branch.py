@@ -6,11 +6,13 @@ from torch import Tensor
 from colt5dist.nn.attention.attention import Attention
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_positions, gather_tokens
 from colt5dist.nn.routing.router import Route
+from colt5dist.ops.checks import check_counts
 
 
 def check_sets(name: str, num_sets: int, heads: int) -> None:
     """Raise ValueError where argument `name` asks for routed sets that cannot share the heads evenly."""
-    if num_sets < 1 or heads % num_sets:
+    check_counts(**{name: num_sets})
+    if heads % num_sets:
         raise ValueError(f"{name}: {num_sets} sets cannot share {heads} heads evenly; use a divisor of the heads")
 
 

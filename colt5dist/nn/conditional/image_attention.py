@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.attention import Attention
 from colt5dist.nn.attention.self_attention import SelfAttention
+from colt5dist.nn.checks import budget, check_features, check_mask, check_tensor
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
 from colt5dist.nn.routing.router import CoordinateDescentRouter
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
+from colt5dist.ops.checks import check_counts
 
 ROUTED_WITHIN = ("map", "patch")
 
@@ -78,11 +80,20 @@ class ConditionalRoutedImageAttention(nn.Module):
         routing: str = "map",
     ) -> None:
         super().__init__()
+        check_counts(
+            dim=dim,
+            num_heavy_tokens_q=num_heavy_tokens_q,
+            num_heavy_tokens_kv=num_heavy_tokens_kv,
+            light_dim_head=light_dim_head,
+            light_heads=light_heads,
+            light_window_size=light_window_size,
+            heavy_dim_head=heavy_dim_head,
+            heavy_heads=heavy_heads,
+        )
         check_sets("num_routed_kv", num_routed_kv, heavy_heads)
-        if light_window_size < 1:
-            raise ValueError(f"light_window_size: {light_window_size} positions a side; use 1 or more")
         if routing not in ROUTED_WITHIN:
             raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTED_WITHIN)}")
+        self.dim = dim
         self.num_heavy_tokens_q = num_heavy_tokens_q
         self.num_heavy_tokens_kv = num_heavy_tokens_kv
         self.multiply_queries_by_score = multiply_queries_by_score
@@ -114,10 +125,11 @@ class ConditionalRoutedImageAttention(nn.Module):
 
         num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's.
         """
+        check_tensor("x", x)
         x = x.movedim(1, -1) if self.channel_first and x.dim() == 4 else x
         self._check(x, mask)
-        budget_q = self.num_heavy_tokens_q if num_heavy_tokens_q is None else num_heavy_tokens_q
-        budget_kv = self.num_heavy_tokens_kv if num_heavy_tokens_kv is None else num_heavy_tokens_kv
+        budget_q = budget("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q)
+        budget_kv = budget("num_heavy_tokens_kv", num_heavy_tokens_kv, self.num_heavy_tokens_kv)
         height, width = x.shape[1:3]
         patches = self._cut(x)
         patch_mask = None if mask is None else self._cut(mask.unsqueeze(-1)).squeeze(-1)
@@ -146,15 +158,17 @@ class ConditionalRoutedImageAttention(nn.Module):
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise for arguments of `forward` that do not fit; x is channel-last."""
         size = self.light_window_size
-        if x.dim() != 4:
-            raise ValueError(f"x: {tuple(x.shape)}; use a batch of feature maps, 4 dimensions")
+        if x.dim() != 4 or x.shape[-1] != self.dim:
+            channels = "second" if self.channel_first else "last"
+            shape = tuple(x.movedim(-1, 1).shape) if self.channel_first and x.dim() == 4 else tuple(x.shape)
+            raise ValueError(f"x: {shape}; use a batch of feature maps, 4 dimensions, dim {self.dim} {channels}")
+        check_features("x", x, self.dim)
         height, width = x.shape[1:3]
         if height % size or width % size:
             raise ValueError(
                 f"x: a map of {height} x {width} is not cut into patches of light_window_size {size}; pad it"
             )
-        if mask is not None and (mask.shape != x.shape[:3] or mask.dtype != torch.bool):
-            raise ValueError(f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool {tuple(x.shape[:3])}")
+        check_mask("mask", mask, x.shape[:3], x)
 
     def _cut(self, x: Tensor) -> Tensor:
         """(b, height, width, dim) -> the patches of all samples, (b * patches, positions of a patch, dim)."""

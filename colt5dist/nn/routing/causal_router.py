@@ -10,6 +10,7 @@ from torch import Tensor
 from colt5dist.nn.routing.kept_routing import keep_value, routing_decision
 from colt5dist.nn.routing.router import CoordinateDescentRouter, Route, take_all
 from colt5dist.ops.admit import admit_in_order, trailing_mean
+from colt5dist.ops.checks import check_counts
 from colt5dist.ops.soft_topk.schedule import epsilon_schedule
 
 _SMALLEST_SCORE = 1e-30
@@ -61,8 +62,7 @@ class CausalRouter(CoordinateDescentRouter):
             raise ValueError("learned_routing_tokens: windows of one sequence have one router's vectors; leave it out")
         if self.route_block_size is not None:
             raise ValueError("route_block_size: the sequence lies in windows already; leave it out")
-        if window_size < 1:
-            raise ValueError(f"window size: {window_size}; use 1 or more")
+        check_counts(window_size=window_size)
         self.window_size = window_size
 
     def raw_scores(self, x: Tensor) -> Tensor:

@@ -7,9 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from colt5dist.nn.checks import check_device, check_mask, check_sample_index, check_tensor, check_tokens
 from colt5dist.nn.routing.gather_scatter import gather_tokens
 from colt5dist.nn.routing.kept_routing import keep_value, routing_decision
 from colt5dist.nn.routing.routing_tokens import RoutingTokens, cosine_similarity, routing_scores
+from colt5dist.ops.checks import (
+    check_counts,
+    check_optional_counts,
+    check_optional_not_negative,
+    check_positive,
+    check_whole,
+)
 from colt5dist.ops.counter_random import counter_uniform
 from colt5dist.ops.select_topk import select_topk
 from colt5dist.ops.soft_topk import soft_topk, soft_topk_problems
@@ -112,6 +120,11 @@ class CoordinateDescentRouter(nn.Module):
         random_stream: int = 0,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, num_routing_tokens=num_routing_tokens)
+        check_optional_counts(route_block_size=route_block_size)
+        check_positive(fetch_k_ratio=fetch_k_ratio, cosine_sim_scale=cosine_sim_scale)
+        check_optional_not_negative(std=std)
+        check_whole(random_seed=random_seed, random_stream=random_stream)
         implementation = "triton" if use_triton else implementation
         if not 1 <= fetch_k_ratio < math.inf:
             raise ValueError(f"fetch_k_ratio: {fetch_k_ratio}; use 1 or more")
@@ -129,11 +142,10 @@ class CoordinateDescentRouter(nn.Module):
             raise ValueError("route_block_size: static routing cuts the sequence itself; leave one of the two out")
         if routing not in ROUTINGS:
             raise ValueError(f"routing: {routing!r}; use one of {', '.join(ROUTINGS)}")
-        if num_routing_tokens < 1:
-            raise ValueError(f"num_routing_tokens: {num_routing_tokens} routes; use 1 or more")
         self.route_groups = (num_routing_tokens,) if route_groups is None else tuple(route_groups)
         if sum(self.route_groups) != num_routing_tokens:
             raise ValueError(f"route_groups: {self.route_groups} do not sum to num_routing_tokens {num_routing_tokens}")
+        self.dim = dim
         self.straight_through = straight_through
         self.n_iters = n_iters
         self.fetch_k_ratio = fetch_k_ratio
@@ -229,18 +241,19 @@ class CoordinateDescentRouter(nn.Module):
 
     def _check(self, x: Tensor, budgets: Sequence[int], mask: Tensor | None, routing_tokens: Tensor | None) -> None:
         """Raise for arguments of `route` that do not fit."""
+        check_tokens("x", x, self.dim)
         if len(budgets) != len(self.route_groups):
             raise ValueError(f"budgets: {len(budgets)} for {len(self.route_groups)} groups of routes; use one a group")
         for budget in budgets:
-            if budget < 1:
-                raise ValueError(f"num_tokens: {budget} tokens to route; use 1 or more")
-        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool {tuple(x.shape[:2])}, as x has it")
+            check_counts(num_tokens=budget)
+        check_mask("mask", mask, x.shape[:2], x)
         if self.takes_routing_tokens and routing_tokens is None:
             raise ValueError("routing_tokens: needed, because the router was built with learned_routing_tokens")
         if not self.takes_routing_tokens and routing_tokens is not None:
             raise ValueError("routing_tokens: this router has no use for them; build it with learned_routing_tokens")
         if routing_tokens is not None:
+            check_tensor("routing_tokens", routing_tokens)
+            check_device("routing_tokens", routing_tokens, x)
             b, r, dim = x.shape[0], self.num_routing_tokens, x.shape[-1]
             if routing_tokens.shape != (b, r, dim) and not (r == 1 and routing_tokens.shape == (b, dim)):
                 raise ValueError(f"routing_tokens: {tuple(routing_tokens.shape)}; use {(b, r, dim)}, a vector a route")
@@ -337,6 +350,7 @@ class CoordinateDescentRouter(nn.Module):
 
     def _random_scores(self, x: Tensor, sample_index: Tensor | None) -> Tensor:
         """Uniform numbers (b, r, n); without the samples' numbers from PyTorch's default generator."""
+        check_sample_index(sample_index, x)
         if sample_index is not None:
             streams = range(self.random_stream, self.random_stream + self.num_routing_tokens)
             rows = [counter_uniform(sample_index, x.shape[1], stream=s, seed=self.random_seed) for s in streams]

@@ -7,6 +7,13 @@ from typing import Any
 NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
+def check_mapping(**values: Any) -> None:
+    """Raise TypeError where an argument, given by its name, is no mapping."""
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name}: {value!r}; use a dict of further arguments")
+
+
 def router_arguments(router_kwargs: Mapping[str, Any], *, straight_through: bool, use_triton: bool) -> dict[str, Any]:
     """Keyword arguments of `CoordinateDescentRouter` from those of a conditional layer.
 
@@ -18,8 +25,7 @@ def router_arguments(router_kwargs: Mapping[str, Any], *, straight_through: bool
     Raises:
         TypeError: router_kwargs is no mapping, or names straight_through, which has an argument of its own.
     """
-    if not isinstance(router_kwargs, Mapping):
-        raise TypeError(f"router_kwargs: {router_kwargs!r}; use a dict of arguments of CoordinateDescentRouter")
+    check_mapping(router_kwargs=router_kwargs)
     if "straight_through" in router_kwargs:
         raise TypeError("router_kwargs: straight_through has an argument of its own; use router_straight_through")
     chosen = {"use_triton": True} if use_triton else {}
