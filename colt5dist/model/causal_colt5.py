@@ -3,17 +3,20 @@
 import torch
 from torch import Tensor, nn
 
-from colt5dist.model.activation_checkpointing import ACTIVATION_CHECKPOINTING, run_layer
+from colt5dist.model.activation_checkpointing import run_layer
+from colt5dist.model.arguments import check_batch, check_ids, check_model_arguments
 from colt5dist.model.colt5 import CoLT5Output
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.layer_settings import attention_settings, feed_forward_settings, head_settings, router_settings
 from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.checks import check_sample_index
 from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutoregressiveBlock
 from colt5dist.nn.conditional.autoregressive_decoding import BlockState, block_step, read_block
 from colt5dist.nn.embedding import Embedding
 from colt5dist.nn.norm import RMSNorm
+from colt5dist.ops.checks import check_counts, is_number, not_a_number
 
 
 class CausalLayer(nn.Module):
@@ -73,14 +76,7 @@ class CausalCoLT5(nn.Module):
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
         super().__init__()
-        problems = config.problems()
-        if config.architecture != "causal":
-            problems.append(f"model.architecture: {config.architecture!r}; CausalCoLT5 is 'causal'")
-        if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
-            allowed = ", ".join(ACTIVATION_CHECKPOINTING)
-            problems.append(f"activation_checkpointing: {activation_checkpointing!r}; use one of {allowed}")
-        if problems:
-            raise ValueError("\n".join(problems))
+        check_model_arguments("CausalCoLT5", "causal", config, activation_checkpointing, seed)
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
@@ -107,6 +103,7 @@ class CausalCoLT5(nn.Module):
         input_ids (b, 0) and input_mask: there is no encoder, text to be continued is the beginning of decoder_input_ids
         (b, t), any t. target_ids (b, t) int64; target_mask (b, t) bool, True = counts. Padding stands at the end.
         """
+        check_batch(input_ids, decoder_input_ids, target_ids, input_mask, target_mask, sample_index)
         if input_ids.shape[1]:
             raise ValueError(
                 f"input_ids: {input_ids.shape[1]} tokens for an encoder; put them before decoder_input_ids"
@@ -120,6 +117,8 @@ class CausalCoLT5(nn.Module):
     ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
         """Normalised states (b, t, d_model) of decoder_input_ids (b, t), before the output embedding, and the routing
         if asked for."""
+        check_ids("decoder_input_ids", decoder_input_ids)
+        check_sample_index(sample_index, decoder_input_ids, "decoder_input_ids")
         x = self.embedding(decoder_input_ids)
         angles = self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
         routing: list[LayerRouting] = []
@@ -140,6 +139,7 @@ class CausalCoLT5(nn.Module):
     def start_decoding(self, prompt_ids: Tensor) -> tuple[Tensor, list[BlockState]]:
         """prompt_ids (b, t) int64, t >= 1, read in one pass -> logits (b, vocab_size) of the next token, and what
         `decode_step` keeps of the prompt, a state a layer."""
+        check_ids("prompt_ids", prompt_ids)
         if prompt_ids.shape[1] < 1:
             raise ValueError("prompt_ids: no token to go on from; begin with the start token")
         x, states = self.embedding(prompt_ids), []
@@ -168,6 +168,9 @@ class CausalCoLT5(nn.Module):
 
         temperature 0: the likeliest token each time; above: drawn from softmax(logits / temperature), with `generator`.
         """
+        check_counts(num_tokens=num_tokens, at_least=0)
+        if not is_number(temperature):
+            raise TypeError(not_a_number("temperature", temperature))
         if not temperature >= 0:
             raise ValueError(f"temperature: {temperature}; use 0 or more")
         logits, states = self.start_decoding(prompt_ids)

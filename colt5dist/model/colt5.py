@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from colt5dist.model.activation_checkpointing import ACTIVATION_CHECKPOINTING
+from colt5dist.model.arguments import check_batch, check_ids, check_model_arguments
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.decoder import Decoder
 from colt5dist.model.encoder import Encoder
 from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.model.vocabulary_loss import VocabularyLoss
+from colt5dist.nn.checks import check_mask, check_sample_index, check_tokens
 from colt5dist.nn.embedding import Embedding
 
 
@@ -43,14 +44,7 @@ class CoLT5(nn.Module):
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
         super().__init__()
-        if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
-            allowed = ", ".join(ACTIVATION_CHECKPOINTING)
-            raise ValueError(f"activation_checkpointing: {activation_checkpointing!r}; use one of {allowed}")
-        problems = config.problems()
-        if config.architecture != "encoder_decoder":
-            problems.append(f"model.architecture: {config.architecture!r}; CoLT5 is 'encoder_decoder'")
-        if problems:
-            raise ValueError("\n".join(problems))
+        check_model_arguments("CoLT5", "encoder_decoder", config, activation_checkpointing, seed)
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
         self.encoder = Encoder(config, activation_checkpointing=activation_checkpointing, seed=seed)
@@ -74,6 +68,7 @@ class CoLT5(nn.Module):
         input_mask (b, n), target_mask (b, t) bool, True = valid, None = all; sample_index (b,) int64: the samples'
         numbers, needed for random routing. Padding of the targets stands at their end.
         """
+        check_batch(input_ids, decoder_input_ids, target_ids, input_mask, target_mask, sample_index)
         encoder_states, routing = self.encode(
             input_ids, input_mask=input_mask, sample_index=sample_index, collect_routing=collect_routing
         )
@@ -90,10 +85,16 @@ class CoLT5(nn.Module):
         collect_routing: bool = False,
     ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
         """Encoder states (b, n, d_model) of input_ids (b, n), and the routing if asked for."""
+        check_ids("input_ids", input_ids)
+        check_mask("input_mask", input_mask, input_ids.shape, input_ids, "input_ids")
+        check_sample_index(sample_index, input_ids, "input_ids")
         return self.encoder(
             self.embedding(input_ids), mask=input_mask, sample_index=sample_index, collect_routing=collect_routing
         )
 
     def decode(self, decoder_input_ids: Tensor, encoder_states: Tensor, *, input_mask: Tensor | None = None) -> Tensor:
         """Decoder states (b, t, d_model), before the output embedding."""
+        check_ids("decoder_input_ids", decoder_input_ids)
+        check_tokens("encoder_states", encoder_states, self.config.d_model)
+        check_mask("input_mask", input_mask, encoder_states.shape[:2], encoder_states, "encoder_states")
         return self.decoder(self.embedding(decoder_input_ids), encoder_states, encoder_mask=input_mask)

@@ -1,88 +1,99 @@
 """The model's configuration: sizes, routing, and what is wrong with them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from colt5dist.nn.routing.router import ROUTINGS
+from colt5dist.ops.checks import check_whole, is_number, is_whole_number, not_a_number, not_whole
 from colt5dist.ops.soft_topk import soft_topk_problems
 
 ARCHITECTURES = ("encoder_decoder", "causal")
 ENCODERS = ("conditional", "dense")
 LIGHT_POSITIONS = ("rotary", "relative")
-# of the fractions for which num_heavy_tokens and heavy_key_value_ratio stand
 MAX_DENOMINATOR = 4096
+"""Largest denominator of the fractions that num_heavy_tokens and heavy_key_value_ratio are rounded to."""
 
 
 @dataclass(kw_only=True)
 class CoLT5Config:
-    """Sizes and routing of a CoLT5 (arXiv 2303.09752, tables 6 and 7); the defaults are CoLT5-Base in pre-training."""
+    """Sizes and routing of a CoLT5 (arXiv 2303.09752, tables 6 and 7); the defaults are CoLT5-Base in pre-training.
+
+    Args:
+        architecture: encoder_decoder: CoLT5; causal: decoder-only (CausalCoLT5), num_decoder_layers conditional layers,
+            no encoder.
+        vocab_size: rows of the embeddings: the tokenizer's tokens, the sentinels, and padding to a multiple of 128.
+        d_model: width of the residual stream.
+        num_encoder_layers: encoder layers; 0 with architecture=causal.
+        num_decoder_layers: decoder layers.
+        head_dim: dimension of every attention head; even (rotary positions).
+        num_heads: heads of the decoder and of the dense encoder.
+        num_light_heads: heads of the light, local attention.
+        num_heavy_heads: heads of the heavy attention among routed tokens.
+        light_ff_dim: hidden size of the light feed-forward.
+        heavy_ff_dim: hidden size of the heavy feed-forward.
+        ff_dim: hidden size of the feed-forward of the decoder and of the dense encoder.
+        encoder: conditional: CoLT5; dense: full attention and ordinary feed-forward (T5), the baseline.
+        routing: learned; static: the first token of equal blocks; random: by the sample's number. The last two are
+            controls.
+        num_heavy_tokens: share of the input, in (0, 1], that the heavy feed-forward sees and that are heavy attention's
+            queries.
+        heavy_key_value_ratio: routed keys/values for one routed query, above 0.
+        light_radius: light attention reaches this many tokens to either side.
+        window_size: causal: tokens of a window. Light attention sees the token's own window and the one before; a
+            window admits num_heavy_tokens of its tokens to the heavy branches, in the mean heavy_key_value_ratio times
+            as many as keys.
+        memory_size: causal: admitted keys/values of earlier windows, the newest ones, that heavy attention sees.
+        light_positions: positions in light attention: rotary, or relative: T5's learned bias of the distance.
+        fetch_k_ratio: sum of the soft scores for one routed token, 1 or more.
+        router_eps: final temperature of the soft top-k, above 0.
+        router_n_iters: iterations of coordinate descent.
+        router_eps_init: temperature of the first iteration; None: router_eps.
+        router_eps_decay: factor of the temperature from one iteration to the next, in (0, 1].
+        router_solver: coordinate_descent (the papers'); newton: exact.
+        router_implementation: auto: triton on CUDA, scalar elsewhere; reference, scalar, triton: that one.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: added to the mean square in RMSNorm.
+        initializer_range: standard deviation of the initial weights; maps into the residual stream have it over sqrt(2
+            * layers).
+    """
 
     architecture: str = "encoder_decoder"
-    """encoder_decoder: CoLT5; causal: decoder-only (CausalCoLT5), num_decoder_layers conditional layers, no encoder."""
     vocab_size: int = 32128
-    """Rows of the embeddings: the tokenizer's tokens, the sentinels, and padding to a multiple of 128."""
     d_model: int = 768
-    """Width of the residual stream."""
     num_encoder_layers: int = 12
-    """Encoder layers; 0 with architecture=causal."""
     num_decoder_layers: int = 12
-    """Decoder layers."""
     head_dim: int = 64
-    """Dimension of every attention head; even (rotary positions)."""
     num_heads: int = 12
-    """Heads of the decoder and of the dense encoder."""
     num_light_heads: int = 4
-    """Heads of the light, local attention."""
     num_heavy_heads: int = 8
-    """Heads of the heavy attention among routed tokens."""
     light_ff_dim: int = 1024
-    """Hidden size of the light feed-forward."""
     heavy_ff_dim: int = 8192
-    """Hidden size of the heavy feed-forward."""
     ff_dim: int = 2048
-    """Hidden size of the feed-forward of the decoder and of the dense encoder."""
     encoder: str = "conditional"
-    """conditional: CoLT5; dense: full attention and ordinary feed-forward (T5), the baseline."""
     routing: str = "learned"
-    """learned; static: the first token of equal blocks; random: by the sample's number. The last two are controls."""
     num_heavy_tokens: float = 0.125
-    """Share of the input, in (0, 1], that the heavy feed-forward sees and that are heavy attention's queries."""
     heavy_key_value_ratio: float = 2.0
-    """Routed keys/values for one routed query."""
     light_radius: int = 127
-    """Light attention reaches this many tokens to either side."""
     window_size: int = 128
-    """Causal: tokens of a window. Light attention sees the token's own window and the one before; a window admits
-    num_heavy_tokens of its tokens to the heavy branches, in the mean heavy_key_value_ratio times as many as keys."""
     memory_size: int = 1024
-    """Causal: admitted keys/values of earlier windows, the newest ones, that heavy attention sees."""
     light_positions: str = "rotary"
-    """Positions in light attention: rotary, or relative: T5's learned bias of the distance."""
     fetch_k_ratio: float = 1.125
-    """Sum of the soft scores for one routed token, 1 or more."""
     router_eps: float = 1.0
-    """Final temperature of the soft top-k, above 0."""
     router_n_iters: int = 50
-    """Iterations of coordinate descent."""
     router_eps_init: float | None = None
-    """Temperature of the first iteration; None: router_eps."""
     router_eps_decay: float = 1.0
-    """Factor of the temperature from one iteration to the next, in (0, 1]."""
     router_solver: str = "coordinate_descent"
-    """coordinate_descent (the papers'); newton: exact."""
     router_implementation: str = "auto"
-    """auto: triton on CUDA, scalar elsewhere; reference, scalar, triton: that one."""
     rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm."""
     initializer_range: float = 0.02
-    """Standard deviation of the initial weights; maps into the residual stream have it over sqrt(2 * layers)."""
 
     def problems(self) -> list[str]:
-        """What is wrong, one line a key: the key, what is wrong, and the mend. Empty if nothing is."""
-        found = []
+        """What is wrong, one line per key: the key, what is wrong, and what to use. Empty if nothing is."""
+        found = self._type_problems()
+        if found:
+            return found
         positive = (
             "d_model num_decoder_layers head_dim num_heads num_light_heads num_heavy_heads "
             "light_ff_dim heavy_ff_dim ff_dim light_radius window_size memory_size"
@@ -113,8 +124,8 @@ class CoLT5Config:
             if getattr(self, name) not in allowed:
                 found.append(f"model.{name}: {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         if self.vocab_size < 1 or self.vocab_size % 128:
-            mend = max(128, math.ceil(self.vocab_size / 128) * 128)
-            found.append(f"model.vocab_size: {self.vocab_size} is not a multiple of 128; use {mend}")
+            remedy = max(128, math.ceil(self.vocab_size / 128) * 128)
+            found.append(f"model.vocab_size: {self.vocab_size} is not a multiple of 128; use {remedy}")
         if self.head_dim % 2:
             found.append(
                 f"model.head_dim: {self.head_dim} is odd, rotary positions turn pairs; use {self.head_dim + 1}"
@@ -132,6 +143,21 @@ class CoLT5Config:
         found += [f"model.router_{problem}" for problem in router_problems]
         return found + self._budget_problems()
 
+    def _type_problems(self) -> list[str]:
+        """Fields whose values have another type than their defaults."""
+        found = []
+        for key in fields(self):
+            value = getattr(self, key.name)
+            if isinstance(key.default, str):
+                if not isinstance(value, str):
+                    found.append(f"model.{key.name}: {value!r} is of type {type(value).__name__}; use a string")
+            elif isinstance(key.default, int):
+                if not is_whole_number(value):
+                    found.append(not_whole(f"model.{key.name}", value))
+            elif not is_number(value) and not (value is None and key.default is None):
+                found.append(not_a_number(f"model.{key.name}", value))
+        return found
+
     def _budget_problems(self) -> list[str]:
         if not 0 < self.num_heavy_tokens <= 1:
             return [f"model.num_heavy_tokens: {self.num_heavy_tokens} is a share of the input; use a number in (0, 1]"]
@@ -143,16 +169,16 @@ class CoLT5Config:
         if key_value == 0:
             return [f"model.heavy_key_value_ratio: {self.heavy_key_value_ratio} is below 1/{MAX_DENOMINATOR}; use more"]
         if key_value > 1:
-            mend = f"use {float(1 / query):g} or less with num_heavy_tokens {self.num_heavy_tokens:g}"
+            remedy = f"use {float(1 / query):g} or less with num_heavy_tokens {self.num_heavy_tokens:g}"
             return [
-                f"model.heavy_key_value_ratio: {self.heavy_key_value_ratio} routes more keys than there are; {mend}"
+                f"model.heavy_key_value_ratio: {self.heavy_key_value_ratio} routes more keys than there are; {remedy}"
             ]
         multiple = math.lcm(query.denominator, key_value.denominator)
         if self.architecture == "causal" and self.window_size % multiple:
-            mend = f"use {max(self.window_size // multiple, 1) * multiple}"
+            remedy = f"use {max(self.window_size // multiple, 1) * multiple}"
             return [
                 f"model.window_size: {self.window_size} is not a multiple of {multiple}, which num_heavy_tokens "
-                f"{self.num_heavy_tokens:g} needs; {mend}"
+                f"{self.num_heavy_tokens:g} needs; {remedy}"
             ]
         return []
 
@@ -175,6 +201,7 @@ class CoLT5Config:
 
         Raises ValueError where input_length is not a multiple of `input_multiple`.
         """
+        check_whole(input_length=input_length)
         if input_length < 1 or input_length % self.input_multiple:
             raise ValueError(f"input length: {input_length} is not a multiple of {self.input_multiple}")
         if self.encoder == "dense":

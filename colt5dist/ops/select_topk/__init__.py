@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from colt5dist.errors import ConfigError
+from colt5dist.ops.checks import is_whole_number, not_whole
 from colt5dist.ops.implementation import HAS_TRITON, choose_implementation
 from colt5dist.ops.select_topk.reference import select_topk_reference
 
@@ -56,12 +57,16 @@ def select_topk(scores: Tensor, num_tokens: int, mask: Tensor | None = None, *, 
     Raises ConfigError where num_tokens is not within 0 .. n, the mask's shape or type is wrong, or the implementation
     cannot serve.
     """
+    if not is_whole_number(num_tokens):
+        raise ConfigError(not_whole("num_tokens", num_tokens))
     if not 0 <= num_tokens <= scores.shape[-1]:
         raise ConfigError(f"num_tokens: {num_tokens} of rows of {scores.shape[-1]} scores; use 0 to {scores.shape[-1]}")
     if mask is not None and (mask.shape != scores.shape or mask.dtype != torch.bool):
         raise ConfigError(
             f"mask: {tuple(mask.shape)} of {mask.dtype} for scores {tuple(scores.shape)}; use bool of the scores' shape"
         )
+    if mask is not None and mask.device != scores.device:
+        raise ConfigError(f"mask: on {mask.device}, but the scores are on {scores.device}; use one device")
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"implementation: {implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     triton = choose_implementation(implementation, scores, plain="reference") == "triton"

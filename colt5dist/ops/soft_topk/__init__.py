@@ -77,6 +77,7 @@ import torch
 from torch import Tensor
 
 from colt5dist.errors import ConfigError
+from colt5dist.ops.checks import is_number, is_whole_number, not_a_number, not_whole
 from colt5dist.ops.implementation import HAS_TRITON, choose_implementation
 from colt5dist.ops.soft_topk.newton import soft_topk_newton_forward
 from colt5dist.ops.soft_topk.operator import arithmetic_dtype, budgets
@@ -105,7 +106,14 @@ def soft_topk_problems(
     checkpoint_segments: int | None = None,
 ) -> list[str]:
     """What is wrong with these settings of `soft_topk`, one message each, beginning with the argument's name."""
-    problems = []
+    numbers = {"eps": eps, "eps_decay": eps_decay} | ({} if eps_init is None else {"eps_init": eps_init})
+    counts = {"n_iters": n_iters} | (
+        {} if checkpoint_segments is None else {"checkpoint_segments": checkpoint_segments}
+    )
+    problems = [not_a_number(name, value) for name, value in numbers.items() if not is_number(value)]
+    problems += [not_whole(name, value) for name, value in counts.items() if not is_whole_number(value)]
+    if problems:
+        return problems
     if not 0 < eps < math.inf:
         problems.append(f"eps: {eps} is no temperature; use a number above 0")
     if eps_init is not None and not 0 < eps_init < math.inf:
@@ -175,16 +183,26 @@ def soft_topk(
         implementation=implementation,
         checkpoint_segments=checkpoint_segments,
     )
+    if not isinstance(scores, Tensor):
+        raise ConfigError(f"scores: {type(scores).__name__}; use a tensor of floating-point rows (..., n)")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ConfigError(f"mask: {type(mask).__name__}; use a bool tensor of the scores' shape")
     if scores.dim() == 0 or not scores.is_floating_point():
         problems.append(f"scores: {tuple(scores.shape)} of {scores.dtype}; use floating-point rows (..., n)")
     if mask is not None and (mask.shape != scores.shape or mask.dtype != torch.bool):
         problems.append(
             f"mask: {tuple(mask.shape)} of {mask.dtype}; use bool of the scores' shape {tuple(scores.shape)}"
         )
+    if mask is not None and mask.device != scores.device:
+        problems.append(f"mask: on {mask.device}, but the scores are on {scores.device}; use one device")
     if isinstance(k, Tensor):
+        if k.dim() > 0 and k.device != scores.device:
+            problems.append(f"k: on {k.device}, but the scores are on {scores.device}; use one device")
         if not _broadcasts(k.shape, scores.shape[:-1]):
             problems.append(f"k: shape {tuple(k.shape)} for rows {tuple(scores.shape[:-1])}; use the rows' shape")
-    elif isinstance(k, bool) or not 0 < k < math.inf:
+    elif not is_number(k):
+        problems.append(not_a_number("k", k))
+    elif not 0 < k < math.inf:
         problems.append(f"k: {k} is no budget; use a number above 0")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from colt5dist.errors import ConfigError
+from colt5dist.ops.checks import is_number, is_whole_number, not_a_number, not_whole
 from colt5dist.ops.select_topk import select_topk
 from colt5dist.ops.soft_topk import soft_topk
 
@@ -49,6 +50,15 @@ def topk(
     Raises ConfigError where k is not within 1 .. n, coor_descent_k_ratio is below 1, the mask does not fit, or an
     argument of `soft_topk` is wrong.
     """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ConfigError(f"x: {given}; use a floating-point tensor (..., n)")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ConfigError(f"mask: {type(mask).__name__}; use a bool tensor of the shape of x")
+    if not is_whole_number(k):
+        raise ConfigError(not_whole("k", k))
+    if not is_number(coor_descent_k_ratio):
+        raise ConfigError(not_a_number("coor_descent_k_ratio", coor_descent_k_ratio))
     if x.dim() == 0 or not 1 <= k <= x.shape[-1]:
         raise ConfigError(f"k: {k} of rows {tuple(x.shape)}; use 1 to the rows' length")
     if not 1 <= coor_descent_k_ratio < math.inf:
