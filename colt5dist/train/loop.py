@@ -1,6 +1,6 @@
 """The training loop, in one order: read, forward and backward, agree, step, account, evaluate, save, stop."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch.profiler import record_function
 
@@ -9,25 +9,20 @@ from colt5dist.data.read.loader import TrainingBatches
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine import gradients
-from colt5dist.train.engine.engine import to_device
 from colt5dist.train.engine.schedule import learning_rate
 from colt5dist.train.evaluation import CutShortError, evaluate
-from colt5dist.train.guard.health import Health, LocalBatch
+from colt5dist.train.guard.health import Health
 from colt5dist.train.guard.spikes import ranges_to_skip, skip_list
 from colt5dist.train.guard.stop import StopReason
-from colt5dist.train.losses import LossMeans, LossSums, count_target_tokens, training_loss
+from colt5dist.train.losses import LossMeans
 from colt5dist.train.ranks import raise_together
 from colt5dist.train.read_ahead import ReadAhead
 from colt5dist.train.report.accounting import step_flops
 from colt5dist.train.report.monitor import Record
 from colt5dist.train.report.profile import Profile
-from colt5dist.train.report.routing_record import record_routing
 from colt5dist.train.run import Run
+from colt5dist.train.step import DATA_SHARE, Agreement, agree, forward_and_backward, read_next
 from colt5dist.wording import count
-
-DATA_SHARE = 0.75
-"""Of the time in which nothing may move on, the part that a rank waits for data; the rest is for a checkpoint."""
 
 
 def train(run: Run) -> StopReason | None:
@@ -36,7 +31,7 @@ def train(run: Run) -> StopReason | None:
     Returns:
         Why the run stopped before the last step; None when it is finished.
     """
-    config, state, meter = run.config, run.state, run.meter
+    config, state = run.config, run.state
     stage = config.stage_at(state.step + 1)
     held_out = begin_stage(run, stage)
     if state.first_held_out_loss is None:
@@ -51,43 +46,37 @@ def train(run: Run) -> StopReason | None:
             stage = config.stage_at(step)
             held_out = begin_stage(run, stage)
         run.heartbeat.at("training", step)
-        with meter.step(), profile.step(step):
-            outcome = run_micro_batches(run, step, stream)
+        with run.meter.step(), profile.step(step):
+            local = forward_and_backward(run, step, stream.take())
+            read_next(run, step, stream)
+            agreement = agree(run, step, local, stream)
+            if not agreement.is_finite:
+                health.refuse()
+            rate = learning_rate(step, config.optimizer, config.schedule)
             with record_function("optimizer"):
-                rate = learning_rate(step, config.optimizer, config.schedule)
-                applied, norm = health.step(outcome.means, outcome.bad_gradients, outcome.local, rate)
-        advance(state, applied, config)
-        state.bad_records += outcome.bad_records
-        meter.count(outcome.means)
-        run.heartbeat.step_is_done()
-        reason = outcome.reason
-        if outcome.background_save_done:
-            run.saver.advance()
-        if health.observe(applied, outcome.means, outcome.local):
+                applied, norm = run.engine.step(rate)
+        health.note(applied, local)
+        account(run, agreement, applied)
+        if health.observe(applied, agreement.means, local):
             stream.close()
             stream, reason = open_stream(run)
             continue
+        reason = agreement.stop_reason
         last = step == config.train.steps or reason is not None
         evaluating = step == config.train.steps or is_due(step, config.train.eval_every)
-        if last or evaluating or outcome.routing_due or is_due(step, config.train.log_every) or health.is_notable:
-            record = step_record(run, outcome, norm, rate)
-            record.update(health.counts())
+        if last or evaluating or local.routing_due or is_due(step, config.train.log_every) or health.is_notable:
+            record = step_record(run, agreement.means, norm, rate) | local.routing | health.counts()
             if evaluating:
-                shuffled = config.train.eval_shuffled_inputs
-                record.update(run_evaluation(run, held_out, shuffled_inputs=shuffled))
+                record |= run_evaluation(run, held_out, shuffled_inputs=config.train.eval_shuffled_inputs)
             run.monitor.record(step, record, notes=health.notes())
-            run.monitor.say(console_line(step, config.train.steps, record, meter.slowest))
+            run.monitor.say(console_line(step, config.train.steps, record, run.meter.slowest))
         elif step == first_step:
-            run.monitor.say(f"step {step}/{config.train.steps} | loss {outcome.means.loss:.4f} | {meter.seconds:.1f} s")
+            loss = f"loss {agreement.means.loss:.4f}"
+            run.monitor.say(f"step {step}/{config.train.steps} | {loss} | {run.meter.seconds:.1f} s")
         run.monitor.advance(step)
-        wait = last or outcome.data_failed or outcome.save_requested  # for it to be whole
-        if wait or outcome.save_due or is_due(step, config.checkpoint.every_steps):
-            run.monitor.flush()
-            with run.heartbeat.patient("saving", step):
-                run.saver.save(state, wait=wait, must=last)
-            if outcome.save_requested:
-                run.stop.obeyed("SAVE")
-        if outcome.data_failed:
+        if last or agreement.save_wanted or is_due(step, config.checkpoint.every_steps):
+            save(run, agreement, last=last)
+        if agreement.data_failed:
             stream.stop_together(bad_records=state.bad_records, allowed=config.data.max_bad_records)
     with run.heartbeat.patient("ending", state.step):
         stream.close()
@@ -95,81 +84,24 @@ def train(run: Run) -> StopReason | None:
     return reason
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepOutcome:
-    """What a step's forward and backward bring; equal on all ranks, but for the routing."""
-
-    means: LossMeans
-    """Losses of the global batch."""
-    reason: StopReason | None
-    """Why to stop after this step, if some rank asks for it."""
-    save_requested: bool
-    """Whether a checkpoint was asked for by file."""
-    save_due: bool
-    """Whether one is due by the clock."""
-    background_save_done: bool
-    """Whether every rank has done its part of the save that is written in the background."""
-    routing_due: bool
-    """Whether the routers' statistics are recorded at this step."""
-    routing: Record
-    """Those statistics; rank 0 only."""
-    bad_records: int
-    """Damaged records that the ranks met in the data of the next step, and replaced."""
-    data_failed: bool
-    """Whether some rank has no data for the next step, or too much of it is damaged."""
-    bad_gradients: bool
-    """Whether a gradient of some rank is not finite."""
-    local: LocalBatch
-    """This rank's part of the batch and of its losses."""
+def account(run: Run, agreement: Agreement, applied: bool) -> None:
+    """Count a finished step: its samples, its tokens, and what the ranks said of it."""
+    advance(run.state, applied, run.config)
+    run.state.bad_records += agreement.bad_records
+    run.meter.count(agreement.means)
+    run.heartbeat.step_is_done()
+    if agreement.background_save_done:
+        run.saver.advance()
 
 
-def run_micro_batches(run: Run, step: int, stream: ReadAhead) -> StepOutcome:
-    """Forward and backward over this rank's micro-batches, then the host read on which all ranks agree.
-
-    The next step's samples are read before that, while a GPU still works on this step's: so all ranks learn in time of
-    one that has none.
-    """
-    engine = run.engine
-    sums = LossSums(run.objectives, engine.device)
-    micro_batches = stream.take()
-    num_targets = count_target_tokens(micro_batches, engine.device)
-    routing_due = is_due(step, run.config.train.routing_every)
-    for batch in micro_batches:
-        on_device = to_device(batch, engine.device)
-        with run.meter.forward(), record_function("forward"):
-            output = engine.forward(on_device, collect_routing=routing_due)
-            loss = training_loss(output, num_targets, run.config.train.z_loss)
-        with record_function("backward"):
-            engine.backward(loss)
-        sums.add(on_device, output)
-    routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
-    routing = record_routing(run.monitor, step, output.routing, routed_mask)
-    if step < run.config.train.steps:
-        run.heartbeat.at("waiting for data", step)
-        with run.meter.waiting_for_data(), record_function("data"):
-            stream.read(DATA_SHARE * run.heartbeat.allowed_seconds)
-    run.heartbeat.at("agreeing on the step", step)
-    wanted = run.stop.reason()
-    flags = [float(wanted is reason) for reason in StopReason]
-    flags += [float(run.stop.save_requested()), float(stream.count_bad_records()), float(stream.failure is not None)]
-    flags += [float(run.saver.is_due_by_time()), float(run.saver.has_ended())]
-    with record_function("agree"):
-        means = sums.read(extra=flags, on_device=[gradients.count_not_finite(engine)])
-    *reasons, save, bad_records, failed, save_due, saves_ended, bad_gradients = means.extra
-    too_many = bad_records > 0 and run.state.bad_records + bad_records > run.config.data.max_bad_records
-    return StepOutcome(
-        means=means,
-        reason=next((reason for reason, count in zip(StopReason, reasons, strict=True) if count), None),
-        save_requested=bool(save),
-        save_due=bool(save_due),
-        background_save_done=saves_ended == run.ranks.world_size,
-        routing_due=routing_due,
-        routing=routing,
-        bad_records=int(bad_records),
-        data_failed=bool(failed) or too_many,
-        bad_gradients=bool(bad_gradients),
-        local=LocalBatch(micro_batches, sums.sample_losses),
-    )
+def save(run: Run, agreement: Agreement, *, last: bool) -> None:
+    """Write a checkpoint; the last one, one that was asked for, and one before a failure are waited for."""
+    run.monitor.flush()
+    wait = last or agreement.data_failed or agreement.save_requested
+    with run.heartbeat.patient("saving", run.state.step):
+        run.saver.save(run.state, wait=wait, must=last)
+    if agreement.save_requested:
+        run.stop.obeyed("SAVE")
 
 
 def advance(state: TrainerState, applied: bool, config: RunConfig) -> None:
@@ -185,9 +117,8 @@ def advance(state: TrainerState, applied: bool, config: RunConfig) -> None:
     state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
 
 
-def step_record(run: Run, outcome: StepOutcome, gradient_norm: float, rate: float) -> Record:
+def step_record(run: Run, means: LossMeans, gradient_norm: float, rate: float) -> Record:
     """The numbers of a logged step; rates and times are means since the last logged step."""
-    means = outcome.means
     record: Record = {
         "loss": means.loss,
         "grad_norm": gradient_norm,
@@ -199,7 +130,6 @@ def step_record(run: Run, outcome: StepOutcome, gradient_norm: float, rate: floa
         "bad_records": run.state.bad_records,
     }
     record.update({f"loss/{name}": loss for name, loss in means.by_objective.items()})
-    record.update(outcome.routing)
     return record
 
 

@@ -1,5 +1,6 @@
 """Sums over the global batch: what the loss is divided by, and what is reported of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class LossSums:
 
 @dataclass(frozen=True, kw_only=True)
 class LossMeans:
-    """Losses of a global batch on the host, in nats a valid target token."""
+    """Losses of a global batch on the host, in nats per valid target token."""
 
     loss: float
     by_objective: dict[str, float]
@@ -76,6 +77,12 @@ class LossMeans:
     target_tokens: int
     target_bytes: int
     extra: tuple[float, ...]
+    """Sums over ranks of the caller's own numbers."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every loss of the batch is finite."""
+        return math.isfinite(self.loss_sum) and math.isfinite(self.z_loss)
 
 
 def training_loss(output: CoLT5Output, num_targets: torch.Tensor, z_loss: float) -> torch.Tensor:

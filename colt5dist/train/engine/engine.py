@@ -6,34 +6,43 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from colt5dist.data.read.batch import Batch
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
+from colt5dist.train.engine.flat_gradients import FlatGradients
+from colt5dist.train.engine.gradients import DeepSpeedGradients
 from colt5dist.train.engine.optimizer import build_optimizer
+from colt5dist.train.losses import training_loss
 
 
 class Engine:
     """A CoLT5, or CausalCoLT5, under DeepSpeed.
 
-    The order of calls in a step: `forward` and `backward` for each micro-batch, then `step` once.
+    The order of calls in a step: `forward_backward` for each micro-batch, `gradients.summary` and
+    `gradients.are_finite` (the ranks' agreement), perhaps `gradients.refuse`, then `step` once.
 
     Args:
         config: the run.
         world_size: number of processes.
         device: device of this rank.
+        flat_gradients: whether ZeRO stages 1 and 2 sum gradients by `FlatGradients`, not by DeepSpeed's hooks;
+            None: on GPUs, unless the optimizer is offloaded.
     """
 
-    def __init__(self, config: RunConfig, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, world_size: int, device: torch.device, *, flat_gradients: bool | None = None
+    ) -> None:
         import deepspeed
 
         on_gpu = device.type == "cuda"
         self.device = device
         self.stage = engine_stage(config, on_gpu)
         self.dtype = torch.bfloat16 if uses_bf16(config, on_gpu) else torch.float32
-        self.clipping = config.optimizer.gradient_clipping
+        self.z_loss = config.train.z_loss
         settings = deepspeed_config(config, world_size, on_gpu)
         torch.manual_seed(config.seed)
         if self.stage == 3:
@@ -46,6 +55,21 @@ class Engine:
         )
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
+        if flat_gradients is None:
+            flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
+        self.gradients: FlatGradients | DeepSpeedGradients
+        if flat_gradients:
+            reduce_dtype = torch.bfloat16 if uses_bf16(config, on_gpu) and config.zero.reduce_dtype == "bf16" else None
+            self.gradients = FlatGradients(
+                self.deepspeed,
+                self.stage,
+                clipping=config.optimizer.gradient_clipping,
+                reduce_dtype=reduce_dtype or torch.float32,
+            )
+        else:
+            self.gradients = DeepSpeedGradients(
+                self.deepspeed, self.stage, clipping=config.optimizer.gradient_clipping, device=device
+            )
 
     def change_lengths(self, stage: RunConfig) -> None:
         """Go on with the micro-batches and the share of routed tokens of another stage of the run."""
@@ -71,9 +95,31 @@ class Engine:
         optimizer = self.deepspeed.optimizer
         return optimizer.optimizer if self.stage else optimizer
 
+    def forward_backward(
+        self, batch: Batch, num_targets: torch.Tensor, *, collect_routing: bool = False
+    ) -> tuple[Batch, CoLT5Output]:
+        """Run one micro-batch forward and backward, and add its gradient.
+
+        Args:
+            batch: the micro-batch, on the host.
+            num_targets: valid target tokens of the global batch, a float32 scalar on the device.
+            collect_routing: whether the output says what the routers did.
+
+        Returns:
+            The micro-batch on the device, and the model's output; both may be overwritten by the next call.
+        """
+        on_device = to_device(batch, self.device)
+        with record_function("forward"):
+            output = self.forward(on_device, collect_routing=collect_routing)
+            loss = training_loss(output, num_targets, self.z_loss)
+        with record_function("backward"):
+            self.backward(loss)
+        return on_device, output
+
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
-        """Token losses of one micro-batch that lies on the device."""
-        return self.deepspeed(
+        """Token losses of one micro-batch that is on the device."""
+        module = self.module if isinstance(self.gradients, FlatGradients) else self.deepspeed
+        return module(
             batch["input_ids"],
             batch["decoder_input_ids"],
             batch["target_ids"],
@@ -84,62 +130,26 @@ class Engine:
         )
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of this rank's share of the global loss.
-
-        The gradients of all micro-batches and ranks are summed: DeepSpeed's division by the accumulation steps is
-        switched off and its mean over ranks undone.
-        """
-        if self._micro_batch:
-            self.deepspeed.step()  # not at the boundary yet: only counts the micro-batch that came before
-        self.deepspeed.backward(loss * self.deepspeed.world_size, scale_wrt_gas=False)
+        """Add the gradient of this rank's share of the global loss to those of its other micro-batches."""
+        self.gradients.backward(loss)
         self._micro_batch += 1
 
     def step(self, learning_rate: float) -> tuple[bool, float]:
         """Clip and apply the gradients, or drop them if they are not finite.
 
         Returns:
-            Whether the step was applied, and the global gradient norm before clipping.
+            Whether the step was applied, and the global gradient norm before clipping; NaN if it was not.
         """
         assert self._micro_batch == self._num_micro_batches
         self._micro_batch = 0
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        finite, norm = self._clip_whole_gradients() if self.stage == 0 else (True, 0.0)
-        self.deepspeed.step()
-        if self.stage:
-            norm = float(self.deepspeed.get_global_grad_norm())
-            finite = self.deepspeed.was_step_applied()
-        if not finite:
-            self._drop_summed_gradients()
-        return finite, norm
+        applied, norm = self.gradients.step()
+        return applied, norm if applied else math.nan
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
         self.deepspeed.train(mode)
-
-    def _drop_summed_gradients(self) -> None:
-        """Forget the gradients of a skipped step.
-
-        DeepSpeed 0.19.8 does so itself, but for offloaded optimizers at stages 1 and 2: there the sums, and with them
-        what is not finite, would go on into every later step.
-        """
-        for name in ("averaged_gradients", "all_grad_tensors"):
-            sums = getattr(self.deepspeed.optimizer, name, {})
-            for group in sums:
-                sums[group] = None
-
-    def _clip_whole_gradients(self) -> tuple[bool, float]:
-        """Stage 0, where every rank holds the whole gradients: drop those that are not finite, which skips the step."""
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        value = float(norm)
-        finite = value < float("inf")
-        if not finite:
-            for p in parameters:
-                p.grad = None
-        elif self.clipping > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clipping, norm)
-        return finite, value
 
 
 def build_model(config: RunConfig) -> nn.Module:

@@ -1,37 +1,28 @@
 """Bad numbers: a step that is not finite is skipped on all ranks, many in a row end the run, loss spikes are told.
 
-The order in a step: the sums of losses and `gradients.count_not_finite` are the host read on which the ranks agree,
-`step` applies or skips, and once the step is counted `observe` judges it. All of it follows from numbers that are equal
-on all ranks, so that all ranks do the same.
+The order in a step: where the ranks agree that a loss or gradient is not finite, `refuse` has the optimizer's step
+change nothing; `note` keeps what is known of a step that was not applied; once the step is counted, `observe` judges
+it. All of it follows from numbers that are equal on all ranks, so that all ranks do the same.
 """
 
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from colt5dist.data.read.batch import Batch
 from colt5dist.errors import TrainingFault
 from colt5dist.files import write_whole
-from colt5dist.train.engine import fragments, gradients
+from colt5dist.train.engine import fragments
 from colt5dist.train.engine.engine import to_device
+from colt5dist.train.engine.gradients import are_bad
 from colt5dist.train.guard import spikes
 from colt5dist.train.losses import LossMeans, count_target_tokens, training_loss
 from colt5dist.train.ranks import barrier, gather_objects
 from colt5dist.train.report.monitor import Record
 from colt5dist.train.run import Run
-
-
-@dataclass(frozen=True)
-class LocalBatch:
-    """This rank's part of a global batch, and what its forward gave."""
-
-    micro_batches: list[Batch]
-    sample_losses: list[torch.Tensor]
-    """Loss of each sample, (batch,) a micro-batch, on the device."""
+from colt5dist.train.step import LocalStep
 
 
 @dataclass(frozen=True)
@@ -77,28 +68,22 @@ class Health:
         self.heartbeat = run.heartbeat
         self._skipped: list[SkippedStep] = []
         self._spiked = False
+        self._bad_gradients: list[str] = []
 
-    def step(self, means: LossMeans, bad_gradients: bool, local: LocalBatch, rate: float) -> tuple[bool, float]:
-        """Apply the gradients, or on all ranks skip the step if a loss or a gradient of any rank is not finite.
+    def refuse(self) -> None:
+        """Before the optimizer steps on a loss or gradient that is not finite: name it, and have nothing changed."""
+        self._bad_gradients = self.engine.gradients.names_not_finite()
+        self.engine.gradients.refuse()
 
-        Returns:
-            Whether the step was applied, and the gradient norm before clipping; NaN of a skipped step.
-        """
-        names: list[str] = []
-        if finite := not bad_gradients and math.isfinite(means.loss_sum) and math.isfinite(means.z_loss):
-            applied, norm = self.engine.step(rate)
-        if not finite:
-            names = gradients.names_not_finite(self.engine)
-            gradients.spoil(self.engine)
-            applied, _ = self.engine.step(rate)
-            assert not applied
+    def note(self, applied: bool, local: LocalStep) -> None:
+        """Keep what is known of a step that was not applied; collective then, and before the state counts the step."""
         if applied:
             self._skipped.clear()
-            return True, norm
-        self._skipped.append(self._describe(names, local))
-        return False, math.nan
+        else:
+            self._skipped.append(self._describe(self._bad_gradients, local))
+        self._bad_gradients = []
 
-    def observe(self, applied: bool, means: LossMeans, local: LocalBatch) -> bool:
+    def observe(self, applied: bool, means: LossMeans, local: LocalStep) -> bool:
         """Judge the step that the state has just counted: tell of what is wrong, or end the run.
 
         Returns:
@@ -146,10 +131,10 @@ class Health:
         bad = sorted(number for loss in skipped.bad_losses for number in loss.samples)
         return {"skipped_batch": skipped.samples, "not_finite_samples": bad}
 
-    def _describe(self, names: list[str], local: LocalBatch) -> SkippedStep:
+    def _describe(self, names: list[str], local: LocalStep) -> SkippedStep:
         """Bring together what the ranks know of a step that is skipped; collective."""
         losses = []
-        for number, (batch, values) in enumerate(zip(local.micro_batches, local.sample_losses, strict=True)):
+        for number, (batch, values) in enumerate(zip(local.micro_batches, local.sums.sample_losses, strict=True)):
             bad = batch["sample_index"][~torch.isfinite(values).cpu()].tolist()
             if bad:
                 losses.append(BadLoss(self.ranks.rank, number, bad))
@@ -190,7 +175,7 @@ class Health:
         )
         return True
 
-    def _give_up(self, local: LocalBatch) -> None:
+    def _give_up(self, local: LocalStep) -> None:
         """Run the last micro-batches again to see where it begins, write it all down, and end.
 
         No checkpoint is begun: the next start goes on from one before, and meets this again unless something changes.
@@ -240,7 +225,7 @@ class Health:
         owned = fragments.owned_fragments(self.engine)
         return [f.name for f in owned if f.key == fragments.WEIGHT and not bool(torch.isfinite(f.tensor).all())]
 
-    def _run_again(self, local: LocalBatch) -> list[dict[str, Any]]:
+    def _run_again(self, local: LocalStep) -> list[dict[str, Any]]:
         """Forward and backward once more, looking at each gradient before it meets those of other ranks; collective.
 
         A micro-batch that is fine this time although its step was not tells of a device that computes wrongly.
@@ -251,7 +236,7 @@ class Health:
         for name, parameter in module.named_parameters():
 
             def note(gradient: torch.Tensor, name: str = name) -> None:
-                flags[name] = gradients.are_bad(gradient)
+                flags[name] = are_bad(gradient)
 
             handles.append(parameter.register_hook(note))
         num_targets = count_target_tokens(local.micro_batches, device)

@@ -48,8 +48,8 @@ class Meter:
         self._data_wait += time.perf_counter() - begin
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward pass, which tells a slow rank: backward and step wait for the others."""
+    def computing(self) -> Iterator[None]:
+        """Around the forward and backward passes of a micro-batch, as far as they wait for no other rank."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -1,0 +1,204 @@
+"""Gradients of ZeRO stages 1 and 2 in flat float32 tensors, summed by us instead of by DeepSpeed's hooks.
+
+DeepSpeed runs Python for every parameter of every micro-batch. That cannot be captured in a CUDA graph, and keeps a
+fast GPU waiting. Here a hook per parameter adds its gradient to its place in one flat tensor, which a graph can hold;
+what remains per step are a few operators on flat tensors:
+
+    each micro-batch    gradient of a parameter -> added in float32 (stage 2 on several ranks: kept, then reduced)
+    after the last      sum over ranks, each rank keeping its own partition (reduce-scatter)
+    step                norm, clipping and AdamW on the partition, the new weights gathered
+
+Weights, moments and partitions stay where DeepSpeed 0.19.8 has them, so that checkpoints do not change. What is taken
+from it is in `_layouts` alone (tests/train/engine/test_flat_gradients.py probes it): stages 1 and 2
+`bit16_groups_flat`, `single_partition_of_fp32_groups`; bf16 at stage 1 `bf16_groups_flat`,
+`fp32_groups_flat_partition`, `fp32_groups_gradients_flat`; both `_grad_acc_hooks` and `update_lp_params`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from colt5dist.ops.accumulate import accumulate_
+from colt5dist.train.engine.gradients import LARGEST, are_bad
+from colt5dist.train.ranks import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One parameter group as DeepSpeed lays it out."""
+
+    weights: torch.Tensor
+    """(elements,), the weights that forward uses, padded to a multiple of the ranks; parameters are views of it."""
+    master: torch.Tensor
+    """(elements / ranks,) float32, this rank's partition of the weights that the optimizer steps on."""
+    sums: torch.Tensor | None
+    """(elements,) float32, a gradient buffer that DeepSpeed has made already; None where there is none."""
+
+
+def _layouts(optimizer: Any) -> list[Layout]:
+    """The parameter groups of a ZeRO optimizer of stage 1 or 2."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        pairs = zip(optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups, strict=True)
+        return [Layout(weights, master, None) for weights, master in pairs]
+    triples = zip(
+        optimizer.bf16_groups_flat,
+        optimizer.fp32_groups_flat_partition,
+        optimizer.fp32_groups_gradients_flat,
+        strict=True,
+    )
+    return [Layout(*triple) for triple in triples]
+
+
+class FlatGradients:
+    """Sums, reduces, judges and applies the gradients of a model under ZeRO stage 1 or 2.
+
+    Args:
+        deepspeed: the DeepSpeed engine, whose own gradient hooks are removed.
+        stage: 1 or 2.
+        clipping: largest global gradient norm; 0: no clipping.
+        reduce_dtype: number format of the sum over ranks.
+    """
+
+    def __init__(self, deepspeed: Any, stage: int, *, clipping: float, reduce_dtype: torch.dtype) -> None:
+        self.optimizer = deepspeed.optimizer
+        self.clipping = clipping
+        self.reduce_dtype = reduce_dtype
+        self.world_size, self.rank = deepspeed.world_size, deepspeed.global_rank
+        self.layouts = _layouts(self.optimizer)
+        for hook in self.optimizer._grad_acc_hooks:
+            hook.remove()
+        self.optimizer._grad_acc_hooks.clear()
+        # stage 2 keeps the sums of this rank's partition only, and the whole gradient of one micro-batch at a time
+        self.sums_whole = stage == 1 or self.world_size == 1
+        self.sums: list[torch.Tensor] = []
+        self.incoming: list[torch.Tensor] = []
+        for layout in self.layouts:
+            if self.sums_whole:
+                whole = layout.sums
+                self.sums.append(torch.zeros_like(layout.weights, dtype=torch.float32) if whole is None else whole)
+            else:
+                self.sums.append(torch.zeros_like(layout.master))
+                self.incoming.append(torch.zeros_like(layout.weights))
+        self._places: dict[str, tuple[int, int, int]] = {}
+        for name, p in deepspeed.module.named_parameters():
+            self._add_hook(name, p)
+        self._reduced = False
+        self._refused = False
+        self._norm: float | None = None
+
+    def _add_hook(self, name: str, p: nn.Parameter) -> None:
+        """Have a parameter's gradient moved to its place as soon as autograd has it."""
+        starts = [(p.data_ptr() - layout.weights.data_ptr()) // p.element_size() for layout in self.layouts]
+        sizes = [layout.weights.numel() for layout in self.layouts]
+        group = next(i for i, (start, size) in enumerate(zip(starts, sizes, strict=True)) if 0 <= start < size)
+        offset = starts[group]
+        self._places[name] = group, offset, p.numel()
+        target = (self.sums if self.sums_whole else self.incoming)[group][offset : offset + p.numel()]
+
+        def take(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.view(-1)
+            if self.sums_whole:
+                accumulate_(target, gradient)
+            else:
+                target.copy_(gradient)
+            parameter.grad = None
+
+        p.register_post_accumulate_grad_hook(take)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this rank's share of the global loss."""
+        loss.backward()
+        self.after_micro_batch()
+
+    def after_micro_batch(self) -> None:
+        """Stage 2 on several ranks: add the micro-batch's gradient, summed over ranks, to this rank's partition."""
+        if not self.sums_whole:
+            for total, whole in zip(self.sums, self.incoming, strict=True):
+                total += self._reduce(whole)
+
+    def own_sums(self) -> list[torch.Tensor]:
+        """The summed gradient of this rank's partition of each group, float32; reduced over ranks when first asked."""
+        if not self.sums_whole or self.world_size == 1:
+            return self.sums
+        parts = [whole.chunk(self.world_size)[self.rank] for whole in self.sums]
+        if not self._reduced:
+            self._reduced = True
+            for part, whole in zip(parts, self.sums, strict=True):
+                part.copy_(self._reduce(whole))
+        return parts
+
+    def _reduce(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's partition of the sum over ranks of a flat tensor, in float32."""
+        whole = whole.to(self.reduce_dtype)
+        if dist.get_backend() != "nccl":  # gloo has no reduce-scatter
+            whole = whole.clone()
+            dist.all_reduce(whole)
+            return whole.chunk(self.world_size)[self.rank].float()
+        part = torch.empty(whole.numel() // self.world_size, dtype=whole.dtype, device=whole.device)
+        dist.reduce_scatter_tensor(part, whole)
+        return part.float()
+
+    def summary(self) -> torch.Tensor:
+        """This rank's part of the squared global norm; (1,) float64 on the device, to be added over ranks."""
+        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.own_sums()])
+        return norms.double().square().sum().reshape(1)
+
+    def are_finite(self, summary: Sequence[float]) -> bool:
+        """Whether all gradients are finite, by the sum of all ranks' summaries (1,); `step` then knows their norm."""
+        self._norm = summary[0] ** 0.5
+        return self._norm <= LARGEST
+
+    def names_not_finite(self) -> list[str]:
+        """Names of the parameters whose gradient is not finite in this rank's part; reads on the host."""
+        return sorted(name for name, part in self.own_parts() if bool(are_bad(part)))
+
+    def own_parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name of each parameter that this rank's partition holds a part of, and that part of its summed gradient."""
+        parts = self.own_sums()
+        for name, (group, offset, count) in self._places.items():
+            size = parts[group].numel()
+            first = max(offset - self.rank * size, 0)
+            last = min(offset + count - self.rank * size, size)
+            if first < last:
+                yield name, parts[group][first:last]
+
+    def refuse(self) -> None:
+        """Have the next step change nothing."""
+        self._refused = True
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float]:
+        """Clip and apply the gradients, unless they were refused or are not finite; the sums begin anew.
+
+        Returns:
+            Whether the step was applied, and the global gradient norm before clipping.
+        """
+        norm = self._norm
+        if norm is None:
+            norm = float(sum_over_ranks(self.summary())) ** 0.5
+        applied = not self._refused and norm <= LARGEST
+        if applied:
+            self._apply(norm)
+        for total in self.sums:
+            total.zero_()
+        self._reduced = self._refused = False
+        self._norm = None
+        return applied, norm
+
+    def _apply(self, norm: float) -> None:
+        """AdamW on this rank's partitions; the new weights go to all ranks."""
+        coefficient = self.clipping / (norm + 1e-6) if self.clipping > 0 else 1.0
+        parts = self.own_sums()
+        if coefficient < 1:
+            torch._foreach_mul_(parts, coefficient)
+        for layout, part in zip(self.layouts, parts, strict=True):
+            layout.master.grad = part
+        self.optimizer.optimizer.step()
+        for layout in self.layouts:
+            layout.master.grad = None
+        self.optimizer.update_lp_params()
