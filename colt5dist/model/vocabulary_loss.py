@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         grad_loss, grad_normaliser = grads
         rows = max(1, MAX_CHUNK_LOGITS // weight.shape[0])
-        num_chunks = -(-hidden.shape[0] // rows)
+        num_chunks = max(1, -(-hidden.shape[0] // rows))
         grad_hidden = torch.empty_like(hidden)
         # several chunks are summed in float32, whatever the weight's type
         grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if num_chunks > 1 else None

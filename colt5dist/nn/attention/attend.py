@@ -1,6 +1,7 @@
 """Softmax attention through PyTorch's fused kernels, which never hold the (queries x keys) matrix in memory."""
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -31,9 +32,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(b, n, h * dim) -> (b, h, n, dim)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return rearrange(x, "b n (h d) -> b h n d", h=num_heads)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(b, h, n, dim) -> (b, n, h * dim)."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h n d -> b n (h d)")

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend, merge_heads, split_heads
@@ -26,13 +27,13 @@ class KeyValueProjection(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the sets (b, r, n, dim)."""
-        b, r, n, dim = input.shape
+        r, dim = input.shape[1], input.shape[-1]
         if r == 1:
             both = F.linear(input.squeeze(1), self.weight)
-            return both.view(b, n, self.heads, 2, self.dim_head).transpose(1, 2)
+            return rearrange(both, "b n (h two d) -> b h n two d", h=self.heads, two=2)
         weight = self.weight.view(r, self.weight.shape[0] // r, dim)
         both = torch.einsum("brnd,rod->brno", input, weight)
-        return both.view(b, r, n, self.heads // r, 2, self.dim_head).transpose(2, 3).flatten(1, 2)
+        return rearrange(both, "b r n (h two d) -> b (r h) n two d", two=2, d=self.dim_head)
 
 
 class Attention(nn.Module):

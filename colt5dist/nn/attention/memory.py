@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from colt5dist.nn.attention.attend import attend, merge_heads
@@ -43,7 +44,7 @@ class MemoryAttention(Attention):
             return super().forward(x, context, mask, *weights)
         assert mask is not None
         q, k, v = self.project(x, context, *weights)
-        batch, heads, _, dim_head = q.shape
+        batch, heads = q.shape[:2]
         num_routes = mask.shape[1]
         num_places = mask.shape[-1] // num_windows
         num_queries = q.shape[2] // num_windows
@@ -54,18 +55,21 @@ class MemoryAttention(Attention):
         # (b, r, groups, l) -> rows of the keys of all heads laid end to end
         entries = self.by_head(entries, num_routes).expand(-1, heads, -1, -1)
         first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * k.shape[2]
-        rows = (entries + first).transpose(1, 2).flatten()
-        shape = (batch * num_groups, heads, -1, dim_head)
-        k, v = (keys.flatten(0, 2).index_select(0, rows).view(shape) for keys in (k, v))
+        rows = rearrange(entries + first, "b h g l -> (b g h l)")
+        group_shape = {"b": batch, "g": num_groups, "h": heads, "l": entries.shape[-1]}
+        k, v = (
+            rearrange(keys.flatten(0, 2).index_select(0, rows), "(b g h l) d -> (b g) h l d", **group_shape)
+            for keys in (k, v)
+        )
 
         q = F.pad(q, (0, 0, 0, (num_groups * group - num_windows) * num_queries))
-        q = q.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
-        seen = self.by_head(seen, num_routes).transpose(1, 2).flatten(0, 1).repeat_interleave(num_queries, dim=2)
+        q = rearrange(q, "b h (g i) d -> (b g) h i d", g=num_groups)
+        seen = repeat(self.by_head(seen, num_routes), "b h g w l -> (b g) h (w i) l", i=num_queries)
         if self.null_kv is not None:
             null_k, null_v = self.null(k)
             k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
             seen = F.pad(seen, (1, 0), value=True)
-        out = attend(q, k, v, mask=seen).unflatten(0, (batch, num_groups)).transpose(1, 2).flatten(2, 3)
+        out = rearrange(attend(q, k, v, mask=seen), "(b g) h i d -> b h (g i) d", b=batch, g=num_groups)
         return self.to_out(merge_heads(out[:, :, : num_windows * num_queries]))
 
 
@@ -89,4 +93,4 @@ def _memory(taken: Tensor, group: int, memory_size: int) -> tuple[Tensor, Tensor
     end = F.pad(before, (0, num_groups * group - num_windows), value=0).unflatten(-1, (num_groups, group)).unsqueeze(-1)
     entry = entry.unsqueeze(-2)
     seen = (entry >= 0) & (entry >= end - memory_size) & (entry < end)
-    return place.view(*first.shape, -1), seen
+    return rearrange(place, "b r (g l) -> b r g l", g=num_groups), seen

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.ops.checks import check_counts, check_positive
@@ -86,7 +87,7 @@ def rotated_queries_and_keys(qkv: Tensor, angles: Tensor | None, num_heads: int)
 
     angles (n, dim), None for no rotation. The results lie in memory as (b, n, heads, dim).
     """
-    qkv = qkv.unflatten(-1, (3, num_heads, -1))
+    qkv = rearrange(qkv, "b n (three h d) -> b n three h d", three=3, h=num_heads)
     if angles is None:
         q, k, v = qkv.unbind(2)
     else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.local import LocalSelfAttention
@@ -245,27 +246,27 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
 
     def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None) -> Tensor:
         """The seed's heavy branch (b, n, dim), a row of queries and keys/values for each window but the first."""
-        batch, length, dim = x.shape
+        batch, length = x.shape[:2]
         width = self.heavy_window_size
         x = F.pad(x, (0, 0, 0, -length % width))
         windows = x.shape[1] // width
         mask = (torch.arange(x.shape[1], device=x.device) < length).expand(batch, -1)
         query, key_value = self.router.route_windows(x, budgets, mask=mask, random_route=random_route)
-        rows = x.unflatten(1, (windows, width))[:, 1:].flatten(0, 1)
+        rows = rearrange(x[:, width:], "b (v w) d -> (b v) w d", w=width)
         tokens_q = rows if query.indices is None else gather_tokens(rows, query.indices.squeeze(1))
         scores_kv, kv_mask = key_value.scores, key_value.mask
         assert kv_mask is not None
         if key_value.indices is None:
             # no more tokens than the budget
-            context = x.unsqueeze(1).expand(-1, windows - 1, -1, -1).flatten(0, 1)
+            context = repeat(x, "b n d -> (b v) n d", v=windows - 1)
             scores_kv, kv_mask = scores_kv[:, 0], kv_mask[:, 0]
         else:
-            context = gather_tokens(x, key_value.indices.unflatten(0, (batch, -1)).flatten(1, 2))
-            context = context.unflatten(1, (windows - 1, -1)).flatten(0, 1)
+            context = gather_tokens(x, rearrange(key_value.indices, "(b v) r m -> b (v r) m", v=windows - 1))
+            context = rearrange(context, "b (v r) m d -> (b v) r m d", v=windows - 1)
         rotary = None
         if angles is not None:
             angles = self.rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x)) if self.rotary_emb else angles
-            of_rows = angles.unflatten(0, (windows, width))[1:].repeat(batch, 1, 1)
+            of_rows = repeat(angles[width:], "(v w) d -> (b v) w d", w=width, b=batch)
             rotary = (
                 of_rows if query.indices is None else gather_tokens(of_rows, query.indices.squeeze(1)),
                 angles if key_value.indices is None else gather_positions(angles, key_value.indices),
@@ -280,5 +281,5 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             rotary_emb=rotary,
         )
         heavy = put_back(rows, heavy * scores_q.to(heavy.dtype).unsqueeze(-1), query, null_token=self.null_q_token)
-        heavy = heavy.view(batch, -1, dim)[:, : length - width]
+        heavy = rearrange(heavy, "(b v) w d -> b (v w) d", v=windows - 1)[:, : length - width]
         return F.pad(heavy, (0, 0, width, 0))

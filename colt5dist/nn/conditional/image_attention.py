@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attention import Attention
@@ -173,11 +174,10 @@ class ConditionalRoutedImageAttention(nn.Module):
     def _cut(self, x: Tensor) -> Tensor:
         """(b, height, width, dim) -> the patches of all samples, (b * patches, positions of a patch, dim)."""
         size = self.light_window_size
-        x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
-        return x.flatten(3, 4).flatten(0, 2)
+        return rearrange(x, "b (h i) (w j) d -> (b h w) (i j) d", i=size, j=size)
 
     def _join(self, patches: Tensor, height: int, width: int) -> Tensor:
         """The way back from `_cut`."""
         size = self.light_window_size
-        x = patches.unflatten(1, (size, size)).unflatten(0, (-1, height // size, width // size))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        sizes = {"h": height // size, "w": width // size, "i": size, "j": size}
+        return rearrange(patches, "(b h w) (i j) d -> b (h i) (w j) d", **sizes)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from colt5dist.nn.routing.kept_routing import keep_value, routing_decision
@@ -149,11 +150,11 @@ class CausalRouter(CoordinateDescentRouter):
 
         def by_window(of_tokens: Tensor) -> Tensor:
             """(b, r, n) -> (b * v, r, w)."""
-            return of_tokens.unflatten(-1, (windows, width))[:, :, 1:].transpose(1, 2).flatten(0, 1)
+            return rearrange(of_tokens[..., width:], "b r (v w) -> (b v) r w", w=width)
 
         def by_past(of_tokens: Tensor) -> Tensor:
             """(b, r, n) -> (b * v, r, n)."""
-            return of_tokens.unsqueeze(1).expand(-1, windows - 1, -1, -1).flatten(0, 1)
+            return repeat(of_tokens, "b r n -> (b v) r n", v=windows - 1)
 
         position = torch.arange(length, device=x.device)
         past = position < width * torch.arange(1, windows, device=x.device).unsqueeze(-1)

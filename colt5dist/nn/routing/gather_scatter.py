@@ -61,7 +61,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (indices,) = ctx.saved_tensors
-        return grads[0], _rows(grads[0], indices).view(*indices.shape, -1), None
+        return grads[0], _rows(grads[0], indices).view(*indices.shape, grads[0].shape[-1]), None
 
 
 class _AddOrFill(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _AddOrFill(torch.autograd.Function):
         routed = _rows(grads[0], indices)
         elsewhere = grads[0].clone(memory_format=torch.contiguous_format)
         _copy_into(elsewhere, torch.zeros_like(routed), indices)
-        return grads[0], routed.view(*indices.shape, -1), elsewhere.sum((0, 1)), None
+        return grads[0], routed.view(*indices.shape, routed.shape[-1]), elsewhere.sum((0, 1)), None
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:

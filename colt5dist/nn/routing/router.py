@@ -121,7 +121,7 @@ class CoordinateDescentRouter(nn.Module):
     ) -> None:
         super().__init__()
         check_counts(dim=dim, num_routing_tokens=num_routing_tokens)
-        check_optional_counts(route_block_size=route_block_size)
+        check_optional_counts(route_block_size=route_block_size, triton_checkpoint_segments=triton_checkpoint_segments)
         check_positive(fetch_k_ratio=fetch_k_ratio, cosine_sim_scale=cosine_sim_scale)
         check_optional_not_negative(std=std)
         check_whole(random_seed=random_seed, random_stream=random_stream)

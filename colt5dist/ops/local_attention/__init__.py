@@ -58,6 +58,9 @@ def local_attention(
         raise ValueError(f"bias: {tuple(bias.shape)}; use {(q.shape[1], 2 * radius + 1)}, a number a head and distance")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}")
+    if q.numel() == 0:
+        empty = q + k + v
+        return empty if bias is None else empty + 0.0 * bias.sum()
     obstacle = _obstacle_to_triton(q)
     if implementation == "auto":
         implementation = "reference" if not q.is_cuda else "triton" if obstacle is None and not causal else "windows"
