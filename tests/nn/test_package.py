@@ -50,6 +50,6 @@ def test_script_beside_the_checkout_imports_the_package(tmp_path):
     (tmp_path / "x.py").write_text(
         f"import site; site.addsitedir({str(site)!r}); import colt5dist; print(colt5dist.__file__)"
     )
-    # -S: without this environment's own packages, among which colt5dist is installed
-    ran = subprocess.run([sys.executable, "-S", "x.py"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    # -E, -S: without PYTHONPATH and this environment's own packages, among which colt5dist may be
+    ran = subprocess.run([sys.executable, "-ES", "x.py"], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert Path(ran.stdout.strip()) == checkout / "colt5dist" / "__init__.py"

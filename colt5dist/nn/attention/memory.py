@@ -57,10 +57,8 @@ class MemoryAttention(Attention):
         first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * k.shape[2]
         rows = rearrange(entries + first, "b h g l -> (b g h l)")
         group_shape = {"b": batch, "g": num_groups, "h": heads, "l": entries.shape[-1]}
-        k, v = (
-            rearrange(keys.flatten(0, 2).index_select(0, rows), "(b g h l) d -> (b g) h l d", **group_shape)
-            for keys in (k, v)
-        )
+        k, v = (keys.flatten(0, 2).index_select(0, rows) for keys in (k, v))
+        k, v = (rearrange(keys, "(b g h l) d -> (b g) h l d", **group_shape) for keys in (k, v))
 
         q = F.pad(q, (0, 0, 0, (num_groups * group - num_windows) * num_queries))
         q = rearrange(q, "b h (g i) d -> (b g) h i d", g=num_groups)

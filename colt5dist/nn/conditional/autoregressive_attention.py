@@ -1,4 +1,4 @@
-"""Conditional attention for decoders: a light causal branch, and a heavy one that reads what earlier windows kept."""
+"""Conditional attention for decoders: light causal attention, heavy attention to tokens of earlier windows."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from colt5dist.ops.checks import check_counts, check_optional_counts, check_opti
 
 ROUTINGS = ("causal", "window")
 MEMORY_WINDOWS = 16
-"""By default a window keeps 1/16 of num_heavy_tokens_kv in the mean: what is seen reaches back 16 windows or so."""
+"""By default a window admits num_heavy_tokens_kv / 16 keys/values: a query sees those of about 16 windows."""
 
 
 class ConditionalRoutedAutoregressiveAttention(nn.Module):
@@ -183,12 +183,19 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         rotary_angles: Tensor | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route]:
-        """x (b, n, dim) -> (b, n, dim), with return_route (routing="causal" only) and the queries' and the keys'
-        routing.
+        """Attend.
 
-        Padding has to stand at the end, where nothing sees it. num_heavy_tokens_q, num_heavy_tokens_kv: in place of the
-        constructor's. random_route: a negative control, routes at random, scores 1. rotary_angles, sample_index: as in
-        `ConditionalRoutedAttention`.
+        Args:
+            x: (b, n, dim), any n; padding at the end, where no other token sees it.
+            num_heavy_tokens_q: budget in place of the constructor's.
+            num_heavy_tokens_kv: budget in place of the constructor's.
+            random_route: whether to route at random, with scores 1, as a negative control.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing by the constructor.
+            rotary_angles: (n, head dimension), computed once for a stack of layers; None: computed here.
+            return_route: whether to return the routing too, with routing="causal" only.
+
+        Returns:
+            (b, n, dim); with return_route a tuple of this, the queries' and the keys/values' `Route`.
         """
         check_tokens("x", x, self.dim)
         budget_q = budget("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q)
@@ -245,7 +252,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         return out if self.null_q_token is None else torch.cat((light[:, :width], out[:, width:]), dim=1)
 
     def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None) -> Tensor:
-        """The seed's heavy branch (b, n, dim), a row of queries and keys/values for each window but the first."""
+        """The heavy branch (b, n, dim) as in colt5-attention: a row of tokens for each window but the first."""
         batch, length = x.shape[:2]
         width = self.heavy_window_size
         x = F.pad(x, (0, 0, 0, -length % width))

@@ -122,9 +122,16 @@ class ConditionalRoutedImageAttention(nn.Module):
         num_heavy_tokens_kv: int | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """mask (b, height, width) bool, True = valid: masked positions are neither attended to nor routed.
+        """Attend.
 
-        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's.
+        Args:
+            x: (b, height, width, dim), or (b, dim, height, width) with channel_first.
+            num_heavy_tokens_q: budget in place of the constructor's.
+            num_heavy_tokens_kv: budget in place of the constructor's.
+            mask: (b, height, width) bool, True = valid: masked positions are neither attended to nor routed.
+
+        Returns:
+            The shape of x.
         """
         check_tensor("x", x)
         x = x.movedim(1, -1) if self.channel_first and x.dim() == 4 else x
