@@ -79,10 +79,16 @@ class VocabularyLoss(nn.Module):
         return _wide(hidden @ self.weight.to(hidden.dtype).t())
 
     def forward(self, hidden: Tensor, target_ids: Tensor, target_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden (b, t, d_model), target_ids (b, t) int64, target_mask (b, t) bool, True = counts.
+        """Loss of each target.
 
-        Returns the cross-entropy in nats and the squared logsumexp of the logits, each (b, t) float32 (float64 for
-        float64 weights) and exactly 0 where masked, with gradient 0 there.
+        Args:
+            hidden: (b, t, d_model).
+            target_ids: (b, t) int64.
+            target_mask: (b, t) bool, True = counts; None: all.
+
+        Returns:
+            The cross-entropy in nats and the squared logsumexp of the logits, each (b, t) float32 (float64 for float64
+            weights) and exactly 0 where masked, with gradient 0 there.
         """
         device = hidden.device.type
         weight: Tensor = self.weight

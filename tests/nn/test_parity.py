@@ -248,8 +248,8 @@ SIDE, PATCH = 8, 4
 
 class TestImageAttention:
     """colt5-attention routes within patches (`routing="patch"` here), takes its mask in the patches' shape, and
-    attends to masked positions in the light branch. Here it is given the mask in that shape, and its light branch the mask that
-    it does not pass on."""
+    attends to masked positions in the light branch. Here it is given the mask in that shape, and its light branch the
+    mask that it does not pass on."""
 
     @pytest.fixture
     def compare(self, assert_parity):

@@ -128,7 +128,7 @@ def image_settings(**others):
 
 
 def test_images_are_routed_over_the_whole_map():
-    """colt5-attention routes within patches, unlike its documentation: another patch never changes this one's output."""
+    """colt5-attention routes within patches, unlike its documentation: other patches never change an output."""
     ours, theirs = build("ConditionalRoutedImageAttention", D, **image_settings())
     x = random(1, 8, 8, D)
     other = x.clone()

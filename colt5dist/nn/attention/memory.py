@@ -10,16 +10,16 @@ from colt5dist.nn.attention.attention import Attention
 
 
 class MemoryAttention(Attention):
-    """`Attention` whose keys and values are places of windows, of which a query sees the newest taken ones.
+    """`Attention` of windows of queries to the newest taken places of the windows before them.
 
     Each of v windows in order has the same number of queries and, before it in time, one window of places for keys and
-    values. The taken places of all windows, laid end to end, are one list; the queries of window i see the last
-    `memory_size` entries of that list as it was before window i.
+    values. The taken places of all windows, in order, are one list; the queries of window i see the last `memory_size`
+    entries of that list as it was before window i.
 
-    Windows of queries are attended to in groups, so that a group's keys are read together: those before its first
-    window, then those that its own windows bring. Where a key stands in the group depends on no later token, so no
-    output moves by one bit with a later one. The number of windows of a group is such that the keys are copied about
-    twice: memory is linear in the number of windows.
+    Windows of queries attend in groups, so that a group's keys are read together: those before its first window, then
+    those that its own windows add. The position of a key in the group depends on no later token, so no output changes
+    by one bit with a later one. The number of windows in a group is such that the keys are copied about twice: memory
+    is linear in the number of windows.
     """
 
     def forward(
@@ -34,10 +34,20 @@ class MemoryAttention(Attention):
         num_windows: int | None = None,
         memory_size: int = 0,
     ) -> Tensor:
-        """x (b, v * q, dim), context (b, r, v * p, dim), mask (b, r, v * p) bool, True = taken -> (b, v * q, dim).
+        """Attend; the taken places of a window come before its free ones.
 
-        The taken places of a window stand before its free ones. The other arguments, and all of them where num_windows,
-        v, is None, are those of `Attention.forward`.
+        Args:
+            x: (b, v * q, dim), v windows of q queries.
+            context: (b, r, v * p, dim), r routed sets of v windows of p places.
+            mask: (b, r, v * p) bool, True = taken.
+            normalized_scores_kv: as in `Attention.forward`.
+            normalized_scores_q: as in `Attention.forward`.
+            rotary_emb: as in `Attention.forward`.
+            num_windows: v; None: all arguments are those of `Attention.forward`.
+            memory_size: keys/values that a window sees, for each set.
+
+        Returns:
+            (b, v * q, dim).
         """
         weights = (normalized_scores_kv, normalized_scores_q, rotary_emb)
         if num_windows is None:
@@ -72,8 +82,17 @@ class MemoryAttention(Attention):
 
 
 def _memory(taken: Tensor, group: int, memory_size: int) -> tuple[Tensor, Tensor]:
-    """taken (b, r, v, p) bool -> places (b, r, groups, l) int64 whose keys each group of windows reads, and which of
-    them each of its windows sees (b, r, groups, group, l) bool."""
+    """Which places a group of windows reads, and which of them each window sees.
+
+    Args:
+        taken: (b, r, v, p) bool.
+        group: windows in a group.
+        memory_size: places that a window sees.
+
+    Returns:
+        Places (b, r, groups, l) int64 whose keys each group reads, and whether each of its windows sees them (b, r,
+        groups, group, l) bool.
+    """
     num_windows, num_places = taken.shape[2:]
     num_groups = -(-num_windows // group)
     # entries of the list before each window's queries: its own window of places has already been filled

@@ -47,7 +47,16 @@ class MultiQueryAttention(nn.Module):
         self.to_out = Linear(dim_head * heads, dim, std=output_std)
 
     def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """mask (b, n) bool, True = valid; a sample without a valid context token gets 0. Returns (b, i, dim)."""
+        """Attend.
+
+        Args:
+            x: (b, i, dim).
+            context: (b, n, dim), normalised.
+            mask: (b, n) bool, True = valid; None: all. A sample without a valid context token gets 0.
+
+        Returns:
+            (b, i, dim).
+        """
         check_tokens("x", x, self.dim)
         check_tokens("context", context, self.dim)
         check_mask("mask", mask, context.shape[:2], context, "context")

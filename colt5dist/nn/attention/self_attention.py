@@ -57,8 +57,16 @@ class SelfAttention(nn.Module):
         self.to_out = Linear(dim_head * heads, dim, std=output_std)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
-        """x (b, n, dim); mask (b, n) bool, True = valid (not with causal); rotary_angles (n, dim_head) -> (b, n,
-        dim)."""
+        """Attend.
+
+        Args:
+            x: (b, n, dim).
+            mask: (b, n) bool, True = valid; None: all. Not with causal.
+            rotary_angles: (n, dim_head); None: no rotary positions.
+
+        Returns:
+            (b, n, dim).
+        """
         check_tokens("x", x, self.dim)
         check_mask("mask", mask, x.shape[:2], x)
         q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)

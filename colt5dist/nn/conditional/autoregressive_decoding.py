@@ -253,8 +253,16 @@ def _keep(
     taken: Tensor,
     scores: Tensor,
 ) -> None:
-    """Add keys and values of tokens (b, r, m, dim) at positions (b, r, m) to the memory, which keeps the newest taken
-    ones."""
+    """Add keys and values to the memory, which keeps the newest taken ones.
+
+    Args:
+        layer: the attention layer.
+        state: its state, changed here.
+        tokens: (b, r, m, dim).
+        positions: (b, r, m), of the tokens in the text.
+        taken: (b, r, m) bool, False: a free place.
+        scores: (b, r, m), routing scores.
+    """
     angles = _angles_at(layer.rotary_emb, positions, tokens)
     rotary = None if angles is None else (angles[:, 0, :1], angles)
     _, k, v = layer.heavy_attn.project(tokens[:, 0, :1], tokens, scores, None, rotary)

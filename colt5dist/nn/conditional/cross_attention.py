@@ -40,7 +40,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
             signature of colt5-attention.
         route_block_size: the context is cut into whole blocks of so many tokens, and equally many are routed from each;
-            None: from the whole context.
+            None: that of router_kwargs, if there is one, else from the whole context.
 
     Raises:
         TypeError: an argument has the wrong type, such as a string for a number.

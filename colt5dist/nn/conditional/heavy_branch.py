@@ -71,8 +71,18 @@ def attend_routed(
 def put_back(
     x: Tensor, heavy: Tensor, query: Route, *, light: Tensor | None = None, null_token: Tensor | None = None
 ) -> Tensor:
-    """The heavy outputs (b, m, dim) at their positions in x (b, n, dim), the null token (dim,) or 0 elsewhere, and the
-    light branch (b, n, dim) added."""
+    """The heavy outputs at their positions in the sequence, with the light branch added.
+
+    Args:
+        x: (b, n, dim), the sequence.
+        heavy: (b, m, dim), the outputs of the routed queries.
+        query: routing of the queries.
+        light: (b, n, dim), output of the light branch; None: there is none.
+        null_token: (dim,), heavy output of the other tokens; None: 0.
+
+    Returns:
+        (b, n, dim).
+    """
     if query.indices is None:
         out = heavy if light is None else light + heavy
         # the null token is unused here and must still have a gradient: see CoordinateDescentRouter._scores

@@ -20,9 +20,12 @@ _SMALLEST_SCORE = 1e-30
 class Admission(NamedTuple):
     """How the windows admit the tokens of one group of routes.
 
-    num_tokens: of a window, those that reach the threshold in the mean; num_places: the most that a window admits.
-    after_window: only later windows read what is admitted, so that the window itself takes part in its threshold, and
-    the last window, which nobody reads, admits nothing; otherwise the first window, which has no past, admits nothing.
+    Args:
+        num_tokens: tokens of a window that reach the threshold in the mean.
+        num_places: the most that a window admits.
+        after_window: True: only later windows read what is admitted, so that the window itself takes part in its
+            threshold, and the last window, which nothing reads, admits nothing. False: the first window, which has no
+            earlier one, admits nothing.
     """
 
     num_tokens: int

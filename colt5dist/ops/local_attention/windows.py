@@ -1,6 +1,6 @@
 """Local attention by PyTorch's fused attention kernels, over windows of queries and the keys around them.
 
-The samples are laid end to end; queries are views of them, keys and values are copied with what lies around each
+The samples are concatenated; queries are views of them, keys and values are copied with the ones around each
 window. What a window sees of a neighbouring sample is masked.
 """
 

@@ -15,10 +15,13 @@ __all__ = ["TopkReturn", "topk"]
 
 
 class TopkReturn(NamedTuple):
-    """What `topk` returns, all (..., k) and in the order of falling values; the last two None if not differentiable.
+    """What `topk` returns, all (..., k) and in the order of falling values.
 
-    values of the type of x; indices int64; coor_descent_values in [0, 1], the soft top-k at `indices`; gates, exactly
-    1 (0 at masked entries), which carry the gradient of coor_descent_values.
+    Args:
+        values: of the type of x.
+        indices: int64.
+        coor_descent_values: in [0, 1], the soft top-k at `indices`; None if not differentiable.
+        gates: exactly 1 (0 at masked entries), with the gradient of coor_descent_values; None if not differentiable.
     """
 
     values: Tensor
@@ -97,11 +100,11 @@ def topk(
             gates = gates.masked_fill(~valid.gather(-1, order), 0.0)
         values = values * gates
     if valid is not None:
-        # whatever stands in masked places, NaN too
+        # whatever the masked entries are, NaN too
         values = values.masked_fill(~valid.gather(-1, order), 0.0)
     return TopkReturn(values, indices, soft, gates)
 
 
 def _falling(values: Tensor) -> Tensor:
-    """Places of the values (..., k) from the largest to the smallest, equal ones in the order in which they stand."""
+    """Places of the values (..., k) from the largest to the smallest, equal ones in the order of their positions."""
     return torch.sort(values, dim=-1, descending=True, stable=True).indices
