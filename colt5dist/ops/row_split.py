@@ -1,4 +1,4 @@
-"""How the rows of an operator are distributed over the programs of a Triton kernel, and how the programs of one row agree.
+"""How the rows of an operator are shared out among the programs of a kernel, and how the programs of one row agree.
 
 A row that is longer than a program can hold is split over several programs, each of which keeps its part in registers
 for the whole kernel. When they need a sum over the row, each writes its own term to a slot in global memory, together

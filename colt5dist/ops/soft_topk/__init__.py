@@ -55,7 +55,8 @@ is concave and piecewise linear, F(a') = c + M * u'/u on the piece of a. So Newt
     a <- a + eps * log((k - c) / M)
 
 By concavity it never lands above the root, from whichever side it comes, and from the root's own piece it lands on the
-root. It says nothing where c >= k, and from below it may pass no more than one breakpoint per step. So a bracket is kept,
+root. It says nothing where c >= k, and from below it may pass no more than one breakpoint per step. So a bracket
+is kept,
 at first [eps * (log k - logsumexp(s / eps)), -min s] (nothing clipped; everything clipped); while it is wider than
 4 eps, every other pass goes to its middle, on a scale that is logarithmic far from 0. M is kept as a logarithm, so that
 it cannot underflow.
