@@ -14,7 +14,7 @@ MAX_CHUNK_LOGITS = 2**26
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """hidden (t, d), weight (vocabulary, d), targets (t,) -> cross-entropy (t,) and logsumexp (t,), both float32.
 
-    The logits of a chunk of tokens exist only while that chunk is at work, in the forward and again in the backward
+    The logits of a chunk of tokens exist only while that chunk is computed, in the forward and again in the backward
     pass:
         d logits = softmax * (g_loss + g_logsumexp) - onehot(target) * g_loss
     """

@@ -51,8 +51,8 @@ class Attention(nn.Module):
         multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
         use_flash: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the signature of
             colt5-attention.
-        prenorm: whether an RMSNorm stands before it; False leaves the norm to the caller.
-        null_kv: whether each head has a learned key and value that stands before the context and is always attended to.
+        prenorm: whether an RMSNorm comes first; False leaves the norm to the caller.
+        null_kv: whether each head has a learned key and value that comes before the context and is always attended to.
         norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
         std: standard deviation of the initial weights; None: PyTorch's initialisation.
         output_std: the same of the last linear map.

@@ -20,7 +20,7 @@ class LocalSelfAttention(nn.Module):
         heads: attention heads.
         radius: how far away a position may be that is attended to, 1 or more. With causal: tokens of a window.
         causal: whether no position sees a later one; it then sees its own window of radius tokens and the one before.
-        prenorm: whether a LayerNorm with bias stands before it, as in colt5-attention.
+        prenorm: whether a LayerNorm with bias comes first, as in colt5-attention.
         relative_bias: whether T5's learned bias of the distance is added to the scores.
         std: standard deviation of the initial weights; None: PyTorch's initialisation.
         output_std: the same of the last linear map.

@@ -1,4 +1,4 @@
-"""The heavy branch of causal conditional attention: queries of a window attend to what the windows before it kept."""
+"""The heavy branch of causal conditional attention: queries of a window attend to what the windows before it admitted."""
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class MemoryAttention(Attention):
         num_groups = -(-num_windows // group)
 
         entries, seen = _memory(mask.unflatten(-1, (num_windows, num_places)), group, memory_size)
-        # (b, r, groups, l) -> rows of the keys of all heads laid end to end
+        # (b, r, groups, l) -> rows of the keys of all heads, concatenated
         entries = self.by_head(entries, num_routes).expand(-1, heads, -1, -1)
         first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * k.shape[2]
         rows = rearrange(entries + first, "b h g l -> (b g h l)")

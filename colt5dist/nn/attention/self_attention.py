@@ -22,7 +22,7 @@ class SelfAttention(nn.Module):
         heads: attention heads.
         use_flash: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the signature of
             colt5-attention.
-        prenorm: whether an RMSNorm stands before it.
+        prenorm: whether an RMSNorm comes first.
         causal: whether a position sees only itself and what is before it.
         norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
         std: standard deviation of the initial weights; None: PyTorch's initialisation.

@@ -49,7 +49,7 @@ class ConditionalRoutedImageAttention(nn.Module):
             of 0.
         use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
             signature of colt5-attention.
-        channel_first: whether the channels stand before height and width.
+        channel_first: whether the channels come before height and width.
         routing: "map": the budgets are of the whole map. "patch": of each patch, and positions attend within their
             patch, as in colt5-attention.
 

@@ -200,7 +200,9 @@ class CoordinateDescentRouter(nn.Module):
             `RouterReturn`.
         """
         if len(self.route_groups) > 1:
-            raise ValueError("a router with several groups is called through `route`, which takes a budget a group")
+            raise ValueError(
+                "a router with several groups is called through `route`, which takes a budget for each group"
+            )
         route = self.route(
             x, budgets=(num_tokens,), mask=mask, random_route=random_route, routing_tokens=routing_tokens
         )[0]
@@ -273,7 +275,7 @@ class CoordinateDescentRouter(nn.Module):
         """Raise for arguments of `route` that do not fit."""
         check_tokens("x", x, self.dim)
         if len(budgets) != len(self.route_groups):
-            raise ValueError(f"budgets: {len(budgets)} for {len(self.route_groups)} groups of routes; use one a group")
+            raise ValueError(f"budgets: {len(budgets)} for {len(self.route_groups)} groups of routes; use one for each")
         for budget in budgets:
             check_counts(num_tokens=budget)
         check_mask("mask", mask, x.shape[:2], x)
