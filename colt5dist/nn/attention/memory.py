@@ -1,4 +1,4 @@
-"""The heavy branch of causal conditional attention: queries of a window attend to what the windows before it admitted."""
+"""The heavy branch of causal conditional attention: queries of a window attend to what earlier windows admitted."""
 
 import torch
 import torch.nn.functional as F
