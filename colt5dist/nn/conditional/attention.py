@@ -168,12 +168,20 @@ class ConditionalRoutedAttention(nn.Module):
         rotary_angles: Tensor | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route]:
-        """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the queries' and the
-        keys' routing.
+        """Attend.
 
-        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's. rotary_angles (n, head dimension):
-        computed once for a stack of layers whose two branches have one head dimension; None: computed here, where the
-        layer has rotary positions. sample_index (b,) int64: the samples' numbers, for random routing.
+        Args:
+            x: (b, n, dim).
+            num_heavy_tokens_q: budget in place of the constructor's.
+            num_heavy_tokens_kv: budget in place of the constructor's.
+            mask: (b, n) bool, True = valid; None: all.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            rotary_angles: (n, head dimension), computed once for a stack of layers whose two branches have one head
+                dimension; None: computed here, where the layer has rotary positions.
+            return_route: whether to return the routing too.
+
+        Returns:
+            (b, n, dim); with return_route a tuple of this, the queries' and the keys/values' `Route`.
         """
         check_tokens("x", x, self.dim)
         check_mask("mask", mask, x.shape[:2], x)
