@@ -4,9 +4,9 @@ The way of the data: prepare writes shards, shards opens them, plan says which t
 reads them, denoise makes inputs and targets of them, loader hands out micro-batches.
 """
 
-from colt5dist.data.checks import data_problems
+from colt5dist.data.compatibility import data_problems
 from colt5dist.data.config import DataConfig
-from colt5dist.data.opening import open_sources
+from colt5dist.data.open_shard_sets import open_sources
 from colt5dist.data.order.mixture import parse_mixture
 from colt5dist.data.order.skip import SkipList
 from colt5dist.data.read.batch import Batch

@@ -14,7 +14,7 @@ import numpy as np
 from colt5dist.data.index import Index
 from colt5dist.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.read.shards import ShardSet, open_tokenizer
-from colt5dist.data.read.stream import TokenReader
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.errors import ConfigError
 
 HASHED_AT_ONCE = 1 << 22

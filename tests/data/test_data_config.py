@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from omegaconf import OmegaConf
 
-from colt5dist.data.checks import data_problems
+from colt5dist.data.compatibility import data_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.sample_lengths import required_sentinels

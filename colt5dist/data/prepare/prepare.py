@@ -14,10 +14,10 @@ from typing import Any
 
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.documents import Problems
-from colt5dist.data.prepare.encoding import encoder
+from colt5dist.data.prepare.tokenize_texts import encoder
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
 from colt5dist.data.prepare.inputs import InputFile, find_inputs
-from colt5dist.data.prepare.partial_folder import (
+from colt5dist.data.prepare.resume import (
     LOCK_NAME,
     SEEN_NAME,
     STATE_NAME,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from colt5dist.data.prepare.held_out_split import CorpusWriter
-from colt5dist.data.prepare.partial_folder import Report
+from colt5dist.data.prepare.resume import Report
 
 LINE_SECONDS = 30.0
 

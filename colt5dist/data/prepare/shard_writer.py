@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from colt5dist.data.index import IndexWriter
 from colt5dist.data.manifest import IndexEntry, ShardEntry
-from colt5dist.data.members import MEMBER_TOKENS, member_key, tar_member
+from colt5dist.data.tar_members import MEMBER_TOKENS, member_key, tar_member
 
 
 class ShardFile:

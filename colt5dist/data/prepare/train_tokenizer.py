@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from colt5dist.data.prepare.documents import read_items
-from colt5dist.data.prepare.encoding import hash_text
+from colt5dist.data.prepare.tokenize_texts import hash_text
 from colt5dist.data.prepare.inputs import InputFile
 
 SPECIAL_TOKENS = ["<pad>", "</s>"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.order.objectives import MODES, Objective, largest_suffix, span_counts
-from colt5dist.data.order.philox import Bits, below, subset
+from colt5dist.data.order.random_numbers import Bits, below, subset
 
 Tokens = NDArray[np.integer]
 

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
-from colt5dist.data.order.philox import Draws, Stream
+from colt5dist.data.order.random_numbers import Draws, Stream
 from colt5dist.data.order.plan import Plan, PlannedSample
 from colt5dist.data.read.denoise import denoise
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Interleave, Sources, as_sources
-from colt5dist.data.read.stream import DamagedShardError, TokenReader, UnreadableShardError
+from colt5dist.data.read.token_reader import DamagedShardError, TokenReader, UnreadableShardError
 from colt5dist.data.sample_lengths import required_sentinels
 
 MAX_TRIES = 10_000  # samples one after the other without a sound text

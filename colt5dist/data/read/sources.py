@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from colt5dist.data.order.philox import Stream, permutation, random_bits
+from colt5dist.data.order.random_numbers import Stream, permutation, random_bits
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.tokenizer import Tokenizer
 

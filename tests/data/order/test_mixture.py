@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colt5dist.data.checks import data_problems
+from colt5dist.data.compatibility import data_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import MIXTURES, parse_mixture
 from colt5dist.data.order.objectives import MODES, sample_lengths
-from colt5dist.data.order.philox import Stream, random_bits
+from colt5dist.data.order.random_numbers import Stream, random_bits
 from colt5dist.data.read.batch import make_batch
 from colt5dist.data.read.denoise import denoise
 from colt5dist.data.read.samples import Samples

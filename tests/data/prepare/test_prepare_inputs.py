@@ -22,7 +22,7 @@ from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import TokenReader
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.errors import ConfigError
 
 MakeText = Callable[[random.Random, int], str]
@@ -221,7 +221,7 @@ def test_killed_with_workers(texts: list[str], tmp_path: Path) -> None:
 def test_a_killed_worker_is_named(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And does not hang the others; a new start goes on."""
     # so that when it is killed, most of the texts have not been given to it
-    monkeypatch.setattr("colt5dist.data.prepare.encoding.BATCH_TEXTS", 1)
+    monkeypatch.setattr("colt5dist.data.prepare.tokenize_texts.BATCH_TEXTS", 1)
 
     others = psutil.Process().children()  # of other tests
 

@@ -23,7 +23,7 @@ from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.read.shards import open_shards
-from colt5dist.data.read.stream import TokenReader
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.errors import ConfigError
 from colt5dist.files import locked
 

@@ -14,7 +14,7 @@ from colt5dist.data.manifest import read_manifest
 from colt5dist.data.read.batch import Batch, make_batch
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import DamagedShardError, UnreadableShardError
+from colt5dist.data.read.token_reader import DamagedShardError, UnreadableShardError
 from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colt5dist.data.order.objectives import Objective, sample_lengths, span_counts
-from colt5dist.data.order.philox import Draws, Stream, below, permutation, random_bits, subset
+from colt5dist.data.order.random_numbers import Draws, Stream, below, permutation, random_bits, subset
 from colt5dist.data.read.denoise import denoise, random_part_ends
 
 EOS, FIRST_SENTINEL, PAD = 1, 1000, 0

@@ -22,7 +22,7 @@ from colt5dist.data.read.held_out import held_out_batches, unigram_entropy
 from colt5dist.data.read.loader import DataWorkerError, training_batches
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import DamagedShardError, TokenReader
+from colt5dist.data.read.token_reader import DamagedShardError, TokenReader
 
 GLOBAL_BATCH, STEPS = 8, 3
 Row = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -297,7 +297,7 @@ def test_a_killed_worker_is_a_named_error(shards: ShardSet) -> None:
     (worker,) = set(psutil.Process().children()) - set(others)
     worker.kill()
     time.sleep(0.2)
-    with pytest.raises(DataWorkerError, match=r"a reader process of rank 0 ended \(.*\); if it was killed for want of"):
+    with pytest.raises(DataWorkerError, match=r"a reader process of rank 0 ended \(.*\); if it was killed because"):
         for _ in range(100):
             next(batches)
 

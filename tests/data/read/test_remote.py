@@ -16,7 +16,7 @@ from colt5dist.data.read.batch import make_batch
 from colt5dist.data.read.remote import SCHEMES, is_remote
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import DamagedShardError, TokenReader, UnreadableShardError
+from colt5dist.data.read.token_reader import DamagedShardError, TokenReader, UnreadableShardError
 from colt5dist.errors import ConfigError
 
 fsspec = pytest.importorskip("fsspec")

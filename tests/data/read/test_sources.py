@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from colt5dist.data.config import DataConfig, SourceConfig
-from colt5dist.data.opening import open_sources
+from colt5dist.data.open_shard_sets import open_sources
 from colt5dist.data.order.skip import SkipList
 from colt5dist.data.read.batch import make_batch
 from colt5dist.data.read.held_out import held_out_batches
