@@ -1,4 +1,4 @@
-"""How records lie in the tar shards: a member's name, its content's field, and the bytes of its header."""
+"""The form of a member of the tar shards: its name, the field of its content, and the bytes of its header."""
 
 import io
 import tarfile
@@ -6,17 +6,27 @@ from functools import cache
 
 import webdataset
 
-MEMBER_TOKENS = 1 << 17  # a quarter to half a megabyte: large enough to read fast, small enough to cache many
+MEMBER_TOKENS = 1 << 17
+"""Largest number of tokens in a member, 256 or 512 KiB: large enough to read fast, small enough to cache many."""
 FIELD = "tokens"
+"""File name extension of a member, which webdataset uses as the name of the field."""
 
 
 def member_key(member: int) -> str:
-    """Name of a member without its extension: unique in the set, and without a dot, which webdataset would split at."""
+    """Return the name of a member without its extension.
+
+    It is unique in the set and has no dot, since webdataset would split it there.
+    """
     return f"{member:010d}"
 
 
 def tar_member(key: str, content: bytes) -> bytes:
-    """One member as webdataset writes it, header and padding included, without the end of the file."""
+    """Return a member as webdataset writes it, header and padding included, without the end of the tar file.
+
+    Args:
+        key: the member's name without extension.
+        content: the member's content.
+    """
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, encoder=False, mtime=0, user="", group="", compress=False) as tar:
         tar.write({"__key__": key, FIELD: content})
@@ -25,12 +35,12 @@ def tar_member(key: str, content: bytes) -> bytes:
 
 
 def tar_header(member: int, size: int) -> bytes:
-    """The header of tar_member's member number `member` with a content of `size` bytes."""
+    """Return the header that `tar_member` writes for member number `member` with a content of `size` bytes."""
     header = bytearray(_empty_header())
     key = member_key(member).encode()
     header[: len(key)] = key
     header[124:135] = b"%011o" % size
-    header[148:156] = b" " * 8  # the checksum is taken over blanks in its own place
+    header[148:156] = b" " * 8  # the checksum is computed with spaces in its own field
     header[148:155] = b"%06o\0" % sum(header)
     return bytes(header)
 

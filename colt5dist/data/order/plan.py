@@ -17,9 +17,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from colt5dist.data.tar_members import MEMBER_TOKENS
 from colt5dist.data.order.blocks import BlockLayout, Blocks, Chunk
 from colt5dist.data.order.random_numbers import Stream, below, permutation, random_bits
+from colt5dist.data.tar_members import MEMBER_TOKENS
 
 DEALS = 64
 WINDOW_TOKENS = 1 << 24  # a reader keeps about so many tokens in memory

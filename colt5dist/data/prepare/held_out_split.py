@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.manifest import TOKENIZER_NAME, VALIDATION_FOLDER, Manifest, TokenizerEntry
-from colt5dist.data.prepare.tokenize_texts import HASH_BITS, Document, encode_document
 from colt5dist.data.prepare.shard_writer import ShardSetWriter
+from colt5dist.data.prepare.tokenize_texts import HASH_BITS, Document, encode_document
 from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import fsync_tree, write_whole

@@ -14,7 +14,6 @@ from typing import Any
 
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.documents import Problems
-from colt5dist.data.prepare.tokenize_texts import encoder
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
 from colt5dist.data.prepare.inputs import InputFile, find_inputs
 from colt5dist.data.prepare.resume import (
@@ -28,6 +27,7 @@ from colt5dist.data.prepare.resume import (
     write_shards,
 )
 from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.prepare.tokenize_texts import encoder
 from colt5dist.data.prepare.train_tokenizer import train_tokenizer
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError

@@ -15,10 +15,10 @@ from typing import Any
 
 from colt5dist.data.prepare.documents import Item, Problems, read_items
 from colt5dist.data.prepare.duplicates import SeenTexts
-from colt5dist.data.prepare.tokenize_texts import Document, Encode
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.inputs import InputFile
 from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.prepare.tokenize_texts import Document, Encode
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole

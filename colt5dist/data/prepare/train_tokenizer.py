@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 
 from colt5dist.data.prepare.documents import read_items
-from colt5dist.data.prepare.tokenize_texts import hash_text
 from colt5dist.data.prepare.inputs import InputFile
+from colt5dist.data.prepare.tokenize_texts import hash_text
 
 SPECIAL_TOKENS = ["<pad>", "</s>"]
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS) + 1

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
-from colt5dist.data.order.random_numbers import Draws, Stream
 from colt5dist.data.order.plan import Plan, PlannedSample
+from colt5dist.data.order.random_numbers import Draws, Stream
 from colt5dist.data.read.denoise import denoise
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Interleave, Sources, as_sources

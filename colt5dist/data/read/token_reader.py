@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from colt5dist.data.tar_members import FIELD, member_key, tar_header
 from colt5dist.data.order.blocks import Chunk
 from colt5dist.data.read.shards import ShardSet
+from colt5dist.data.tar_members import FIELD, member_key, tar_header
 from colt5dist.errors import ConfigError
 
 OPEN_FILES = 32

@@ -12,10 +12,10 @@ import tokenizers
 import webdataset
 from tokenizers import models, trainers
 
-from colt5dist.data.tar_members import member_key, tar_header, tar_member
 from colt5dist.data.order.plan import Plan
 from colt5dist.data.read.shards import ShardSet, open_shards
 from colt5dist.data.read.token_reader import DamagedShardError, TokenReader
+from colt5dist.data.tar_members import member_key, tar_header, tar_member
 from colt5dist.data.tokenizer import JsonTokenizer
 from colt5dist.errors import ConfigError
 
