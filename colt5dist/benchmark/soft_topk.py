@@ -205,7 +205,7 @@ def _measure(
 def _errors(
     weights: Weights, expected: tuple[Tensor, Tensor], scores: Tensor, upstream: Tensor
 ) -> tuple[tuple[float, float], int]:
-    """Errors of the weights and of the gradient of the scores, and the bytes saved for the backward, scores excluded."""
+    """Errors of weights and of the gradient of the scores, and bytes saved for the backward, scores excluded."""
     inputs = scores.clone().requires_grad_()
     storages: dict[int, int] = {}
 
