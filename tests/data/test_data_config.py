@@ -1,4 +1,4 @@
-"""Settings of the data room: what is wrong is named with its key and its mend."""
+"""Settings of the data room: every error names its key and how to fix it."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def test_problems_name_the_key(settings: dict[str, object], message: str) -> Non
 
 
 def test_all_problems_at_once() -> None:
-    """A user mends them in one go."""
+    """A user can fix them all at once."""
     assert len(DataConfig(input_length=1, target_length=1, mixture="x").problems()) == 3
 
 

@@ -1,1 +1,1 @@
-"""Which text sample number i is made from: blocks of documents, the plan of an epoch, mixtures, skipped ranges."""
+"""The order of the data: which text and objective sample i has, which samples are skipped, which rank gets a sample."""

@@ -42,7 +42,7 @@ def test_an_entry_named_twice_counts_twice() -> None:
         ([], "data.mixture: is empty; name some of colt5, ul2, causal, prefix_lm"),
         ("ul3", "data.mixture: 'ul3' is unknown; choose some of colt5"),
         (["span_corruption(3", "0.15)"], "an entry with a comma needs quotes"),
-        (["span_corruption(3)"], "has another number of settings"),
+        (["span_corruption(3)"], "has the wrong number of settings"),
         (["span_corruption(a, b)"], "needs numbers in the brackets"),
         (["span_corruption(0.5, 0.15)"], "give a mean of 1 or more"),
         (["span_corruption(3, 1)"], "a rate above 0 and at most 0.9"),

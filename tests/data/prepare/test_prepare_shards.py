@@ -231,7 +231,7 @@ def test_a_tokenizer_file(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_inputs_are_named(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Each is one line with the argument and the mend, and leaves nothing behind."""
+    """Each is one line with the argument and how to fix it, and leaves no files behind."""
     for name in ("table.pdf", "table.parquet.gz", "other/table.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"PAR1")
@@ -379,12 +379,12 @@ def test_strict_goes_on_from_nothing_that_left_documents_out(inputs: Path, tmp_p
         prepare(config(inputs, tmp_path / "shards", input=bad, strict=True))
 
 
-def test_a_strict_stop_is_mended_as_its_message_says(inputs: Path, tmp_path: Path) -> None:
-    """The file mended and the begun folder deleted, the same command works."""
+def test_a_strict_stop_is_fixed_as_its_message_says(inputs: Path, tmp_path: Path) -> None:
+    """After fixing the file and deleting the partial folder, the same command works."""
     text = tmp_path / "in.jsonl"
     text.write_text('{"text": "one"}\n{"text": \n')
     strict = config(inputs, tmp_path / "shards", input=[str(text)], strict=True, commit_seconds=0)
-    with pytest.raises(ConfigError, match=r"in\.jsonl:2: is not JSON; mend the file and delete .*/shards\.partial"):
+    with pytest.raises(ConfigError, match=r"in\.jsonl:2: is not JSON; fix the file and delete .*/shards\.partial"):
         prepare(strict)
     text.write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(ConfigError, match="was begun with other inputs"):
@@ -435,7 +435,7 @@ def test_output_that_is_a_mount_point(inputs: Path, tmp_path: Path, monkeypatch:
 
 
 def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe, an empty pattern, shards, a compressed archive, a folder that cannot be entered: each with its mend."""
+    """A pipe, an empty pattern, shards, a compressed archive, a folder without permission: each message says how to fix it."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/manifest.json").write_text('{\n "format": "colt5dist shards",\n')
@@ -463,7 +463,7 @@ def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.Monke
         return look(path, **settings)
 
     monkeypatch.setattr("colt5dist.data.prepare.inputs.os.stat", refuse)
-    with pytest.raises(ConfigError, match=r"--input: .*closed/a\.txt cannot be read \(Permission denied\); mend"):
+    with pytest.raises(ConfigError, match=r"--input: .*closed/a\.txt cannot be read \(Permission denied\); fix"):
         find_inputs([str(tmp_path / "closed/*")])
 
 

@@ -224,7 +224,7 @@ def test_several_processes_share_the_cache(shards: ShardSet, server: Server) -> 
 )
 def test_other_addresses_are_refused(path: str, tmp_path: Path) -> None:
     """No shell, no chains; before anything is opened."""
-    with pytest.raises(ConfigError, match=r"is no address that is read; give a folder, or one of http, https, s3, gs"):
+    with pytest.raises(ConfigError, match=r"is not a supported address; give a folder, or one of http, https, s3, gs"):
         is_remote(path)
     assert not os.listdir(tmp_path)
 

@@ -175,7 +175,7 @@ def test_damage_found_at_the_start(copy: Path, damage: str) -> None:
 
 def test_a_held_out_set_is_not_trained_on(shards: ShardSet) -> None:
     """The validation folder given as data.shards is an error."""
-    with pytest.raises(ConfigError, match="held-out documents; give the folder above"):
+    with pytest.raises(ConfigError, match="held-out documents; give its parent folder"):
         open_shards(shards.folder / "validation")
 
 
