@@ -45,7 +45,7 @@ def run_verify(arguments: list[str]) -> int:
         print(f"damaged: {line}")
     for line in verified.notes:
         print(f"note: {line}")
-    state = "damaged" if verified.damage else "whole"
+    state = "damaged" if verified.damage else "undamaged"
     print(f"{count(verified.num_files, 'file')}, {count(verified.num_bytes, 'byte')}: {state}")
     return 1 if verified.damage else status_of_report()
 

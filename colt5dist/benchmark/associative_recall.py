@@ -1,4 +1,4 @@
-"""Whether causal routing learns to recall (key, value) pairs from beyond the attention window, with three controls.
+"""Whether causal routing learns to recall pairs of key and value beyond the attention window, with three controls.
 
 A sequence is filler with `pairs` adjacent (key, value) tokens hidden in its first half, and one question per pair in
 its last quarter: the key again, after which the model must predict the value. Light attention cannot reach back to the

@@ -1,4 +1,4 @@
-"""Speed, memory and exactness of the data pipeline, beside the tokenizer alone and webdataset's own loader.
+"""Speed, memory and exactness of the data pipeline, compared with the tokenizer alone and webdataset's own loader.
 
 `python launch/benchmark.py data [PART ...]`; the parts are read, plan, shuffle, prepare, memory, masks, order, epoch
 (default: all). Each part makes its own data in a temporary folder. Work of one process is measured in CPU time, so that
@@ -172,7 +172,7 @@ def measure_plan(folder: Path, scale: float) -> Figures:
     begin = time.perf_counter()
     for number in range(1000):
         plan.sample(10_000_000 * number)
-    figures["a sample anywhere, seconds"] = (time.perf_counter() - begin) / 1000
+    figures["find a sample anywhere in the run, seconds"] = (time.perf_counter() - begin) / 1000
     tracemalloc.start()
     plan = Plan(ends, raw_lengths, seed=0)
     for number in range(100):
@@ -309,7 +309,7 @@ def measure_masks(folder: Path, scale: float) -> Figures:
         counts[targets.tobytes()] += 1
     expected = draws / kinds
     square = sum((count - expected) ** 2 / expected for count in counts.values()) + expected * (kinds - len(counts))
-    figures[f"masks, chi-square less its mean, in standard deviations ({kinds} masks)"] = (square - (kinds - 1)) / (
+    figures[f"masks, chi-square minus its mean, in standard deviations ({kinds} masks)"] = (square - (kinds - 1)) / (
         2 * (kinds - 1)
     ) ** 0.5
     return figures

@@ -1,4 +1,4 @@
-"""Time of the conditional block in bf16, beside the package colt5-attention and a dense block with flash attention.
+"""Time of the conditional block in bf16, compared with colt5-attention's and with a dense flash-attention block.
 
 Forward and backward are timed together, for dimension 768: light attention with 4 heads of 64 within 64 tokens, heavy
 attention with 8 heads of 64; budgets of n/16 queries, n/8 keys/values and n/16 feed-forward tokens for n tokens. Each

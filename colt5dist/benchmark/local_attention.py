@@ -1,4 +1,4 @@
-"""Time of local attention: our Triton kernels, FlexAttention, fused windows and the package local-attention (GPU only).
+"""Time of local attention (GPU only): our Triton kernels, FlexAttention, fused windows and package local-attention.
 
 Forward and backward are timed together. Results are compared with those of the package local-attention in float32.
 `wall` includes the host's time, `GPU` is the GPU's work only.

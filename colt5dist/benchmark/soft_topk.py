@@ -1,4 +1,4 @@
-"""Time of soft top-k: our Triton kernels, the published form, torch.compile and the package colt5-attention.
+"""Time of soft top-k: our Triton kernels, the published form, torch.compile and colt5-attention.
 
 Forward and backward are measured. GPU time is that of a CUDA graph of both; for the other implementations, which cannot
 all be captured in a graph, it is that of calls queued while the GPU pauses. `eager` is the time of a call without a

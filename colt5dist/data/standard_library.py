@@ -19,9 +19,9 @@ from colt5dist.errors import ConfigError
 from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked
 
 STANDARD_LIBRARY = "python-stdlib"
-"""The value of data.shards that stands for these shards."""
+"""The value of data.shards that selects these shards."""
 
-SMALLEST, LARGEST = 4 << 10, 64 << 10  # bytes of a document
+SMALLEST, LARGEST = 4 << 10, 64 << 10  # bytes per document
 VALIDATION_FRACTION = 0.04
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 

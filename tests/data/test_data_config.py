@@ -46,7 +46,7 @@ def test_vocabulary_and_sentinels(shards: ShardSet) -> None:
     needed = 259 + required_sentinels(config)
     assert data_problems(config, shards, needed) == []
     (problem,) = data_problems(config, shards, needed - 1)
-    assert problem.startswith(f"model.vocab_size: {needed - 1} is too small for 259 ids")
+    assert problem.startswith(f"model.vocab_size: {needed - 1} is too small for the 259 ids")
     assert problem.endswith("and 227 sentinels; set 512 or more")
     (problem,) = data_problems(DataConfig(num_sentinels=300), shards, needed)
     assert problem.endswith("and 300 sentinels; set 640 or more")

@@ -66,14 +66,14 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[st
 
 
 def test_verify_info_and_show(tmp_path: Path) -> None:
-    """Status 0 whole, 1 damaged, 2 no shards; what is inside; and a sample as the model sees it."""
+    """Status 0 undamaged, 1 damaged, 2 no shards; what the shards hold; and a sample as the model sees it."""
     (tmp_path / "in").mkdir()
     for number in range(40):
         (tmp_path / f"in/{number}.txt").write_text(f"document {number} tells of many things, and ends. " * 40)
     shards = tmp_path / "shards"
     assert call("--input", tmp_path / "in", "--output", shards, "--workers", 1).returncode == 0
     verified = call("verify", shards)
-    assert verified.returncode == 0 and verified.stdout.endswith("whole\n") and verified.stderr == ""
+    assert verified.returncode == 0 and verified.stdout.endswith(": undamaged\n") and verified.stderr == ""
     info = call("info", shards)
     assert info.returncode == 0
     for line in ("tokenizer: bytes, 259 ids (uint16), pad 0, end 1", "made with files: 40", "1,024 to 2,047"):
@@ -86,7 +86,7 @@ def test_verify_info_and_show(tmp_path: Path) -> None:
     settings = ("data.skip=[[0, 2]]", 'data.mixture=["span_corruption(8, 0.15)"]')
     shown = call("show", shards, "--config", tiny, "--sample", 21, "--world-size", 4, "--colour", "always", *settings)
     assert shown.returncode == 0, shown.stderr
-    # samples 0 and 1 are passed over: 21 is the twentieth of steps of 8
+    # samples 0 and 1 are left out: 21 is the twentieth of steps of 8
     assert shown.stdout.startswith("sample 21: step 3, rank 3 of 4, micro-batch 0, row 0\n")
     assert "document" in shown.stdout and "</s>" in shown.stdout and "\033[1;3" in shown.stdout
     targets = shown.stdout.split("\ntargets, ")[1]

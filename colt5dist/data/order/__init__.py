@@ -1,1 +1,1 @@
-"""The order of the data: which text and objective sample i has, which samples are skipped, which rank gets a sample."""
+"""The order of the data: text and objective of sample i, samples that are left out, and the rank that gets a sample."""

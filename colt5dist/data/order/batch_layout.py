@@ -1,8 +1,8 @@
-"""How a global batch is divided: which rank gets a sample, in which micro-batch and in which row of it.
+"""How a global batch is divided: the rank, the micro-batch and the row of each sample.
 
-The samples of a global batch, in the order of the run, are an array of shape (micro-batches, rows, ranks) in row-major
-order: neighbours in the order go to neighbouring ranks. So rank r of W ranks gets samples r, r + W, r + 2W, ... of the
-global batch, and its first micro-batch is made of the first of them.
+The samples of a global batch, in the order of the run, form an array of shape (micro-batches, rows, ranks) in row-major
+order, so neighbouring samples go to neighbouring ranks. Rank r of W ranks gets samples r, r + W, r + 2W, ... of the
+global batch, and the first of them form its first micro-batch.
 """
 
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ class BatchLayout:
         """The share of one rank.
 
         Args:
-            samples: (samples,) sample numbers of a global batch, in the order of the run; as many as fill whole
-                micro-batches of all ranks.
+            samples: (samples,) sample numbers of a global batch, in the order of the run; a multiple of
+                world_size * micro_batch_size.
             rank: number of the rank, from 0.
 
         Returns:

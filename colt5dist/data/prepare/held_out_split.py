@@ -156,7 +156,7 @@ class CorpusWriter:
         _, tokens, _ = self._waiting
         held_out = max(round(self._fraction * len(tokens)), min(CUT_TOKENS, len(tokens) // 2))
         if not 0 < held_out < len(tokens):
-            raise ConfigError("--input: holds a single token; name files with more text")
+            raise ConfigError("--input: holds a single token; give files with more text")
         training.add(tokens[:-held_out])
         validation.add(tokens[-held_out:])
         self._waiting = None

@@ -22,6 +22,7 @@ from colt5dist.data.prepare.tokenize_texts import Document, Encode
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
+from colt5dist.wording import count
 
 STATE_NAME = "state.json"
 LOCK_NAME = "lock"
@@ -113,7 +114,7 @@ def write_shards(
     if not writer.num_documents:
         remove(partial)
         left_out = "".join(f"; {line}" for line in problems.lines())
-        raise ConfigError(f"--input: {len(files)} files hold no document{left_out}; name files with text in them")
+        raise ConfigError(f"--input: no document in {count(len(files), 'file')}{left_out}; give files with text")
     save()
     if seen:
         seen.close()

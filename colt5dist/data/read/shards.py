@@ -15,7 +15,7 @@ from colt5dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Tokenized documents on disk, and the held-out ones beside them."""
+    """Tokenized documents on disk, with the held-out documents that belong to them."""
 
     folder: Path
     """The folder of the set."""

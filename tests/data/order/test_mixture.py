@@ -39,7 +39,7 @@ def test_an_entry_named_twice_counts_twice() -> None:
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ([], "data.mixture: is empty; name some of colt5, ul2, causal, prefix_lm"),
+        ([], "data.mixture: is empty; give some of colt5, ul2, causal, prefix_lm"),
         ("ul3", "data.mixture: 'ul3' is unknown; choose some of colt5"),
         (["span_corruption(3", "0.15)"], "an entry with a comma needs quotes"),
         (["span_corruption(3)"], "has the wrong number of settings"),
@@ -61,7 +61,7 @@ def test_causal_has_no_input() -> None:
     """Alone it needs input_length 0; beside others its input is the end token."""
     assert DataConfig(mixture="causal", input_length=0).problems() == []
     (problem,) = DataConfig(mixture=["causal"], input_length=512).problems()
-    assert problem.startswith("data.input_length: 512 has no use with data.mixture=causal; set 0")
+    assert problem.startswith("data.input_length: 512 is not used with data.mixture=causal; set 0")
     (problem,) = DataConfig(mixture=["causal", "prefix_lm"], input_length=0).problems()
     assert problem.startswith("data.input_length: 0 is too small")
 

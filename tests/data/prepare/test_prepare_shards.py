@@ -240,17 +240,17 @@ def test_wrong_inputs_are_named(inputs: Path, undisturbed: Path, tmp_path: Path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep this")
     wrong: list[tuple[dict[str, object], str]] = [
-        ({"input": [str(tmp_path / "*.none")]}, r"--input: .* matches no file; name text or jsonl files"),
-        ({"input": [str(tmp_path / "m*")]}, r"--input: .* matches no file; give its files, as .*\*\.txt"),
-        ({"input": [str(tmp_path / "other")]}, r"--input: .* holds no file of a kind that is read \(\.txt, .*\)"),
+        ({"input": [str(tmp_path / "*.none")]}, r"--input: .* matches no file; give text or jsonl files"),
+        ({"input": [str(tmp_path / "m*")]}, r"--input: .* matches no file; give its files, for instance as .*\*\.txt"),
+        ({"input": [str(tmp_path / "other")]}, r"--input: .* holds no file of a supported kind \(\.txt, .*\)"),
         ({"input": [str(tmp_path / "*.pdf")]}, r"--input: .*table\.pdf is a \.pdf file; give text, jsonl or parquet"),
         ({"input": [str(tmp_path / "*.gz")]}, r"--input: .*table\.parquet\.gz is a compressed parquet file"),
-        ({"tokenizer": tmp_path / "t.json", "train_tokenizer": 300}, "--train-tokenizer: makes a tokenizer, --token"),
+        ({"tokenizer": tmp_path / "t.json", "train_tokenizer": 300}, "--train-tokenizer: cannot be used with --tokenizer"),
         ({"train_tokenizer": 258}, "--train-tokenizer: 258 ids are too few; give 259 or more"),
         ({"workers": -1}, "--workers: -1 is negative"),
         (
             {"input": [str(tmp_path / "*.jsonl")]},
-            r"--input: 1 files hold no document; left out, no text under 'text': 1",
+            r"--input: no document in 1 file; left out, no text under 'text': 1",
         ),
         ({"tokenizer": tmp_path / "none.json"}, r"none\.json: cannot be read"),
         ({"validation_fraction": 0.0}, "--validation-fraction: 0.0 is out of range"),
@@ -435,7 +435,7 @@ def test_output_that_is_a_mount_point(inputs: Path, tmp_path: Path, monkeypatch:
 
 
 def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe, an empty pattern, shards, a compressed archive, a folder without permission: each message says how to fix it."""
+    """A pipe, an empty pattern, shards, an archive, a folder without permission: each message says how to fix it."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/manifest.json").write_text('{\n "format": "colt5dist shards",\n')
@@ -446,12 +446,12 @@ def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "closed/a.txt").write_text("text")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for pattern, message in [
-        (str(tmp_path / "pipe"), "matches no file, .*/pipe is a pipe or device; write what it gives to a file"),
-        ("", "--input: '' is an empty pattern; name text or jsonl files"),
-        (str(tmp_path / "shards/*"), "matches only shards; name the text that they were made from"),
+        (str(tmp_path / "pipe"), "matches no file, .*/pipe is a pipe or device; write its output to a file"),
+        ("", "--input: '' is an empty pattern; give text or jsonl files"),
+        (str(tmp_path / "shards/*"), "matches only shards; give the text that they were made from"),
         (str(tmp_path / "*.GZ"), r"a\.tar\.GZ is a \.tar file"),
         (str(tmp_path / "*.tgz"), r"b\.tgz is a \.tgz file"),
-        (str(tmp_path / "nowhere"), "matches no file; name text or jsonl files"),
+        (str(tmp_path / "nowhere"), "matches no file; give text or jsonl files"),
     ]:
         with pytest.raises(ConfigError, match=message):
             find_inputs([pattern])
