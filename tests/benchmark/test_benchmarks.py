@@ -1,4 +1,4 @@
-"""The benchmarks run, on small shapes, and say of a wrong result that it is wrong, not how long it took."""
+"""The benchmarks run on small shapes, and report a wrong result as wrong, without a time."""
 
 import json
 import os

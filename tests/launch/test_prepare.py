@@ -1,4 +1,4 @@
-"""launch/prepare.py as a user calls it: what it prints, its status, and its one line about what is wrong."""
+"""launch/prepare.py as a user calls it: its output, its exit status, and its one-line errors."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_text_to_shards(tmp_path: Path) -> None:
-    """It says what was made and left out; a second call says that it is there."""
+    """It prints what was made and left out; a second call prints that it was already there."""
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"document {number} " * 50)
     (tmp_path / "bad.txt").write_bytes(b"\xff")
@@ -35,7 +35,7 @@ def test_text_to_shards(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    """Of the output folder and of a file that is left out: printed with the bytes that are none escaped."""
+    """Names of the output folder and of a file that is left out: printed with the invalid bytes escaped."""
     folder = os.fsencode(tmp_path)
     for name, content in ((b"a\xe9.txt", b"some text"), (b"b\xe9.txt", b"\xff")):
         Path(os.fsdecode(folder + b"/" + name)).write_bytes(content)
@@ -57,7 +57,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    """Named on stderr, without a traceback."""
+    """The error is on stderr, without a traceback."""
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
     done = call(*(argument.format(tmp_path) for argument in arguments))
