@@ -46,7 +46,7 @@ def test_an_entry_named_twice_counts_twice() -> None:
         (["span_corruption(a, b)"], "needs numbers in the brackets"),
         (["span_corruption(0.5, 0.15)"], "give a mean of 1 or more"),
         (["span_corruption(3, 1)"], "a rate above 0 and at most 0.9"),
-        (["prefix_lm(0.7)"], "the rate must be above 0 and at most 0.5"),
+        (["prefix_lm(0.7)"], "the rate (mean share of the suffix) must be above 0 and at most 0.5"),
         (5, "data.mixture: 5 is neither a name nor a list of names"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_damaged_sample_is_replaced_by_the_next(copy: Path, shards: ShardSet, 
         alone = samplings(make_batch(Samples(opened, CONFIG, seed=2), [number]))
         assert alone[number] == found[number]
         replacement = next(n for n in range(number + 1, NUM_SAMPLES + 1) if n not in changed)
-        text, planned = forward._sound_text(number)[1], forward.planned(replacement)
+        text, planned = forward._undamaged_text(number)[1], forward.planned(replacement)
         assert np.array_equal(text, forward._readers[0].read_chunk(planned.chunk))
 
 
