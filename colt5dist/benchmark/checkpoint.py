@@ -30,6 +30,7 @@ from colt5dist.train.ranks import (
     initialise_process_group,
     ranks_from_environment,
 )
+from colt5dist.wording import count
 
 Figures = dict[str, float]
 
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> int:
         if ranks.is_first:
             print(line, flush=True)
 
-    say(f"{device_line()}, {ranks.world_size} processes; seconds")
+    say(f"{device_line()}, {count(ranks.world_size, 'process', 'processes')}; seconds")
     results: dict[str, object] = {"device": device_line(), "world_size": ranks.world_size, "config": options.config}
     for stage in options.stages:
         config = load_config(options.config, [*options.settings, f"zero.stage={stage}"])
