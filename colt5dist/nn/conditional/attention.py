@@ -107,8 +107,10 @@ class ConditionalRoutedAttention(nn.Module):
             heavy_dim_head=heavy_dim_head,
             heavy_heads=heavy_heads,
         )
-        check_counts(light_window_size=light_window_size)
-        check_optional_counts(light_radius=light_radius)
+        # without a light branch its sizes are of no account
+        smallest = 1 if has_light_attn else 0
+        check_counts(at_least=smallest, light_window_size=light_window_size)
+        check_optional_counts(at_least=smallest, light_radius=light_radius)
         check_positive(rope_theta=rope_theta)
         check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
         check_sets("num_routed_kv", num_routed_kv, heavy_heads)
