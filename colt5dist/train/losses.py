@@ -45,7 +45,7 @@ class LossSums:
             extra: numbers of the host.
             on_device: (k,) float64 tensors of the device; their numbers come after `extra`.
         """
-        others = torch.tensor(extra, dtype=torch.float64, device=self._sums.device)
+        others = numbers_on_device(extra, torch.float64, self._sums.device)
         values = sum_over_ranks(torch.cat([self._sums, others, *on_device])).tolist()
         num = len(self.objectives)
         losses, tokens = values[:num], values[num : 2 * num]
@@ -93,7 +93,13 @@ def training_loss(output: CoLT5Output, num_targets: torch.Tensor, z_loss: float)
 def count_target_tokens(batches: list[Batch], device: torch.device) -> torch.Tensor:
     """Valid target tokens of the whole global batch, a float32 scalar on the device, without a host read."""
     count = sum(int(batch["target_mask"].sum()) for batch in batches)
-    return sum_over_ranks(torch.tensor(float(count), device=device))
+    return sum_over_ranks(numbers_on_device([float(count)], torch.float32, device)).squeeze(0)
+
+
+def numbers_on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers of the host as a tensor on the device, without waiting for the device."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _ratio(total: float, count: float) -> float:

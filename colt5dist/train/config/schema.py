@@ -29,6 +29,9 @@ class TrainConfig:
     """Number format of parameters in forward and backward; auto: bf16 on GPUs, fp32 on CPUs. Masters are fp32."""
     activation_checkpointing: Literal["none", "full", "full_keep_routing"] = "none"
     """What is recomputed in the backward pass: nothing, every layer, or every layer but the routers' decisions."""
+    compile: Literal["auto", "layers", "off"] = "auto"
+    """On GPUs, auto: the layers compiled, and at ZeRO stages 1 and 2 forward and backward of a micro-batch in one CUDA
+    graph; layers: compiled layers only; off: neither. On CPUs nothing is compiled."""
     z_loss: float = 1e-4
     """Weight of the squared log-normaliser of the output softmax, added to the training loss."""
     log_every: int = 10
