@@ -134,6 +134,8 @@ def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | No
         if inside:
             return f"{key}: is a section, not a value; set for instance {inside[0]}"
         return f"{key}: no such key; {_did_you_mean(key, known)}"
+    if key == "train.compile" and value is False:
+        value = "off"  # YAML reads the word as false
     try:
         OmegaConf.update(tree, key, value, merge=True, force_add=section in FREE_SECTIONS)
     except OmegaConfBaseException as error:

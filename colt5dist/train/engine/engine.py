@@ -1,5 +1,6 @@
 """The DeepSpeed engine: model, optimizer and ZeRO behind the four calls that the loop makes."""
 
+import gc
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -66,22 +67,25 @@ class Engine:
         if flat_gradients is None:
             flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
         self.gradients: FlatGradients | DeepSpeedGradients
+        self._stream: torch.cuda.Stream | None = None
         if flat_gradients:
             reduce_dtype = torch.bfloat16 if uses_bf16(config, on_gpu) and config.zero.reduce_dtype == "bf16" else None
-            self.gradients = FlatGradients(
-                self.deepspeed,
-                self.stage,
-                clipping=config.optimizer.gradient_clipping,
-                reduce_dtype=reduce_dtype or torch.float32,
-            )
+            self._stream = torch.cuda.Stream(device) if on_gpu else None
+            with torch.cuda.stream(self._stream):
+                self.gradients = FlatGradients(
+                    self.deepspeed,
+                    self.stage,
+                    clipping=config.optimizer.gradient_clipping,
+                    reduce_dtype=reduce_dtype or torch.float32,
+                )
         else:
             self.gradients = DeepSpeedGradients(
                 self.deepspeed, self.stage, clipping=config.optimizer.gradient_clipping, device=device
             )
 
         self._graphs: MicroBatchGraphs | None = None
-        if flat_gradients and on_gpu and config.train.compile == "auto":
-            self._graphs = MicroBatchGraphs(self._pass, self._dropped_pass, device, self.news.append)
+        if self._stream is not None and config.train.compile == "auto":
+            self._graphs = MicroBatchGraphs(self._pass, self._dropped_pass, self._stream, self.news.append)
 
     def _pass(self, batch: Batch, num_targets: torch.Tensor) -> CoLT5Output:
         """Forward and backward of a micro-batch that is on the device."""
@@ -140,7 +144,8 @@ class Engine:
             try:
                 return self._replay(self._graphs, batch, num_targets, collect_routing)
             except Exception as error:  # whatever a compiler or a capture may raise
-                self._fall_back(error, batch, num_targets)
+                failure = error.with_traceback(None)  # whose frames would keep the graph's memory
+            self._fall_back(failure, batch, num_targets)
         on_device = to_device(batch, self.device)
         with record_function("forward"):
             output = self.forward(on_device, collect_routing=collect_routing)
@@ -166,6 +171,7 @@ class Engine:
     def _fall_back(self, error: Exception, batch: Batch, num_targets: torch.Tensor) -> None:
         """Go on without CUDA graphs, or if it is the compiler that fails without compiled layers, and say so."""
         self._graphs = None
+        gc.collect()
         torch.cuda.empty_cache()
         failed, instead = "no CUDA graph could be made", "compiled layers are launched one by one"
         try:

@@ -38,12 +38,13 @@ class MicroBatchGraphs:
         run: forward and backward of a micro-batch on the device, given the global batch's number of targets; adds the
             gradients to memory that stays where it is.
         warm_up: the same, whose gradients go nowhere.
-        device: the GPU.
+        stream: the stream on which passes are captured, and gradients are added.
         say: takes a line for the log about each graph.
     """
 
-    def __init__(self, run: Pass, warm_up: Pass, device: torch.device, say: Callable[[str], None]) -> None:
-        self._run, self._warm_up, self.device, self._say = run, warm_up, device, say
+    def __init__(self, run: Pass, warm_up: Pass, stream: torch.cuda.Stream, say: Callable[[str], None]) -> None:
+        self._run, self._warm_up, self._stream, self._say = run, warm_up, stream, say
+        self.device = device = stream.device
         self._num_targets = torch.ones((), device=device)
         self._graphs: dict[Hashable, _Captured] = {}
         self._pool: Any = None
@@ -73,17 +74,17 @@ class MicroBatchGraphs:
         batch = cast(Batch, {name: tensor.to(self.device) for name, tensor in tensors.items()})
         given = batch if padded else cast(Batch, {**batch, "input_mask": None})
         self._num_targets.copy_(num_targets)
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP_RUNS):
                 self._warm_up(given, self._num_targets)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
         gc.collect()
         torch.cuda.empty_cache()  # what the warm-up left would be kept beside the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # thread_local: the thread that reads ahead may page-lock memory meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = self._run(given, self._num_targets)
         self._pool = graph.pool()
         return _Captured(graph, batch, output)
