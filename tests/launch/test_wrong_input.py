@@ -41,7 +41,40 @@ CASES = {
     "missing config file": (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
     "unknown option": (["--confg", "x.yaml"], "arguments: "),
     "deepspeed owns its batch size": (["deepspeed.train_batch_size=3"], "train.global_batch_size"),
-    "unknown deepspeed section": (["deepspeed.zero_optimisation.stage=3"], "deepspeed.zero_optimisation: "),
+    "unknown deepspeed section": (
+        ["deepspeed.zero_optimisation.stage=3"],
+        "deepspeed.zero_optimisation: is not among the keys that may be given; did you mean zero_optimization?",
+    ),
+    "deepspeed compile": (["deepspeed.compile.deepcompile=true"], "deepspeed.compile: has its own key here; set train."),
+    "deepspeed activation checkpointing": (
+        ["deepspeed.activation_checkpointing.cpu_checkpointing=true"],
+        "deepspeed.activation_checkpointing: has its own key here; set train.activation_checkpointing instead",
+    ),
+    "deepspeed autotuning": (
+        ["deepspeed.autotuning.enabled=true"],
+        "deepspeed.autotuning: DeepSpeed's autotuner does not run here; choose train.micro_batch_size, zero.stage",
+    ),
+    "deepspeed aio": (
+        ["deepspeed.aio.block_size=1048576"],
+        "deepspeed.aio: nothing is offloaded to disk here; set zero.offload=",
+    ),
+    "deepspeed owns a key of ZeRO": (
+        ["deepspeed.zero_optimization.stage=3"],
+        "deepspeed.zero_optimization.stage: has its own key here; set zero.stage instead",
+    ),
+    "key of ZeRO without effect": (
+        ["deepspeed.zero_optimization.elastic_checkpoint=true"],
+        "deepspeed.zero_optimization.elastic_checkpoint: only DeepSpeed's own checkpoints use it",
+    ),
+    "unknown key of ZeRO": (
+        ["deepspeed.zero_optimization.overlap_com=true"],
+        "deepspeed.zero_optimization.overlap_com: is not among the keys that may be given; did you mean "
+        "zero_optimization.overlap_comm?",
+    ),
+    "type of a key of ZeRO": (
+        ["deepspeed.zero_optimization.sub_group_size=many"],
+        "deepspeed.zero_optimization.sub_group_size: 'many' is not of type int",
+    ),
     "profile window": (["profile.steps=[5]"], "profile.steps: "),
     "no minutes": (["checkpoint.every_minutes=0"], "checkpoint.every_minutes: 0.0 is not within a year"),
     "negative retention": (["checkpoint.keep_every=-1"], "checkpoint.keep_every: -1 is negative"),

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from colt5dist.errors import ConfigError
+from colt5dist.train.config.deepspeed_sections import FREE, FREE_ZERO, OWNED, WITHOUT_EFFECT, deepspeed_problems
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage
@@ -70,6 +73,32 @@ def test_the_free_section_is_merged_last(tmp_path: Path) -> None:
     assert derived["zero_optimization"]["overlap_comm"] is False
     assert derived["zero_optimization"]["stage"] == 1
     assert derived["wall_clock_breakdown"] is True
+
+
+def test_every_zero_key_of_deepspeed_is_classified() -> None:
+    """May be given, is set by a key of our own, or has no effect: fails where a new DeepSpeed adds or drops a key."""
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    inner = "zero_optimization."
+    refused = {key.removeprefix(inner) for key in (*OWNED, *WITHOUT_EFFECT) if key.startswith(inner)}
+    assert names - set(FREE_ZERO) - refused == set()
+    assert set(FREE_ZERO) <= names and not set(FREE_ZERO) & refused and not set(FREE) & {*OWNED, *WITHOUT_EFFECT}
+
+
+@pytest.mark.parametrize("key", sorted({*OWNED, *WITHOUT_EFFECT}))
+def test_a_refused_key_of_deepspeed_gets_one_line(key: str) -> None:
+    section: dict[str, object] = {}
+    outer, _, inner = key.partition(".")
+    section[outer] = {inner: 1} if inner else 1
+    (problem,) = deepspeed_problems(section)
+    assert problem.startswith(f"deepspeed.{key}: ") and "\n" not in problem
+
+
+def test_types_of_the_free_section(tmp_path: Path) -> None:
+    """A whole number may be written as 1.0e+9; true is no number."""
+    assert deepspeed_problems({"zero_optimization": {"sub_group_size": 1.0e9}, "gradient_predivide_factor": 2}) == []
+    for section in ({"steps_per_print": True}, {"zero_optimization": 3}, {"zero_optimization": {"overlap_comm": 1}}):
+        (problem,) = deepspeed_problems(section)
+        assert "is not of type" in problem
 
 
 def test_bf16_at_stage_0_runs_as_stage_1(tmp_path: Path) -> None:

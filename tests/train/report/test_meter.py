@@ -41,7 +41,7 @@ def two_steps(own: Meter, clock: Clock) -> None:
             with own.waiting_for_data():
                 clock.now += 0.25
             for _ in range(2):
-                with own.forward():
+                with own.computing():
                     clock.now += 0.125
             clock.now += 0.5
         own.count(MEANS)
