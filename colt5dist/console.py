@@ -1,4 +1,4 @@
-"""Standard output and error that a run outlives: a lost terminal, `| tee` that Ctrl-C ended, a log on a full disk."""
+"""Keeps a run alive when its output cannot be written: a lost terminal, a `tee` ended by Ctrl-C, a full disk."""
 
 import errno
 import io
@@ -8,25 +8,25 @@ import sys
 from typing import Any
 
 WAIT_SECONDS = 1.0
-"""For the reader of a descriptor that does not wait itself."""
+"""How long a write to a full non-blocking descriptor waits for the reader."""
 
 
 class _Outlived(io.FileIO):
-    """A descriptor whose errors stop nobody. Where no reader is left, what follows goes to /dev/null."""
+    """A descriptor whose write errors are not raised. When no reader is left, later output goes to /dev/null."""
 
     failure: OSError | None = None
-    """Why something is lost that a reader may still wait for."""
+    """Why output was lost although a reader may still wait for it; None if none was."""
 
     def write(self, data: Any, /) -> int:
-        """Write, or count it as written."""
+        """Write the data; on an error, report it as written anyway."""
         try:
-            # None where the descriptor is not to wait: whoever shares it may have set that
+            # None where the descriptor is non-blocking, which another process that shares it may have set
             while (written := super().write(data)) is None:
                 if not select.select([], [self], [], WAIT_SECONDS)[1]:
-                    raise BlockingIOError(errno.EAGAIN, "nobody reads it")
+                    raise BlockingIOError(errno.EAGAIN, "no process reads it")
             return written
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # not on a full disk, which may have space again
+            if error.errno in (errno.EPIPE, errno.EIO):  # not for a full disk, which may have space again later
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.fileno())
                 os.close(null)
@@ -36,11 +36,11 @@ class _Outlived(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """From now on a line that cannot be written is lost, and its writer goes on; for a process of its own."""
+    """From now on, lose a line that cannot be written instead of raising an error; for the main script of a process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
-            continue  # somebody captures it
+            continue  # the stream was replaced to capture the output
         raw = _Outlived(stream.fileno(), "w", closefd=False)
         text = io.TextIOWrapper(
             io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True
@@ -49,10 +49,13 @@ def outlive_readers() -> None:
 
 
 def status_of_report() -> int:
-    """The exit status of what only prints: 0, or 1 and one line if a part of it could not be written."""
+    """Return the exit status of a command that only prints: 1, with a line on stderr, if a part was lost, else 0."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if not isinstance(raw, _Outlived) or raw.failure is None:
         return 0
-    print(f"error: standard output cannot be written ({raw.failure.strerror}); a part is lost", file=sys.stderr)
+    print(
+        f"error: standard output cannot be written ({raw.failure.strerror}); a part of the output is lost",
+        file=sys.stderr,
+    )
     return 1

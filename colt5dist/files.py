@@ -1,4 +1,4 @@
-"""Whole files only: temporary name, fsync, rename; a lock between processes; and where the cache lies."""
+"""Files that are complete or absent (temporary name, fsync, rename), locks between processes, and the cache folder."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where colt5dist keeps what it can make again."""
+    """Return the folder where colt5dist keeps files that it can make again."""
     if cache := os.environ.get("COLT5DIST_CACHE"):
         return Path(cache).absolute()
     if cache := os.environ.get("XDG_CACHE_HOME"):
@@ -18,7 +18,7 @@ def cache_folder() -> Path:
 
 
 def fsync_path(path: Path) -> None:
-    """Bring a file's bytes, or a folder's entries, to the disk."""
+    """Flush a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,7 +27,7 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Bring all files and folders below `folder` to the disk."""
+    """Flush `folder` and all files and folders below it to disk."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             fsync_path(Path(parent, name))
@@ -35,11 +35,11 @@ def fsync_tree(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:
-    """Write a file so that its name never stands for a part of the content.
+    """Write a file so that its name never refers to a part of the content.
 
     Args:
-        path: of the file; what lies there is replaced.
-        content: of the file.
+        path: path of the file; an existing file is replaced.
+        content: content of the file.
         writer: name of the process, where several may write the file at the same time.
     """
     temporary = path.with_name(f"{path.name}{writer and f'.{writer}'}.tmp")
@@ -52,15 +52,18 @@ def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:
 
 
 def lock_for_life(path: Path) -> bool:
-    """Lock the file `path` until this process ends, on all hosts that share it; its children do not inherit the lock.
+    """Lock a file until this process ends, on all hosts that share the file; its children do not inherit the lock.
+
+    Args:
+        path: path of the file, which is created where it is missing.
 
     Returns:
         Whether it is locked; False where the file system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would end the lock
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing would release the lock
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -72,10 +75,14 @@ def lock_for_life(path: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which is made where it is missing and stays.
+    """Hold an exclusive lock on a file while the block runs.
+
+    Args:
+        path: path of the file. It is created where it is missing and is not removed.
+        wait: wait for a process that holds the lock, instead of raising.
 
     Raises:
-        BlockingIOError: another process holds it and `wait` is False, or has just removed the file.
+        BlockingIOError: another process holds the lock and `wait` is False, or has just removed the file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -88,7 +95,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _is_file_of(path: Path, descriptor: int) -> bool:
-    """Whether a name still is that of an open file."""
+    """Whether `path` is still the name of the open file."""
     try:
         return path.stat().st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:

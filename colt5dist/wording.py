@@ -1,6 +1,12 @@
-"""Numbers in sentences."""
+"""Singular and plural in messages."""
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 device`, `2 devices`; `plural` where that is not the noun and an s."""
+    """Return a number with its noun: `1 device`, `2 devices`.
+
+    Args:
+        number: the number; thousands are separated by commas.
+        noun: the singular.
+        plural: the plural; None adds an s to the singular.
+    """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -1,8 +1,8 @@
 """Make shards from text: `python launch/prepare.py --input 'docs/**/*.jsonl.gz' --output shards`.
 
-Can be stopped at any moment and started again with the same command.
+It can be stopped at any moment; the same command resumes.
 
-`prepare.py verify SHARDS` reads everything and names what is damaged; `prepare.py info SHARDS` says what is inside;
+`prepare.py verify SHARDS` reads everything and reports damage; `prepare.py info SHARDS` prints what the shards hold;
 `prepare.py show SHARDS --config FILE --sample N` shows a sample as the model sees it. Each has its own `--help`.
 """
 
@@ -21,14 +21,14 @@ from colt5dist.wording import count
 
 
 def run_prepare(arguments: list[str]) -> int:
-    """Prepare the shards and say what they hold."""
+    """Make the shards and print what they hold."""
     config, histogram = settings.parse_prepare(arguments, __doc__)
     check_plot(histogram)
     try:
         with progress() as report:
             prepared = prepare(config, report)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on with {config.output}", file=sys.stderr)
+        print(f"stopped; the same command resumes {config.output}", file=sys.stderr)
         return 130
     print("\n".join(summary_lines(prepared.manifest, prepared.validation, prepared.problems)))
     if histogram:
@@ -38,20 +38,20 @@ def run_prepare(arguments: list[str]) -> int:
 
 
 def run_verify(arguments: list[str]) -> int:
-    """Name what is damaged: status 1 if anything is."""
+    """Report damage: status 1 if there is any."""
     options = settings.parse_verify(arguments)
     verified = verify(options.shards, workers=options.workers)
     for line in verified.damage:
         print(f"damaged: {line}")
     for line in verified.notes:
         print(f"note: {line}")
-    state = "damaged" if verified.damage else "whole"
+    state = "damaged" if verified.damage else "undamaged"
     print(f"{count(verified.num_files, 'file')}, {count(verified.num_bytes, 'byte')}: {state}")
     return 1 if verified.damage else status_of_report()
 
 
 def run_info(arguments: list[str]) -> int:
-    """Say what is inside."""
+    """Print what the shards hold."""
     options = settings.parse_info(arguments)
     check_plot(options.histogram)
     opened = shards.open_shards(options.shards)
@@ -63,7 +63,7 @@ def run_info(arguments: list[str]) -> int:
 
 def run_show(arguments: list[str]) -> int:
     """Show one sample."""
-    from colt5dist.train.report.show_sample import show_sample  # late: it needs the trainer's configuration
+    from colt5dist.train.report.show_sample import show_sample  # imported here: it needs the trainer's configuration
 
     options = settings.parse_show(arguments)
     colour = sys.stdout.isatty() if options.colour == "auto" else options.colour == "always"
@@ -77,9 +77,9 @@ VERBS = {"verify": run_verify, "info": run_info, "show": run_show}
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the first argument names, or prepare; the exit status."""
+    """Run the command that the first argument names, or prepare; return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder name may not be valid UTF-8
     try:
         if arguments and arguments[0] in VERBS:
             return VERBS[arguments[0]](arguments[1:])

@@ -1,9 +1,11 @@
-"""The measured tables, a module each with a `main(arguments)`: what `launch/benchmark.py NAME` runs.
+"""The benchmarks that `launch/benchmark.py NAME` runs: one module each, with a function `main(arguments)`.
 
-Here is what they share: how a call is timed, how far its numbers may be off, and how a table is reported.
+This file holds what they share: how a call is timed, how large its error may be, and how a table is printed. The first
+line of a module's docstring is its line in `launch/benchmark.py --help`.
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,22 +15,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from colt5dist.errors import ConfigError
+
 MAX_ERROR = 0.02
-"""Relative error of a bf16 result beyond which it is called wrong, and no time is reported."""
+"""Largest relative error of a bf16 result. A result with a larger error is called wrong, and no time is reported."""
 SLEEP_CYCLES = 50_000_000
-"""A pause of the GPU, some 25 ms, in which the host queues the calls that are then timed without waiting for it."""
+"""Clock cycles of a pause of the GPU, about 25 ms, in which the host queues the calls that are then timed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what ran on which shape, its relative error, and the medians in milliseconds, None where
-    the error is too large."""
+    """One line of a table."""
 
     name: str
+    """What ran."""
     shape: str
+    """Shape of its input."""
     error: float
+    """Relative error of its result."""
     wall_ms: float | None
+    """Median wall-clock time in milliseconds; None where the error is too large."""
     gpu_ms: float | None
+    """Median GPU time in milliseconds; None where the error is too large, or on a CPU."""
 
     @property
     def times(self) -> tuple[float | None, float | None]:
@@ -36,8 +44,32 @@ class Row:
         return self.wall_ms, self.gpu_ms
 
 
+def require_gpu(benchmark: str) -> None:
+    """Check that Triton kernels can run: on a GPU, or in Triton's interpreter for a trial.
+
+    Args:
+        benchmark: name of the benchmark, for the message.
+
+    Raises:
+        ConfigError: there is no GPU, and TRITON_INTERPRET=1 is not set.
+    """
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"benchmark {benchmark}: needs a GPU, and PyTorch finds none; run it on a machine with a GPU (for a slow "
+            "trial on small shapes without one, set TRITON_INTERPRET=1)"
+        )
+
+
 def measure(name: str, shape: str, call: Callable[[], Sequence[Tensor]], error: float, repeats: int) -> Row:
-    """Time `call`, unless its relative error is too large."""
+    """Time a call, unless its relative error is too large.
+
+    Args:
+        name: what runs.
+        shape: shape of its input, for the table.
+        call: what is timed.
+        error: relative error of its result.
+        repeats: number of measurements, of which the median is taken.
+    """
     if not error <= MAX_ERROR:
         return Row(name, shape, error, None, None)
     on_gpu = call()[0].is_cuda
@@ -46,10 +78,14 @@ def measure(name: str, shape: str, call: Callable[[], Sequence[Tensor]], error: 
 
 
 def median_milliseconds(call: Callable[[], object], repeats: int, *, queued: int, on_gpu: bool) -> float:
-    """Median time of one call, by CUDA events on a GPU.
+    """Return the median time of one call in milliseconds, by CUDA events on a GPU.
 
-    queued 1: from an idle device, so that the host's own time counts. More: that many calls are queued behind a pause
-    of the device, and it is its work alone that is measured.
+    Args:
+        call: what is timed.
+        repeats: number of measurements.
+        queued: 1 starts from an idle GPU, so that the host's own time counts. More: that many calls are queued while
+            the GPU pauses, so that only the GPU's work is measured.
+        on_gpu: whether the call runs on a GPU.
     """
     for _ in range(3):
         call()
@@ -74,11 +110,18 @@ def median_milliseconds(call: Callable[[], object], repeats: int, *, queued: int
 
 
 def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor], share: float = 0.98) -> float:
-    """The largest over the tensors (..., dim) of |actual - expected| / |expected| in the row than which that share of
-    the rows is not worse; infinite where a number is not finite.
+    """Return the relative error |actual - expected| / |expected| of the rows, as a quantile over the rows.
 
-    Not of the worst row: where 16-bit rounding lets a routing decision fall the other way, a token differs in earnest.
-    A wrong branch shows, though it be one of a sixteenth of the tokens.
+    The worst rows are left out on purpose: where 16-bit rounding reverses a routing decision, a token's result really
+    differs. An error in a whole branch still shows, even if the branch processes only a sixteenth of the tokens.
+
+    Args:
+        actual: tensors (..., dim) to check; a row is the last dimension.
+        expected: tensors of the same shapes.
+        share: the quantile: this share of the rows has at most the returned error.
+
+    Returns:
+        The largest of the quantiles of all tensors; infinite where a number is not finite.
     """
     worst = 0.0
     for here, there in zip(actual, expected, strict=True):
@@ -90,7 +133,7 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor], share: 
 
 
 def device_line() -> str:
-    """The device and the versions, as a figure has to name them."""
+    """Return the device, the versions and the date, which every published figure names."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     try:
         import triton
@@ -102,8 +145,16 @@ def device_line() -> str:
 
 
 def report(title: str, measurements: Iterable[Row], output: Path | None) -> int:
-    """Print the table, each line when it is measured, and write it to the folder `output` as JSON and a plot; 1 if a
-    result was wrong, else 0."""
+    """Print a table, each line as soon as it is measured, and write it to a folder.
+
+    Args:
+        title: what was measured.
+        measurements: the lines.
+        output: folder for results.json and results.png; None writes nothing.
+
+    Returns:
+        The exit status: 1 if a result was wrong, else 0.
+    """
     print(f"{title}\n{device_line()}\n")
     print(f"{'':40} {'shape':>14} {'ms (wall)':>10} {'ms (GPU)':>10} {'error':>9}", flush=True)
     rows = []
@@ -122,7 +173,7 @@ def report(title: str, measurements: Iterable[Row], output: Path | None) -> int:
 
 
 def plot_bars(title: str, names: Sequence[str], values: Sequence[float], unit: str, path: Path) -> None:
-    """Write a bar for each value to `path`; without matplotlib, say that there is no plot."""
+    """Draw one bar per value to the PNG file `path`; without matplotlib, print that there is no plot."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

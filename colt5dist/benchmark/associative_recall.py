@@ -1,15 +1,17 @@
-"""Associative recall beyond the window: does causal routing find what matters, at the budget of its controls?
+"""Whether causal routing learns to recall pairs of key and value beyond the attention window, with three controls.
 
-A sequence is filler, with `pairs` adjacent (key, value) tokens hidden in its first half and one question a pair in its
-last quarter: the key again, after which the value is to be told. Light attention cannot reach back to the pairs; heavy
-attention can, if the pairs were admitted as keys/values and the questions as queries. A token's vector is the sum of
-its own and one of the token before it, so that no layer is spent on learning which tokens are adjacent. One figure a
-variant: the cross-entropy of the values on fresh sequences, in nats; log(values) is what guessing has.
+A sequence is filler with `pairs` adjacent (key, value) tokens hidden in its first half, and one question per pair in
+its last quarter: the key again, after which the model must predict the value. Light attention cannot reach back to the
+pairs. Heavy attention can, if the pairs were admitted as keys/values and the questions as queries. A token's vector is
+the sum of its own embedding and a second embedding of the token before it, so that no layer is needed to learn which
+tokens are adjacent. The result is one figure per variant: the cross-entropy of the values on fresh sequences, in nats.
+Guessing has log(values).
 
     causal     routing="causal", learned
-    window     routing="window", the seed's: not causal, queries are chosen with a look at the whole window
-    random     routing="causal", tokens admitted at random, the same number
-    local      light attention only: the heavy branch's output is cut off
+    window     routing="window", as in colt5-attention: not causal, since the whole window decides which tokens are
+               queries
+    random     routing="causal", with the same number of tokens admitted at random
+    local      light attention only, without the heavy branch's output
 """
 
 import argparse
@@ -33,14 +35,19 @@ FILLER_TOKENS = 16
 
 
 def sequences(options: argparse.Namespace, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (b, n) int64, positions of the questions (b, pairs), and the values that follow (b, pairs).
+    """Return one batch of random sequences.
 
-    Keys are 0 .. keys - 1, values follow them, then filler. Pairs lie in the first half, questions in the last quarter.
+    Keys have the ids 0 to keys - 1, then come the values, then the filler. Pairs are in the first half of a sequence,
+    questions in the last quarter.
+
+    Returns:
+        Tokens (batch, length) int64, positions of the questions (batch, pairs), and the values (batch, pairs) that
+        follow them, from 0.
     """
     b, n, pairs = options.batch, options.length, options.pairs
 
     def places(first: int, last: int) -> Tensor:
-        """Even positions in first .. last - 1, no two alike, in random order."""
+        """Distinct even positions in first to last - 1, in random order."""
         return first + 2 * torch.rand(b, (last - first) // 2, generator=generator).argsort(dim=1)[:, :pairs]
 
     first_value = options.keys
@@ -56,7 +63,12 @@ def sequences(options: argparse.Namespace, generator: torch.Generator) -> tuple[
 
 
 class Layer(nn.Module):
-    """x + attention, then + feed-forward."""
+    """A pre-norm layer: attention, then feed-forward, each added to its input.
+
+    Args:
+        options: the benchmark's options.
+        variant: one of VARIANTS.
+    """
 
     def __init__(self, options: argparse.Namespace, variant: str) -> None:
         super().__init__()
@@ -84,7 +96,7 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(options.dim, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, n, dim) -> (b, n, dim)."""
+        """Map x (batch, length, dim) to (batch, length, dim)."""
         if self.variant == "local":
             attention = self.attention
             normed = attention.norm(x)
@@ -96,7 +108,12 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens (b, n) -> logits of the values (b, n, values)."""
+    """A small causal model that predicts values.
+
+    Args:
+        options: the benchmark's options.
+        variant: one of VARIANTS.
+    """
 
     def __init__(self, options: argparse.Namespace, variant: str) -> None:
         super().__init__()
@@ -108,20 +125,20 @@ class Model(nn.Module):
         self.head = Linear(options.dim, options.values)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """-> (b, n, values)."""
+        """Map tokens (batch, length) to logits of the values (batch, length, values)."""
         x = self.embedding(tokens) + F.pad(self.embedding_before(tokens[:, :-1]), (0, 0, 1, 0))
         return self.head(self.norm(self.layers(x)))
 
 
 def loss_of(model: Model, options: argparse.Namespace, generator: torch.Generator) -> Tensor:
-    """Cross-entropy of the values after the questions of one batch of fresh sequences."""
+    """Return the cross-entropy of the values after the questions, on one batch of fresh sequences."""
     tokens, asked, values = (t.to(options.device) for t in sequences(options, generator))
     logits = model(tokens).gather(1, asked.unsqueeze(-1).expand(-1, -1, options.values))
     return F.cross_entropy(logits.flatten(0, 1).float(), values.flatten())
 
 
 def train(options: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """Train one variant from the same start on the same sequences, and measure it on others."""
+    """Train one variant and measure it on other sequences; every variant has the same start and the same sequences."""
     torch.manual_seed(options.seed)
     model = Model(options, variant).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -144,7 +161,7 @@ def train(options: argparse.Namespace, variant: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Train the variants and print a line for each; the exit status."""
+    """Train the variants, print a line for each, and return the exit status."""
     parser = argparse.ArgumentParser(prog="associative_recall", description=__doc__.splitlines()[0] if __doc__ else "")
     for name, default, text in (
         ("length", 128, "tokens of a sequence, a multiple of 8"),
@@ -153,18 +170,18 @@ def main(arguments: list[str]) -> int:
         ("keys", 16, "different keys"),
         ("values", 8, "different values"),
         ("queries", 2, "routed queries of a window"),
-        ("admitted", 2, "keys/values of a window that are admitted in the mean"),
-        ("memory", 32, "keys/values that a window sees"),
+        ("admitted", 2, "keys/values that are admitted per window, on average"),
+        ("memory", 32, "admitted keys/values that a window sees"),
         ("dim", 48, "width, a multiple of 8"),
         ("layers", 1, "layers"),
-        ("batch", 32, "sequences a step"),
+        ("batch", 32, "sequences per step"),
         ("steps", 1000, "steps"),
-        ("seed", 0, "of weights and sequences"),
+        ("seed", 0, "random seed of weights and sequences"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of AdamW (0.005)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="which, with commas between")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args(arguments)
     variants = options.variants.split(",")

@@ -1,9 +1,9 @@
-"""Benchmark `checkpoint`: how long training stands still for a save, and how long a start takes to read it back.
+"""How long a save blocks training, and how long a start takes to read the checkpoint back.
 
 `torchrun --nproc-per-node N launch/benchmark.py checkpoint [key=value ...]`, or `python` for one process. For each ZeRO
-stage: the model of the configuration with random moments, saved in the foreground and beside training (each the first
-time and again; the first in the background also takes its host memory), then compared with its hashes and loaded. The
-file system decides much: `--folder` names the one that a run would write to.
+stage, the model of the configuration with random optimizer moments is saved in the foreground and in the background
+(twice each; the first save in the background also allocates its host memory), then compared with its hashes and
+loaded. The file system matters much: with `--folder`, name a folder on the one that a run would write to.
 """
 
 import argparse
@@ -30,18 +30,29 @@ from colt5dist.train.ranks import (
     initialise_process_group,
     ranks_from_environment,
 )
+from colt5dist.wording import count
 
 Figures = dict[str, float]
 
 
 def measure_stage(config: RunConfig, folder: Path, device: torch.device, say: Callable[[str], None]) -> Figures:
-    """Seconds of each part at the ZeRO stage of the configuration; the slowest rank's."""
+    """Measure each part at the ZeRO stage of the configuration.
+
+    Args:
+        config: whose model is saved.
+        folder: where the checkpoints are written.
+        device: device of this rank.
+        say: prints a line on rank 0.
+
+    Returns:
+        Seconds per part, of the slowest rank, and the size of the checkpoint under "bytes".
+    """
     ranks = ranks_from_environment()
     engine = Engine(config, ranks.world_size, device)
     shapes = {(name, key): s for name, s in parameter_shapes(config).items() for key in ("exp_avg", "exp_avg_sq")}
     create_optimizer_state(engine, 1, shapes)
     for fragment in owned_fragments(engine):
-        if fragment.key != WEIGHT:  # zeros could be packed by the file system
+        if fragment.key != WEIGHT:  # a file system could compress zeros
             fragment.tensor.normal_().abs_()
     figures: Figures = {}
 
@@ -60,9 +71,9 @@ def measure_stage(config: RunConfig, folder: Path, device: torch.device, say: Ca
         saver = Saver(folder, engine, settings, run_id="benchmark", say=lambda line: None)
         for time_name in ("first", "again"):
             state.step += 1
-            measure(f"{kind}, {time_name}: training stands still", lambda: saver.save(state))  # noqa: B023
+            measure(f"{kind}, {time_name}: training waits", lambda: saver.save(state))  # noqa: B023
             if asynchronous:
-                measure(f"{kind}, {time_name}: until it is whole", saver.finish)
+                measure(f"{kind}, {time_name}: until it is complete", saver.finish)
     newest = step_folder(folder, state.step)
     figures["bytes"] = float(read_complete(newest).num_bytes)
 
@@ -77,17 +88,17 @@ def measure_stage(config: RunConfig, folder: Path, device: torch.device, say: Ca
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print a table of seconds, and write the figures as JSON where `--output` says; the exit status."""
+    """Print a table of seconds and, with `--output`, write the figures as JSON; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="benchmark.py checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    parser.add_argument("--config", default="configs/base.yaml", help="whose model is saved (default: base.yaml)")
+    parser.add_argument("--config", default="configs/base.yaml", help="its model is saved (default: %(default)s)")
     parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[1], help="ZeRO stages (default: 1)")
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/benchmark"), help="where to write; emptied at the end"
+        "--folder", type=Path, default=Path("runs/benchmark"), help="folder for the checkpoints; emptied at the end"
     )
-    parser.add_argument("--output", type=Path, metavar="JSON", help="write the figures there")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
     options = parser.parse_args(arguments)
     ranks = ranks_from_environment()
     device = initialise_process_group(ranks, 10)
@@ -96,7 +107,7 @@ def main(arguments: list[str]) -> int:
         if ranks.is_first:
             print(line, flush=True)
 
-    say(f"{device_line()}, {ranks.world_size} processes; seconds")
+    say(f"{device_line()}, {count(ranks.world_size, 'process', 'processes')}; seconds")
     results: dict[str, object] = {"device": device_line(), "world_size": ranks.world_size, "config": options.config}
     for stage in options.stages:
         config = load_config(options.config, [*options.settings, f"zero.stage={stage}"])

@@ -1,8 +1,8 @@
-"""Benchmark `data`: what the data room does in a second, beside the tokenizer alone and webdataset's own loader.
+"""Speed, memory and exactness of the data pipeline, compared with the tokenizer alone and webdataset's own loader.
 
-`python launch/benchmark.py data [PART ...]`; parts: read, plan, shuffle, prepare, memory, masks, order, epoch; without
-any, all. Each makes its own data in a temporary folder. What one process does is measured in the time of its own core,
-so that other work on the machine disturbs it less; the loader and `prepare` with workers in time on the wall.
+`python launch/benchmark.py data [PART ...]`; the parts are read, plan, shuffle, prepare, memory, masks, order, epoch
+(default: all). Each part makes its own data in a temporary folder. Work of one process is measured in CPU time, so that
+other work on the machine disturbs it less; the loader, and `prepare` with workers, in wall-clock time.
 """
 
 import argparse
@@ -30,21 +30,21 @@ import numpy as np
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import MIXTURES, lengths_of_mixture
 from colt5dist.data.order.objectives import Objective, sample_lengths, span_counts
-from colt5dist.data.order.philox import Stream, random_bits
 from colt5dist.data.order.plan import Plan
+from colt5dist.data.order.random_numbers import Stream, random_bits
 from colt5dist.data.prepare.documents import read_items
-from colt5dist.data.prepare.encoding import Document
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.prepare.tokenize_texts import Document
 from colt5dist.data.prepare.train_tokenizer import train_tokenizer
 from colt5dist.data.read.batch import make_batch
 from colt5dist.data.read.denoise import denoise
 from colt5dist.data.read.loader import training_batches
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import TokenReader
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.data.standard_library import make_documents, read_sources
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer
 
@@ -54,7 +54,14 @@ INPUT_LENGTH, TARGET_LENGTH = 4096, 910
 
 
 def synthetic_shards(folder: Path, num_tokens: int, *, mean_length: float, seed: int = 0) -> ShardSet:
-    """Documents of random ids, whose lengths are log-normal, as those of real corpora about are."""
+    """Write and open shards of random ids, with log-normal document lengths, much like those of real corpora.
+
+    Args:
+        folder: folder to be made.
+        num_tokens: tokens in all.
+        mean_length: mean tokens per document.
+        seed: random seed.
+    """
     rng = np.random.default_rng(seed)
     writer = CorpusWriter(folder, ByteTokenizer(), validation_fraction=1e-3, shard_bytes=1 << 28)
     left = num_tokens
@@ -68,7 +75,7 @@ def synthetic_shards(folder: Path, num_tokens: int, *, mean_length: float, seed:
 
 
 def measure_read(folder: Path, scale: float) -> Figures:
-    """Tokens a second: out of the shards, as samples, as batches of the loader; and webdataset's own loader."""
+    """Tokens per second read from shards, as samples, as batches of the loader, and by webdataset's own loader."""
     import webdataset
 
     shards = synthetic_shards(folder / "read", int(60e6 * scale), mean_length=4000)
@@ -114,16 +121,16 @@ def measure_read(folder: Path, scale: float) -> Figures:
     reader = TokenReader(shards, cache_bytes=1 << 24)
     ends = shards.index.document_ends[:4000].tolist()
     documents = [reader.read(start, stop).tobytes() for start, stop in pairwise([0, *ends])]
-    figures["webdataset's own loader, a document a member, tokens/s"] = _webdataset_documents(folder, documents)
+    figures["webdataset's own loader, one document per member, tokens/s"] = _webdataset_documents(folder, documents)
     if find_spec("streaming"):
-        figures["mosaicml-streaming, a document a sample, tokens/s"] = _streaming_documents(folder, documents)
+        figures["mosaicml-streaming, one document per sample, tokens/s"] = _streaming_documents(folder, documents)
     else:
         print("no figure of mosaicml-streaming, which is not installed", file=sys.stderr)
     return figures
 
 
 def _webdataset_documents(folder: Path, documents: list[bytes]) -> float:
-    """Tokens a second of documents as people usually store them: one a member."""
+    """Tokens per second of documents in the usual form: one per tar member."""
     import webdataset
 
     path = folder / "documents.tar"
@@ -138,7 +145,7 @@ def _webdataset_documents(folder: Path, documents: list[bytes]) -> float:
 
 
 def _streaming_documents(folder: Path, documents: list[bytes]) -> float:
-    """Tokens a second of the same documents out of mosaicml-streaming's format, in its shuffled order."""
+    """Tokens per second of the same documents in mosaicml-streaming's format, in its shuffled order."""
     from streaming import MDSWriter, StreamingDataset
 
     with MDSWriter(out=str(folder / "mds"), columns={"tokens": "bytes"}) as writer:
@@ -151,7 +158,7 @@ def _streaming_documents(folder: Path, documents: list[bytes]) -> float:
 
 
 def measure_plan(folder: Path, scale: float) -> Figures:
-    """Memory of the plan of 10,000,000 documents, and seconds from nothing to any sample of the run."""
+    """Memory of the plan of 10,000,000 documents, and seconds from a fresh start to any sample of the run."""
     num_documents = int(10_000_000 * scale)
     rng = np.random.default_rng(0)
     path = folder / "documents.bin"
@@ -165,7 +172,7 @@ def measure_plan(folder: Path, scale: float) -> Figures:
     begin = time.perf_counter()
     for number in range(1000):
         plan.sample(10_000_000 * number)
-    figures["a sample anywhere, seconds"] = (time.perf_counter() - begin) / 1000
+    figures["find a sample anywhere in the run, seconds"] = (time.perf_counter() - begin) / 1000
     tracemalloc.start()
     plan = Plan(ends, raw_lengths, seed=0)
     for number in range(100):
@@ -182,7 +189,7 @@ def _anonymous_bytes() -> int:
 
 
 def measure_shuffle(folder: Path, scale: float) -> Figures:
-    """How far apart in the set the texts of neighbours in the order lie, where a perfect shuffle has 1/3."""
+    """Quality of the shuffle: how far apart in the set the texts of neighbouring samples are (perfect shuffle: 1/3)."""
     rng = np.random.default_rng(0)
     ends = np.cumsum(np.maximum(rng.lognormal(np.log(3000), 1.0, int(400_000 * scale)), 1).astype(np.int64))
     raw_lengths = [length.raw_tokens for length in lengths_of_mixture("colt5", INPUT_LENGTH, TARGET_LENGTH)]
@@ -203,7 +210,7 @@ def measure_shuffle(folder: Path, scale: float) -> Figures:
 
 
 def measure_prepare(folder: Path, scale: float) -> Figures:
-    """Tokens a second of prepare with a 32,000-piece tokenizer, and of that tokenizer alone on the same texts."""
+    """Tokens per second of prepare with a 32,000-piece tokenizer, and of that tokenizer alone on the same texts."""
     texts = list(make_documents(read_sources()))[: max(5, int(150 * scale))]
     (folder / "text").mkdir()
     with open(folder / "text/a.jsonl", "w") as file:
@@ -215,7 +222,7 @@ def measure_prepare(folder: Path, scale: float) -> Figures:
     tokens = 0
 
     def tokenizer_alone() -> float:
-        """Tokens a CPU second; with a new one, as those of prepare are."""
+        """Tokens per CPU second of a new tokenizer, since prepare also makes a new one."""
         nonlocal tokens
         tokenizer = JsonTokenizer(folder / "tokenizer.json")
         begin = time.process_time()
@@ -234,12 +241,12 @@ def measure_prepare(folder: Path, scale: float) -> Figures:
         begin, cpu = time.perf_counter(), _cpu_seconds()
         prepare(settings)
         rate = tokens / (_cpu_seconds() - cpu)
-        figures[f"prepare, workers={workers}, tokens a second"] = tokens / (time.perf_counter() - begin)
-        figures[f"prepare, workers={workers}, tokens a CPU second"] = rate
-        # beside the one before and the one after: the speed of a shared machine changes
+        figures[f"prepare, workers={workers}, tokens per second"] = tokens / (time.perf_counter() - begin)
+        figures[f"prepare, workers={workers}, tokens per CPU second"] = rate
+        # relative to the measurements before and after it: the speed of a shared machine changes
         alone.append(tokenizer_alone())
-        figures[f"prepare, workers={workers}, share of the tokenizer alone"] = rate / (sum(alone[-2:]) / 2)
-    figures["tokenizer alone, tokens a CPU second"] = sum(alone) / len(alone)
+        figures[f"prepare, workers={workers}, share of the speed of the tokenizer alone"] = rate / (sum(alone[-2:]) / 2)
+    figures["tokenizer alone, tokens per CPU second"] = sum(alone) / len(alone)
     begin = time.perf_counter()
     size = sum(len(item.text or "") for file in files for item in read_items(file, text_key="text"))
     figures["reading the jsonl, characters/s"] = size / (time.perf_counter() - begin)
@@ -268,7 +275,7 @@ def measure_memory(folder: Path, scale: float) -> Figures:
 
 
 def measure_masks(folder: Path, scale: float) -> Figures:
-    """100,000 random cases of denoising that must give the text back, and the chi-square of masks of short texts."""
+    """Denoise 100,000 random cases, from which the text must be recovered; chi-square of the masks of short texts."""
     rng = np.random.default_rng(0)
     objectives = [objective for group in MIXTURES.values() for objective in group]
     cases = int(100_000 * scale)
@@ -288,8 +295,8 @@ def measure_masks(folder: Path, scale: float) -> Figures:
         if not np.array_equal(text, tokens[len(tokens) - len(text) :]) or (
             len(text) < len(tokens) and (objective.mean_span is not None or objective.is_next_token)
         ):
-            raise AssertionError(f"{objective} does not give the text back: case {number}")
-    figures = {"cases that give the text back": float(cases)}
+            raise AssertionError(f"the text cannot be recovered from {objective}: case {number}")
+    figures = {"cases from which the text is recovered": float(cases)}
     objective = Objective("spans", 0.3, 2)
     noise, spans = span_counts(14, objective, 100)
     kinds = comb(noise - 1, spans - 1) * comb(14 - noise - 1, spans - 1)
@@ -302,14 +309,14 @@ def measure_masks(folder: Path, scale: float) -> Figures:
         counts[targets.tobytes()] += 1
     expected = draws / kinds
     square = sum((count - expected) ** 2 / expected for count in counts.values()) + expected * (kinds - len(counts))
-    figures[f"masks, chi-square less its mean, in standard deviations ({kinds} masks)"] = (square - (kinds - 1)) / (
+    figures[f"masks, chi-square minus its mean, in standard deviations ({kinds} masks)"] = (square - (kinds - 1)) / (
         2 * (kinds - 1)
     ) ** 0.5
     return figures
 
 
 def _reassemble(objective: Objective, inputs: np.ndarray, targets: np.ndarray, first_sentinel: int) -> np.ndarray:
-    """The text that inputs and targets were made of."""
+    """The text that inputs and targets were made from."""
     if objective.is_next_token:
         return targets
     body, written = inputs[objective.mode is not None : -1], targets[:-1]
@@ -324,9 +331,10 @@ def _reassemble(objective: Objective, inputs: np.ndarray, targets: np.ndarray, f
 
 
 def measure_order(folder: Path, scale: float) -> Figures:
-    """Cuts of a run of 2000 steps that give the same samples in the same order; the last is killed at ten steps.
+    """Check that a run of 2000 steps has the same samples in the same order however it is divided.
 
-    All world sizes of 1, 2, 4 and 8 with all numbers of workers of 0, 1 and 3, each with an accumulation of 1, 2 or 4.
+    World sizes 1, 2, 4 and 8 are combined with 0, 1 and 3 workers, each with an accumulation of 1, 2 or 4. A last run
+    is killed at ten steps.
     """
     shards = synthetic_shards(folder / "order", 2_000_000, mean_length=800)
     steps = max(20, int(2000 * scale))
@@ -352,8 +360,12 @@ def measure_order(folder: Path, scale: float) -> Figures:
     found[0, 0, 0] = digest.hexdigest()
     print(f"order: killed after steps {bounds[1:-1]}: {digest.hexdigest()[:12]}", file=sys.stderr)
     if len(set(found.values())) != 1:
-        raise AssertionError(f"the order depends on how the run is cut: {found}")
-    return {"cuts with one order and one content": float(len(found)), "steps": float(steps), "kills": float(len(kills))}
+        raise AssertionError(f"the order depends on how the run is divided: {found}")
+    return {
+        "divisions with the same order and content": float(len(found)),
+        "steps": float(steps),
+        "kills": float(len(kills)),
+    }
 
 
 ORDER_BATCH = 32
@@ -362,7 +374,7 @@ ORDER_BATCH = 32
 def _steps(
     shards: ShardSet, first: int, stop: int, world_size: int, workers: int, accumulation: int
 ) -> Iterator[bytes]:
-    """Numbers and ids of each step's samples, in the order in which the ranks have them."""
+    """Sample numbers and token ids of each step, in the order of the global batch."""
     config = DataConfig(input_length=64, target_length=32, num_workers=workers)
     ranks = [
         training_batches(
@@ -381,7 +393,7 @@ def _steps(
         step = [next(rank) for rank in ranks]
         assert all(len(batches) == accumulation for batches in step), "another accumulation"
         columns = [
-            # (samples a rank, ranks, ids): rank r has samples r, r + world size, ...
+            # (samples per rank, ranks, ids): the global batch, see data/order/batch_layout.py
             np.stack([np.concatenate([batch[name].numpy() for batch in batches]) for batches in step], axis=1)
             for name in ("sample_index", "input_ids", "target_ids")
         ]
@@ -391,7 +403,7 @@ def _steps(
 
 
 def _read_and_kill(shards: ShardSet, first: int, stop: int, cut: tuple[int, int, int], digest: Any) -> None:
-    """Take steps first..stop-1 from a process that would go on, and kill it and its readers."""
+    """Take steps first..stop-1 from a process that would read without end, then kill it and its readers."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -402,7 +414,7 @@ def _read_and_kill(shards: ShardSet, first: int, stop: int, cut: tuple[int, int,
 
     process = context.Process(target=run)
     process.start()
-    sender.close()  # so that an end of the process ends the reading
+    sender.close()  # so that reading ends when the process does
     for _ in range(first, stop):
         digest.update(receiver.recv_bytes())
     assert process.pid is not None
@@ -411,7 +423,7 @@ def _read_and_kill(shards: ShardSet, first: int, stop: int, cut: tuple[int, int,
 
 
 def measure_epoch(folder: Path, scale: float) -> Figures:
-    """How often an epoch over 10,000 documents shows each token: in the plan, and in the rows of a causal run."""
+    """How often an epoch over 10,000 documents shows each token: in the plan, and in the rows of causal samples."""
     rng = np.random.default_rng(0)
     writer = CorpusWriter(folder / "epoch", ByteTokenizer(), validation_fraction=1e-3)
     for length in np.maximum(rng.lognormal(np.log(2000) - 0.5, 1.0, int(10_010 * scale)), 1).astype(int).tolist():
@@ -435,8 +447,8 @@ def measure_epoch(folder: Path, scale: float) -> Figures:
             raise AssertionError(f"{name}: a token is shown {shown.max()} times in an epoch")
         figures[f"{name}: samples of the epoch"] = float(number)
         figures[f"{name}: tokens shown once, share"] = float(shown.mean())
-        figures[f"{name}: tokens left over, a sample's for each block at most, share"] = float(1 - shown.mean())
-    # the last of them, causal, shows its text as it stands
+        figures[f"{name}: tokens left over, at most one sample's per block, share"] = float(1 - shown.mean())
+    # the last configuration, causal, shows its text unchanged
     tokens = TokenReader(shards, cache_bytes=1 << 20).read(0, shards.num_tokens)
     expected = np.bincount(tokens[shown == 1], minlength=259)
     found = np.zeros(259, dtype=np.int64)
@@ -445,8 +457,8 @@ def measure_epoch(folder: Path, scale: float) -> Figures:
         found += np.bincount(batch["target_ids"][batch["target_mask"]].numpy(), minlength=259)
     found[shards.tokenizer.eos_id] = 0  # between documents
     if not np.array_equal(found, expected):
-        raise AssertionError("the rows of an epoch have other tokens than its plan")
-    figures["causal: ids of the rows beside those of the plan, differences"] = 0.0
+        raise AssertionError("the rows of an epoch hold other tokens than its plan")
+    figures["causal: ids of the rows that differ from those of the plan"] = 0.0
     return figures
 
 
@@ -463,11 +475,11 @@ PARTS: dict[str, Callable[[Path, float], Figures]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print a table, and write the figures as JSON where `--output` says; the exit status."""
+    """Print a table and, with `--output`, write the figures as JSON; return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmark.py data", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the work; 1 is that of the printed claims")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="write the figures there")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the work; 1 (default) is that of the README")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:
         print(f"error: part {unknown[0]!r} is unknown; use some of {', '.join(PARTS)}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""Soft top-k, forward and backward: the Triton kernels beside the published form, torch.compile, and the peer package.
+"""Time of soft top-k: our Triton kernels, the published form, torch.compile and colt5-attention.
 
-GPU time is that of a CUDA graph of the forward and the backward (of the others, which cannot all be captured, that of
-calls queued behind a pause of the device); `eager` is the time of a call without a graph, and
-`host` what of it the host spends, both with the backward in the calling thread, so that waking autograd's own thread is
-left out. Errors are those of the result and of the scores' gradient against float64, ||d|| / ||float64's||. An
-implementation whose error is above the tolerance gets no time.
+Forward and backward are measured. GPU time is that of a CUDA graph of both; for the other implementations, which cannot
+all be captured in a graph, it is that of calls queued while the GPU pauses. `eager` is the time of a call without a
+graph, and `host` the part of it that the host spends. Both run the backward in the calling thread, so that they do not
+include waking autograd's own thread. Errors are those of the result and of the gradient of the scores, relative to
+float64: ||difference|| / ||float64 result||. An implementation whose error is above the tolerance gets no time.
 """
 
 import argparse
@@ -29,34 +29,46 @@ EPS, EPS_INIT, EPS_DECAY = 0.03, 4.0, 0.7
 FORWARD_TOLERANCE = 2e-6
 BACKWARD_TOLERANCE = 2e-5
 OTHERS_TOLERANCE = 1e-3
-"""Of the peer and the published form, which round n values a row in every iteration."""
+"""Of colt5-attention and the published form, which round n values per row in every iteration."""
 
 Weights = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: medians in microseconds, None where the errors are too large or there is no GPU."""
+    """One line of the table.
+
+    Times are medians in microseconds; None where an error is too large or there is no GPU.
+    """
 
     name: str
+    """Implementation."""
     shape: str
+    """Rows and scores per row."""
     forward_us: float | None
+    """GPU time of the forward."""
     gpu_us: float | None
+    """GPU time of forward and backward."""
     eager_us: float | None
+    """Wall-clock time of forward and backward without a CUDA graph."""
     host_us: float | None
+    """The part of eager_us that the host spends."""
     forward_error: float
+    """Relative error of the result."""
     backward_error: float
+    """Relative error of the gradient of the scores."""
     saved_bytes: int | None
+    """Bytes saved for the backward, besides the scores."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark; the exit status, 1 if a result of ours is wrong."""
+    """Run the benchmark and return the exit status, 1 if a result of our implementations is wrong."""
     parser = argparse.ArgumentParser(prog="benchmark.py soft_topk", description=__doc__)
     parser.add_argument("--shape", type=_shape, action="append", help="ROWSxN, may be repeated", metavar="ROWSxN")
     parser.add_argument("--n-iters", type=int, default=20, help="iterations of coordinate descent")
     parser.add_argument("--std", type=float, default=1.0, help="standard deviation of the scores")
-    parser.add_argument("--only-ours", action="store_true", help="leave out the peer and the other forms")
-    parser.add_argument("--repeats", type=int, default=30, help="measurements of which the median is taken")
+    parser.add_argument("--only-ours", action="store_true", help="leave out colt5-attention and the other forms")
+    parser.add_argument("--repeats", type=int, default=30, help="measurements, of which the median is taken")
     parser.add_argument("--output", type=Path, help="folder for the figures as JSON and as a plot")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,7 +90,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _measure_shape(shape: tuple[int, int], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """All implementations on one input, one after another."""
+    """Yield the line of each implementation on one input of `shape` (rows, scores per row)."""
     torch.manual_seed(0)
     scores, upstream = torch.randn(shape, device=device) * options.std, torch.randn(shape, device=device)
     n_iters, repeats = options.n_iters, options.repeats
@@ -102,16 +114,25 @@ def _measure_shape(shape: tuple[int, int], options: argparse.Namespace, device: 
     others: dict[str, Weights] = {"as published": partial(descent, implementation="reference")}
     if device.type == "cuda":
         others["scalar form, torch.compile"] = torch.compile(partial(scalar_form, k=k, n_iters=n_iters), dynamic=False)
-    others |= _peers(k, n_iters)
+    others |= _colt5_attention(k, n_iters)
     for name, call in others.items():
         try:
             yield _measure(name, call, wide[descent], scores, upstream, repeats, False)
-        except Exception as error:  # what the row would be is the other package's limit, not ours
+        except Exception as error:  # a limit of the other package, which must not end the benchmark
             print(f"{name}, {shape[0]} x {shape[1]:,}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
 
 
 def scalar_form(scores: Tensor, k: float, n_iters: int) -> Tensor:
-    """The scalar state in PyTorch's own operators, differentiated by autograd: what a compiler is given."""
+    """Coordinate descent on one scalar per row in PyTorch's own operators, with autograd: the input to torch.compile.
+
+    Args:
+        scores: (rows, n) scores.
+        k: number of scores to select per row.
+        n_iters: iterations.
+
+    Returns:
+        (rows, n) weights.
+    """
     epsilons = epsilon_schedule(EPS, EPS_INIT, EPS_DECAY, n_iters)
     a = torch.full_like(scores[..., :1], epsilons[0] * math.log(k / scores.shape[-1]))
     for eps in epsilons[1:-1]:
@@ -119,24 +140,27 @@ def scalar_form(scores: Tensor, k: float, n_iters: int) -> Tensor:
     return ((scores + a).clamp(max=0) / epsilons[-1]).exp()
 
 
-def _peers(k: float, n_iters: int) -> dict[str, Weights]:
-    """The package colt5-attention, where it is installed."""
+def _colt5_attention(k: float, n_iters: int) -> dict[str, Weights]:
+    """Implementations of the package colt5-attention; none where it is not installed."""
     try:
         from colt5_attention.coor_descent import coor_descent
     except ImportError:
-        print("no peer: colt5-attention is not installed; pip install 'colt5dist[bench]'")
+        print("no comparison with colt5-attention, which is not installed; pip install 'colt5dist[bench]'")
         return {}
-    peers: dict[str, Weights] = {}
+    implementations: dict[str, Weights] = {}
     settings = {"k": k, "n_iters": n_iters, "eps": EPS, "eps_init": EPS_INIT, "eps_decay": EPS_DECAY}
     if torch.cuda.is_available():
         from colt5_attention.triton_coor_descent import triton_coor_descent
 
-        peers["peer, Triton"] = partial(triton_coor_descent, checkpoint_segments=max(1, n_iters // 5), **settings)
-    return peers | {"peer, PyTorch": partial(coor_descent, **settings)}
+        segments = max(1, n_iters // 5)
+        implementations["colt5-attention, Triton"] = partial(
+            triton_coor_descent, checkpoint_segments=segments, **settings
+        )
+    return implementations | {"colt5-attention, PyTorch": partial(coor_descent, **settings)}
 
 
 def _gradients(weights: Weights, scores: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights and the scores' gradient in float64."""
+    """Weights and gradient of the scores in float64."""
     wide = scores.double().requires_grad_()
     result = weights(wide)
     return result.detach(), torch.autograd.grad(result, wide, upstream.double())[0]
@@ -151,7 +175,7 @@ def _measure(
     repeats: int,
     tight: bool,
 ) -> Row:
-    """Errors and bytes of one implementation, and its times if it is right."""
+    """Errors and bytes of one implementation, and its times if its errors are within the tolerance."""
     errors, saved_bytes = _errors(weights, expected, scores, upstream)
     tolerances = (FORWARD_TOLERANCE, BACKWARD_TOLERANCE) if tight else (OTHERS_TOLERANCE, OTHERS_TOLERANCE)
     shape = f"{scores.shape[0]} x {scores.shape[1]:,}"
@@ -170,7 +194,7 @@ def _measure(
     if scores.is_cuda and tight:
         gpu = graph_microseconds(forward, repeats), graph_microseconds(both, repeats)
     elif scores.is_cuda:
-        # the peer cannot be captured: the device's time of calls that were queued while it was paused
+        # colt5-attention cannot be captured in a graph: GPU time of calls that were queued while the GPU paused
         queued = (median_milliseconds(call, 5, queued=4, on_gpu=True) for call in (forward, both))
         gpu = next(queued) * 1e3, next(queued) * 1e3
     with torch.autograd.set_multithreading_enabled(False):
@@ -181,7 +205,7 @@ def _measure(
 def _errors(
     weights: Weights, expected: tuple[Tensor, Tensor], scores: Tensor, upstream: Tensor
 ) -> tuple[tuple[float, float], int]:
-    """Errors of the weights and of the scores' gradient, and the bytes saved for the backward beside the scores."""
+    """Errors of weights and of the gradient of the scores, and bytes saved for the backward, scores excluded."""
     inputs = scores.clone().requires_grad_()
     storages: dict[int, int] = {}
 
@@ -193,7 +217,7 @@ def _errors(
         result = weights(inputs)
     saved_bytes = sum(nbytes for address, nbytes in storages.items() if address != inputs.data_ptr())
     (gradient,) = torch.autograd.grad(result, inputs, upstream)
-    # elements within 4 units in the last place of a threshold may fall to its other side
+    # elements that are within 4 units in the last place of a threshold may end on its other side
     difference = (gradient.double() - expected[1]).abs().flatten()
     difference = difference.sort().values[: -max(1, difference.numel() // 100_000)]
     forward_error = float((result.detach().double() - expected[0]).norm() / expected[0].norm())
@@ -201,7 +225,7 @@ def _errors(
 
 
 def graph_microseconds(call: Callable[[], object], repeats: int, calls: int = 10) -> float:
-    """Median GPU time of one call, of `calls` captured into a CUDA graph."""
+    """Return the median GPU time of one call in microseconds, from `calls` calls captured in a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -224,7 +248,13 @@ def graph_microseconds(call: Callable[[], object], repeats: int, calls: int = 10
 
 
 def eager_microseconds(call: Callable[[], object], repeats: int, calls: int = 20) -> tuple[float, float]:
-    """Median time of one of `calls` calls in a row until the device has done them, and until the host has."""
+    """Return the median time of one call in microseconds: until the GPU has finished, and until the host has.
+
+    Args:
+        call: what is timed.
+        repeats: number of measurements.
+        calls: calls in a row per measurement.
+    """
     walls, hosts = [], []
     for _ in range(repeats):
         if torch.cuda.is_available():
@@ -240,7 +270,7 @@ def eager_microseconds(call: Callable[[], object], repeats: int, calls: int = 20
 
 
 def _print_head(title: str) -> None:
-    """Print what the table is of, and the names of its columns."""
+    """Print the title and the names of the columns."""
     print(f"{title}\n{device_line()}\n")
     names = ("forward", "fwd + bwd", "eager", "host", "error", "error ds", "saved")
     print(f"{'us':28} {'rows x n':>14} " + " ".join(f"{name:>9}" for name in names), flush=True)

@@ -1,12 +1,13 @@
-"""Text to batches: tokenizers, shards, the order of samples, denoising, and the loader. Knows no nn.Module.
+"""Text to batches: tokenizers, shards, the order of samples, denoising, and the loader. No nn.Module is used here.
 
-The way of the data: prepare writes shards, shards opens them, plan says which tokens sample i is made from, stream
-reads them, denoise makes inputs and targets of them, loader hands out micro-batches.
+`prepare/` writes text as shards. `read/shards.py` opens them. `order/plan.py` decides which tokens sample i is made
+from. `read/token_reader.py` reads these tokens, `read/denoise.py` makes inputs and targets from them, and
+`read/loader.py` delivers micro-batches.
 """
 
-from colt5dist.data.checks import data_problems
+from colt5dist.data.compatibility import data_problems
 from colt5dist.data.config import DataConfig
-from colt5dist.data.opening import open_sources
+from colt5dist.data.open_shard_sets import open_sources
 from colt5dist.data.order.mixture import parse_mixture
 from colt5dist.data.order.skip import SkipList
 from colt5dist.data.read.batch import Batch

@@ -1,4 +1,4 @@
-"""The settings of the data room."""
+"""The settings under `data:`: which text is read, and how it becomes samples."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,9 +7,9 @@ from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 from colt5dist.errors import ConfigError
 
 MOST_WORKERS = 256
-"""Data workers of a rank."""
+"""Largest number of reader processes per rank."""
 SMALLEST = {"input_length": 16, "target_length": 4}
-"""Tokens."""
+"""Smallest lengths in tokens."""
 
 
 @dataclass
@@ -17,25 +17,25 @@ class SourceConfig:
     """One of several shard sets."""
 
     shards: str = ""
-    """As data.shards."""
+    """Folder, address or "python-stdlib", like data.shards."""
     weight: float = 1.0
-    """Parts of the samples that come from it."""
+    """Share of the samples that come from it, relative to the other weights (above 0)."""
 
 
 @dataclass
 class LengthConfig:
-    """Lengths from some step on; what is null stays as it was at the start."""
+    """Lengths from some step on; null keeps the value from the start of the run."""
 
     step: int = 0
-    """First optimizer step that has them, 2 or more."""
+    """First optimizer step with these lengths, 2 or more."""
     input_length: int | None = None
-    """As data.input_length."""
+    """Replaces data.input_length (tokens)."""
     target_length: int | None = None
-    """As data.target_length."""
+    """Replaces data.target_length (tokens)."""
     micro_batch_size: int | None = None
-    """As train.micro_batch_size."""
+    """Replaces train.micro_batch_size (samples per GPU)."""
     num_heavy_tokens: float | None = None
-    """As model.num_heavy_tokens."""
+    """Replaces model.num_heavy_tokens."""
 
 
 @dataclass
@@ -46,30 +46,31 @@ class DataConfig:
     """Folder written by launch/prepare.py, its http(s)://, s3:// or gs:// address, or "python-stdlib": built from the
     running Python's own standard library."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Several shard sets, mixed by weight, instead of data.shards: [{shards: DIR, weight: 2}, ...]. One tokenizer."""
+    """Several shard sets, mixed by weight, instead of data.shards: [{shards: DIR, weight: 2}, ...]. All must have been
+    made with the same tokenizer."""
     input_length: int = 4096
-    """Tokens of an encoder input, end token included (16 or more; 0 with mixture causal, which has none)."""
+    """Tokens of an encoder input, end token included (16 or more; 0 with mixture causal, which has no input)."""
     target_length: int = 910
     """Largest number of tokens of a decoder target, end token included (4 or more)."""
     length_schedule: list[LengthConfig] = field(default_factory=list)
-    """Other lengths from later steps on: [{step: 1000, input_length: 16384, micro_batch_size: 2}, ...]. The global
-    batch in samples stays; each entry has an order of the text of its own."""
+    """Other lengths from later steps on: [{step: 1000, input_length: 16384, micro_batch_size: 2}, ...]. The number of
+    samples per global batch stays the same; each entry has its own order of the text."""
     num_workers: int = 1
-    """Reader processes of a rank (0: the training process reads itself)."""
+    """Reader processes per rank, at most 256 (0: the training process reads by itself)."""
     mixture: Any = "colt5"
     """The objectives, a name or a list of names (colt5dist/data/order/mixture.py): colt5, ul2, causal, prefix_lm(rate),
     span_corruption(mean, rate)."""
     num_sentinels: int | None = None
     """Sentinel ids reserved above the tokenizer's vocabulary (null: as many as the mixture needs)."""
     min_document_tokens: int = 0
-    """Documents of fewer tokens are left out (0: none)."""
+    """Documents with fewer tokens are left out (0: none)."""
     skip: list[list[int]] = field(default_factory=list)
-    """Ranges of sample numbers that training passes over: [[a, b], ...] leaves out a to b - 1 (after a loss spike)."""
+    """Ranges of sample numbers that training leaves out: [[a, b], ...] leaves out a to b - 1 (after a loss spike)."""
     max_bad_records: int = 16
-    """Damaged records of the shards that are passed over, each named, before the run stops (0: it stops at one)."""
+    """Damaged records of the shards that are reported and replaced before the run stops (0: it stops at the first)."""
     cache_gb: float = 100.0
-    """Disk space, in 10^9 bytes, for shards that are fetched from an address; give room for all of the data.sources
-    that have one. A set that is larger is not kept on the disk but read member by member."""
+    """Disk space, in 10^9 bytes, for shards that are downloaded from an address; it should hold all data.sources that
+    have an address. A larger set is not kept on disk: its members are downloaded one by one as they are needed."""
 
     @property
     def is_causal(self) -> bool:
@@ -77,7 +78,10 @@ class DataConfig:
         return not self._mixture_problems() and parse_mixture(self.mixture).is_causal
 
     def stages(self) -> list["DataConfig"]:
-        """These settings, and what each entry of the length schedule makes of them; without a schedule of their own."""
+        """Return the settings of each stage: those at the start, then those from each entry of the schedule on.
+
+        They have no length schedule of their own.
+        """
         first = replace(self, length_schedule=[])
         return [first] + [
             replace(
@@ -89,11 +93,11 @@ class DataConfig:
         ]
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with these settings, one line each, the key first."""
+        """Return everything that is wrong with these settings, one line each, which begins with the key."""
         problems = self._mixture_problems()
         causal = self.is_causal
         if causal and (self.input_length or any(entry.input_length for entry in self.length_schedule)):
-            problems.append(f"data.input_length: {self.input_length} has no use with data.mixture=causal; set 0")
+            problems.append(f"data.input_length: {self.input_length} is not used with data.mixture=causal; set 0")
         for key, smallest in (
             *SMALLEST.items(),
             ("num_workers", 0),
@@ -104,7 +108,7 @@ class DataConfig:
                 problems.append(f"data.{key}: {getattr(self, key)} is too small; give {smallest} or more")
         if self.num_workers > MOST_WORKERS:
             problems.append(
-                f"data.num_workers: {self.num_workers} processes a rank are too many; use {MOST_WORKERS} at most"
+                f"data.num_workers: {self.num_workers} processes per rank are too many; use {MOST_WORKERS} at most"
             )
         if not self.shards:
             problems.append("data.shards: is empty; give a folder written by launch/prepare.py, or python-stdlib")
@@ -125,7 +129,7 @@ class DataConfig:
 
     def _mixture_problems(self) -> list[str]:
         if not isinstance(self.mixture, str | list):
-            return [f"data.mixture: {self.mixture!r} is neither a name nor a list of names; write for instance colt5"]
+            return [f"data.mixture: {self.mixture!r} is neither a name nor a list of names; give for instance colt5"]
         try:
             parse_mixture(self.mixture)
         except ConfigError as error:
@@ -159,7 +163,7 @@ class DataConfig:
 
     def _skip_problems(self) -> list[str]:
         return [
-            f"data.skip: {part} is no range; give [first sample, sample after the last], as [12800, 13056]"
+            f"data.skip: {part} is not a range; give [first sample, sample after the last], for instance [12800, 13056]"
             for part in self.skip
             if len(part) != 2 or not 0 <= part[0] < part[1] < 2**62
         ]

@@ -1,13 +1,13 @@
-"""The binary index of a shard set: where every member and document lies, with a checksum for every record.
+"""The binary index of a shard set: where every member and document is, with a checksum for every record.
 
-All tokens of a set stand on one axis, in the order in which they were written, without separators. Three
-little-endian arrays describe it:
+All tokens of a set are numbered on one axis, in the order in which they were written, without separators. A position
+below is a number on this axis. Three files with little-endian arrays describe it:
 
-- members.bin: per tar member the end of its tokens on the axis, the end of its records, and where it lies
-  (MEMBER_DTYPE);
-- documents.bin: per document the end of its tokens on the axis (int64);
-- checksums.bin: per record the CRC32 of its stored bytes (uint32). A record is the part of a document that lies in
-  one member: mostly all of it; long documents are cut.
+- members.bin: for each tar member, the position after its tokens, the number of records up to its end, and its offset,
+  size and shard (MEMBER_DTYPE);
+- documents.bin: for each document, the position after its tokens (int64);
+- checksums.bin: for each record, the CRC32 of its stored bytes (uint32). A record is the part of a document that is in
+  one member: usually the whole document, since only long documents are split.
 """
 
 import mmap
@@ -33,10 +33,17 @@ INDEX_DTYPES = {
 
 
 class Index:
-    """The memory-mapped index of one shard set."""
+    """The memory-mapped index of one shard set.
+
+    Args:
+        folder: folder of the set.
+        manifest: manifest of the set.
+
+    Raises:
+        ConfigError: a file is missing, damaged, or belongs to another set.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Map the files; ConfigError if one is missing, damaged, or of another set."""
         arrays = {}
         entries = {entry.file: entry for entry in manifest.index}
         for name, dtype in INDEX_DTYPES.items():
@@ -53,32 +60,32 @@ class Index:
                 f"{folder / 'index'}: does not belong to {folder / 'manifest.json'}; prepare the shards again"
             )
 
-        # a column of its own: searching the strided one would copy it at every call
+        # a contiguous copy: searching the strided column would copy it at every call
         self.member_ends = np.ascontiguousarray(self.members["tokens_end"])
 
     def member_at(self, position: int) -> int:
-        """Number of the member that holds the token at `position`."""
+        """Return the number of the member that holds the token at `position`."""
         return int(self.member_ends.searchsorted(position, side="right"))
 
     def member_start(self, member: int) -> int:
-        """Position of the first token of a member."""
+        """Return the position of the first token of a member."""
         return int(self.member_ends[member - 1]) if member else 0
 
     def record_lengths(self, member: int) -> NDArray[np.int64]:
-        """Tokens of each record of a member."""
+        """Return the number of tokens of each record of a member, (records,)."""
         start, end = self.member_start(member), int(self.member_ends[member])
         first, last = np.searchsorted(self.document_ends, [start, end], side="right")
         lengths = np.diff(np.concatenate(([start], self.document_ends[first:last], [end])))
         return lengths[lengths > 0]
 
     def record_checksums(self, member: int) -> NDArray[np.uint32]:
-        """CRC32 of each record of a member."""
+        """Return the CRC32 of each record of a member, (records,)."""
         first = int(self.members["records_end"][member - 1]) if member else 0
         return self.checksums[first : int(self.members["records_end"][member])]
 
 
 def _map(path: Path, entry: IndexEntry, dtype: np.dtype) -> NDArray[Any]:
-    """Map an index file after its size and checksum are found right."""
+    """Map an index file into memory, after comparing its size and checksum with the manifest."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -95,7 +102,7 @@ def _map(path: Path, entry: IndexEntry, dtype: np.dtype) -> NDArray[Any]:
 
 
 def checksum(file: BinaryIO) -> int:
-    """CRC32 of an open file, from its start."""
+    """Return the CRC32 of the whole content of an open file."""
     file.seek(0)
     value = 0
     while block := file.read(1 << 20):
@@ -104,10 +111,14 @@ def checksum(file: BinaryIO) -> int:
 
 
 class IndexWriter:
-    """Appends to the three files of an index; can be cut back to an earlier state."""
+    """Appends to the three files of an index; can be cut back to an earlier state.
+
+    Args:
+        folder: folder of the set; the files are in its folder index/.
+        counts: entries of the three files to continue after; None starts a new index.
+    """
 
     def __init__(self, folder: Path, counts: tuple[int, ...] | None = None) -> None:
-        """Begin an index in `folder`, or go on after the first `counts` entries of its files."""
         (folder / "index").mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._files: dict[str, BinaryIO] = {}
@@ -120,11 +131,19 @@ class IndexWriter:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Entries of the three files, which is all that is needed to go on."""
+        """Entries of the three files: the state that a new writer continues from."""
         return self.num_members, self.num_documents, self.num_records
 
     def add_member(self, *, tokens_end: int, offset: int, size: int, shard: int, checksums: list[int]) -> None:
-        """Add a written tar member and the CRC32 of its records."""
+        """Add a tar member that was written.
+
+        Args:
+            tokens_end: position after its tokens.
+            offset: bytes of the shard before it.
+            size: its bytes, header and padding included.
+            shard: number of its shard.
+            checksums: CRC32 of each of its records.
+        """
         self.num_members += 1
         self.num_records += len(checksums)
         row = np.array([(tokens_end, self.num_records, offset, size, shard)], dtype=MEMBER_DTYPE)
@@ -132,18 +151,18 @@ class IndexWriter:
         self._files["index/checksums.bin"].write(np.array(checksums, dtype="<u4").tobytes())
 
     def add_document(self, end: int) -> None:
-        """Add a document by the end of its tokens on the axis."""
+        """Add a document by the position after its tokens."""
         self.num_documents += 1
         self._files["index/documents.bin"].write(end.to_bytes(8, "little"))
 
     def flush(self) -> None:
-        """Bring what was added to the disk."""
+        """Flush everything that was added to disk."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> tuple[IndexEntry, ...]:
-        """Close the files and describe them."""
+        """Close the files and return their entries of the manifest."""
         entries = []
         for name, file in self._files.items():
             size = file.seek(0, 2)

@@ -1,4 +1,4 @@
-"""manifest.json: what a folder of shards holds, so that damage and mix-ups are found before training."""
+"""manifest.json: what a folder of shards holds, so that damaged or mixed-up files are found before training."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ class TokenizerEntry:
     """The tokenizer that made the ids."""
 
     kind: str
-    """"bytes" or "tokenizer.json" (a copy lies in the folder)."""
+    """"bytes" or "tokenizer.json" (a copy is in the folder)."""
     fingerprint: str
     """Hash of what decides the ids."""
     vocab_size: int
@@ -79,13 +79,13 @@ class Manifest:
     index: tuple[IndexEntry, ...]
     """The files of the index."""
     validation: str | None
-    """Checksum of the manifest of the held-out documents, which lie in validation/; None in that set itself."""
+    """Checksum of the manifest of the held-out documents, which are in validation/; None in that set itself."""
     source: dict[str, Any]
     """What the shards were made from: inputs, settings, documents left out."""
 
     @property
     def checksum(self) -> str:
-        """Hash over everything in the manifest: the fingerprint of the data."""
+        """Hash of everything in the manifest: the fingerprint of the data."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Manifest:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether manifest.json of `folder` is one of ours, whole or not; only its beginning is read."""
+    """Whether `folder` has a manifest.json of colt5dist, valid or not; only its beginning is read."""
     try:
         with open(folder / MANIFEST_NAME, "rb") as file:
             return f'"format": {json.dumps(FORMAT)}'.encode() in file.read(100)
@@ -107,7 +107,11 @@ def holds_shards(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of `folder`; ConfigError if it is missing, foreign or damaged."""
+    """Read the manifest of `folder`.
+
+    Raises:
+        ConfigError: it is missing, damaged, of another version, or not written by launch/prepare.py.
+    """
     path = folder / MANIFEST_NAME
     try:
         content = json.loads(path.read_bytes())
@@ -118,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: cannot be read ({error.strerror}); give a folder written by launch/prepare.py"
         ) from None
     except ValueError:
-        raise ConfigError(f"{path}: is damaged, it is no JSON; prepare the shards again") from None
+        raise ConfigError(f"{path}: is damaged (not JSON); prepare the shards again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(f"{path}: was not written by launch/prepare.py; prepare the shards from the text")
     if content.get("version") != VERSION:
@@ -145,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a path stays below the folder that it is taken from, here and where it is fetched to."""
+    """Whether a relative path stays inside its folder, here and where it is downloaded to."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 

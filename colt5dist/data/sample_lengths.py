@@ -1,18 +1,18 @@
-"""How much text, and how many sentinels, the samples of a configuration take."""
+"""How much text, and how many sentinels, the samples of a configuration need."""
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 
 
 def text_tokens_of_sample(config: DataConfig) -> float:
-    """Tokens of text that a full sample is made of, in the mean over the mixture."""
+    """Return the tokens of text that a full sample is made from, as the mean over the mixture."""
     weights = parse_mixture(config.mixture).weights
     lengths = lengths_of_mixture(config.mixture, config.input_length, config.target_length)
     return sum(w * length.raw_tokens for w, length in zip(weights, lengths, strict=True)) / sum(weights)
 
 
 def required_sentinels(config: DataConfig) -> int:
-    """Sentinel ids that the mixture needs at the configured lengths, the longest of the schedule's included."""
+    """Return the number of sentinel ids that the mixture needs, at the longest lengths of the length schedule."""
     return max(
         length.num_spans
         for stage in config.stages()
@@ -21,7 +21,10 @@ def required_sentinels(config: DataConfig) -> int:
 
 
 def length_notes(config: DataConfig) -> list[str]:
-    """A line for every objective whose noise is lowered because data.target_length is short; to be said at start."""
+    """Return a line for every objective with fewer noise tokens because data.target_length is short.
+
+    The trainer prints these lines at start.
+    """
     notes = []
     objectives = parse_mixture(config.mixture).objectives
     lengths = lengths_of_mixture(config.mixture, config.input_length, config.target_length)
@@ -34,7 +37,7 @@ def length_notes(config: DataConfig) -> list[str]:
             share = length.noise_tokens / length.raw_tokens
         if share < 0.98 * objective.noise_rate:
             notes.append(
-                f"data.target_length: {config.target_length} target tokens lower the noise of {objective.name} from "
+                f"data.target_length: {config.target_length} target tokens reduce the noise of {objective.name} from "
                 f"{objective.noise_rate:.0%} to {share:.1%} of the text"
             )
     return notes

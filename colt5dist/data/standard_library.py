@@ -1,7 +1,7 @@
 """Shards of the running Python's own standard library: real, long documents that are on every machine.
 
-The files of a package are joined, and long ones cut between lines, to documents of about 4k to 64k bytes;
-`pydoc_data.topics` adds English prose. The shards lie in a cache folder whose name holds the hash of all sources.
+The files of a package are joined, and long ones split between lines, into documents of about 4k to 64k bytes;
+`pydoc_data.topics` adds English prose. The shards are in a cache folder whose name contains the hash of all sources.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from colt5dist.errors import ConfigError
 from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked
 
 STANDARD_LIBRARY = "python-stdlib"
-"""The value of data.shards that stands for these shards."""
+"""The value of data.shards that selects these shards."""
 
-SMALLEST, LARGEST = 4 << 10, 64 << 10  # bytes of a document
+SMALLEST, LARGEST = 4 << 10, 64 << 10  # bytes per document
 VALIDATION_FRACTION = 0.04
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
 def ensure_standard_library_shards() -> Path:
-    """Folder of the standard library's shards; made at the first call, which takes a few seconds.
+    """Return the folder of the standard library's shards; the first call makes them, which takes a few seconds.
 
     Any number of processes may call it at the same time. The cache folder is $COLT5DIST_CACHE,
     $XDG_CACHE_HOME/colt5dist or ~/.cache/colt5dist.
@@ -51,14 +51,18 @@ def ensure_standard_library_shards() -> Path:
                 _build(output, sources, hashes)
     except OSError as error:
         raise ConfigError(
-            f"COLT5DIST_CACHE: {error.filename or cache} cannot be written ({error.strerror}); name another folder "
-            "in it, or give data.shards"
+            f"COLT5DIST_CACHE: {error.filename or cache} cannot be written ({error.strerror}); set this variable to "
+            "another folder, or give data.shards"
         ) from None
     return output
 
 
 def read_sources() -> dict[str, bytes]:
-    """Name and content of the standard library's sources, a package's files one after the other."""
+    """Return name and content of the standard library's sources, with the files of a package next to each other.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     paths = []
     for folder, inner, names in os.walk(root):
@@ -70,13 +74,19 @@ def read_sources() -> dict[str, bytes]:
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths)}
     except OSError as error:
         raise ConfigError(
-            f"data.shards: {error.filename} of Python's standard library cannot be read ({error.strerror}); give a "
-            "folder of shards"
+            f"data.shards: {error.filename} of Python's standard library cannot be read ({error.strerror}); give "
+            "a folder of shards"
         ) from None
 
 
 def make_documents(sources: dict[str, bytes]) -> Iterator[str]:
-    """Documents of about SMALLEST to LARGEST bytes: packages joined, large modules alone, what is short together."""
+    """Yield documents of about SMALLEST to LARGEST bytes.
+
+    The files of a package are joined, large modules are documents of their own, and short ones are joined.
+
+    Args:
+        sources: what `read_sources` returns.
+    """
     groups: dict[str, list[str]] = {}
     for name, content in sources.items():
         groups.setdefault(name.split("/", maxsplit=1)[0], []).append(content.decode(errors="replace"))
@@ -99,7 +109,7 @@ def _topics() -> list[str]:
 
 
 def _pack(texts: list[str]) -> Iterator[str]:
-    """Join texts to documents of at most LARGEST characters; a longer text is cut into equal parts, between lines."""
+    """Join texts into documents of at most LARGEST characters; a longer text is split into equal parts at line ends."""
     document = ""
     for text in texts:
         num_parts = -(-len(text) // LARGEST)
@@ -119,7 +129,7 @@ def _pack(texts: list[str]) -> Iterator[str]:
 def _build(output: Path, sources: dict[str, bytes], hashes: dict[str, str]) -> None:
     """Write the shards under a temporary name and rename them to `output`; the lock is held."""
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     writer = CorpusWriter(partial, ByteTokenizer(), validation_fraction=VALIDATION_FRACTION)
     for document in make_documents(sources):
         writer.add(document)

@@ -1,7 +1,7 @@
 """Text to ids and back: bytes, or any Hugging Face tokenizer.json.
 
-A tokenizer has `vocab_size` ids, pad and end token among them. Sentinel k has the id vocab_size + k, so no piece of
-text can be taken for a sentinel.
+A tokenizer has `vocab_size` ids, which include the pad and the end token. The ids of mode tokens and sentinels are
+above them, so no piece of text can be mistaken for a sentinel.
 """
 
 import hashlib
@@ -21,35 +21,37 @@ EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[E
 
 
 class Tokenizer(ABC):
-    """Ids of a vocabulary; nothing here adds or expects special tokens around a text."""
+    """A vocabulary and its ids. No method adds or expects special tokens around a text."""
 
     kind: str
     """Name of the kind in the manifest."""
     vocab_size: int
-    """Ids are 0..vocab_size-1; sentinels follow."""
+    """Ids are 0..vocab_size-1; mode tokens and sentinels follow."""
     pad_id: int
-    """Fills rows, and starts the decoder."""
+    """Fills rows, and is the first token of the decoder's input."""
     eos_id: int
-    """Ends inputs and targets, and stands between documents that share a row."""
+    """Ends inputs and targets, and separates documents that share a row."""
     fingerprint: str
-    """sha256 of what decides the ids."""
+    """sha256 of everything that decides the ids."""
 
     @abstractmethod
     def encode(self, text: str) -> NDArray[np.integer]:
-        """Ids of a text, (tokens,), without special tokens: a special token's name in the text is ordinary text.
+        """Return the ids of a text, (tokens,).
+
+        There are no special tokens among them: the name of a special token in the text is ordinary text.
 
         Raises:
-            ConfigError: the tokenizer has no ids for something in the text.
+            ConfigError: the tokenizer has no ids for a part of the text.
         """
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens and sentinels give none."""
+        """Return the text of ids; special tokens, mode tokens and sentinels have none."""
 
     @property
     @abstractmethod
     def byte_lengths(self) -> NDArray[np.int64]:
-        """(vocab_size,) UTF-8 bytes of text that each id stands for; 0 for special tokens."""
+        """(vocab_size,) number of UTF-8 bytes of text that each id represents; 0 for special tokens."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -85,15 +87,20 @@ class ByteTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json of the Hugging Face `tokenizers` library.
 
-    Pad and end token are found by their usual names; where the file has none (or one token for both), an id above its
-    vocabulary is reserved.
+    Pad and end token are found by their usual names (PAD_NAMES, EOS_NAMES). A missing one gets a new id above the
+    vocabulary of the file.
+
+    Args:
+        path: path of the file.
+
+    Raises:
+        ConfigError: the file is missing, or is not a tokenizer.
     """
 
     kind = "tokenizer.json"
 
     def __init__(self, path: str | Path) -> None:
-        """Read the file; ConfigError if it is missing or is not a tokenizer."""
-        from tokenizers import Tokenizer as Backend  # late: the byte tokenizer must not need the library
+        from tokenizers import Tokenizer as Backend  # imported here: the byte tokenizer must not need the library
 
         self._path = path
         try:
@@ -108,7 +115,7 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{path}: is not a Hugging Face tokenizer.json ({reason})") from None
-        # a file may carry a length limit and may take "</s>" in a text for the end token; neither is wanted here
+        # a file may set a length limit, and may read "</s>" in a text as the end token; both are switched off here
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
@@ -124,7 +131,7 @@ class JsonTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
 
     def _find(self, names: tuple[str, ...]) -> int:
-        """Id of the first of `names` in the vocabulary, or a new id above it."""
+        """Return the id of the first of `names` that is in the vocabulary, or else a new id above the vocabulary."""
         for name in names:
             token = self._backend.token_to_id(name)
             if token is not None:
@@ -139,7 +146,7 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library raises no narrower kind
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"{self._path}: cannot encode every text ({reason}); give its vocabulary an unknown token, or take "
+                f"{self._path}: cannot encode every text ({reason}); add an unknown token to its vocabulary, or use "
                 "another tokenizer"
             ) from None
         return np.array(ids, dtype=self.dtype)
@@ -160,7 +167,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _steps(description: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
-    """The steps of a decoder's description, a Sequence unfolded."""
+    """The steps of a decoder's description, with those of a Sequence in its place."""
     if description is None:
         return []
     if description.get("type") == "Sequence":
@@ -169,15 +176,15 @@ def _steps(description: dict[str, Any] | None, parts: str) -> list[dict[str, Any
 
 
 def _piece_bytes(piece: str, decoders: list[dict[str, Any]]) -> int:
-    """UTF-8 bytes of the text that a piece of the vocabulary stands for, by the file's own decoder steps."""
+    """Number of UTF-8 bytes of text that a piece of the vocabulary represents, by the file's own decoder steps."""
     kinds = {step["type"]: step for step in decoders}
     if "ByteLevel" in kinds:
-        return len(piece)  # one character a byte
+        return len(piece)  # one character per byte
     if "ByteFallback" in kinds and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return 1
     if "WordPiece" in kinds:
         prefix = kinds["WordPiece"]["prefix"]
-        # a piece that begins a word stands for the space before it, too
+        # a piece that begins a word includes the space before it
         return len(piece.removeprefix(prefix).encode()) + (not piece.startswith(prefix))
     if "BPEDecoder" in kinds:
         suffix = kinds["BPEDecoder"]["suffix"]

@@ -1,4 +1,4 @@
-"""Whether a folder of shards is what was written: every size, hash, count and checksum, shard by shard in parallel."""
+"""Checks a folder of shards against its manifest: every size, hash, count and checksum, several shards in parallel."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from colt5dist.data.index import Index
 from colt5dist.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.read.shards import ShardSet, open_tokenizer
-from colt5dist.data.read.stream import TokenReader
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.errors import ConfigError
 
 HASHED_AT_ONCE = 1 << 22
@@ -22,12 +22,12 @@ HASHED_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found."""
+    """The result of `verify`."""
 
     damage: list[str]
-    """One line for everything that is not as it was written; empty if the folder is whole."""
+    """One line for each part that is not as it was written; empty if there is no damage."""
     notes: list[str]
-    """What does not belong to the set and does no harm."""
+    """Files that do not belong to the set, which is harmless."""
     num_files: int
     """Files that were read."""
     num_bytes: int
@@ -35,7 +35,11 @@ class Verified:
 
 
 def verify(folder: Path, *, workers: int) -> Verified:
-    """Read everything in a folder of shards, the held-out documents too, with `workers` processes.
+    """Read everything in a folder of shards, held-out documents included, and compare it with the manifest.
+
+    Args:
+        folder: the folder.
+        workers: number of processes.
 
     Raises:
         ConfigError: there are no shards in the folder.
@@ -67,7 +71,7 @@ def verify(folder: Path, *, workers: int) -> Verified:
 
 
 def _check_index(folder: Path, manifest: Manifest) -> list[str]:
-    """Damage of the tokenizer and the index, and of what the manifest says of each shard."""
+    """Damage of the tokenizer and the index, and counts per shard that differ between manifest and index."""
     damage = []
     try:
         open_tokenizer(folder, manifest)
@@ -85,14 +89,14 @@ def _check_index(folder: Path, manifest: Manifest) -> list[str]:
         end_documents = int(np.searchsorted(index.document_ends, end_tokens, side="right"))
         found = (end - begin, end_documents - begin_documents, end_tokens - begin_tokens)
         if found != (entry.members, entry.documents, entry.tokens):
-            damage.append(f"{folder / MANIFEST_NAME}: says other counts for shard {number} than the index")
+            damage.append(f"{folder / MANIFEST_NAME}: its counts for shard {number} differ from those of the index")
         begin, begin_tokens, begin_documents = end, end_tokens, end_documents
     return damage
 
 
 @lru_cache(maxsize=2)
 def _open(folder: Path) -> tuple[Manifest, ShardSet | None]:
-    """A set, as far as it can be opened; what cannot is named by _check_index."""
+    """A manifest and its set, None where the set cannot be opened; `_check_index` reports why."""
     manifest = read_manifest(folder)
     try:
         return manifest, ShardSet(folder, manifest, Index(folder, manifest), open_tokenizer(folder, manifest), None)
@@ -101,7 +105,7 @@ def _open(folder: Path) -> tuple[Manifest, ShardSet | None]:
 
 
 def _check_shard(task: tuple[Path, int]) -> list[str]:
-    """Damage of one shard: its size and hash, and where it differs, which members are no longer what they were."""
+    """Damage of one shard: its size, its hash, and the members that differ from what was written."""
     folder, number = task
     manifest, shards = _open(folder)
     entry = manifest.shards[number]
@@ -113,11 +117,11 @@ def _check_shard(task: tuple[Path, int]) -> list[str]:
         return [f"{path}: cannot be read ({error.strerror})"]
     same = digest == entry.sha256
     damage = [] if size == entry.bytes else [f"{path}: has {size} bytes, the manifest says {entry.bytes}"]
-    if shards is None:  # the hash is all that is left to compare
+    if shards is None:  # without an index, only the hash can be compared
         return damage or ([] if same else [f"{path}: is damaged, its hash differs"])
     members = list(_damaged_members(shards, number))
     if not same and not members and not damage:
-        damage = [f"{path}: differs outside of the documents (its hash is another); training does not read that"]
+        damage = [f"{path}: differs outside of the documents (its hash is wrong); training does not read that part"]
     return damage + members
 
 
@@ -136,7 +140,7 @@ def _hash_file(path: Path) -> str:
 
 
 def _foreign_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Files that the manifest does not name."""
+    """One line for every file that the manifest does not name."""
     known = {MANIFEST_NAME, TOKENIZER_NAME, *(shard.file for shard in manifest.shards)}
     known |= {entry.file for entry in manifest.index}
     for parent, inner, names in os.walk(folder):

@@ -13,13 +13,21 @@ ACTIVATION_CHECKPOINTING = ("none", "full", "full_keep_routing")
 
 
 def run_layer(layer: Callable[..., Any], *args: Any, activation_checkpointing: str) -> Any:
-    """layer(*args), whose inner activations are kept as `activation_checkpointing` says.
+    """Run layer(*args), keeping its inner activations for the backward pass or computing them again.
 
-    none: all are kept. full: none are, the layer runs again in the backward pass. full_keep_routing: the same, but the
-    soft scores and the picked positions are those of the first run, for a near-tie that falls the other way in the
-    second would give silently wrong gradients. The three give the same gradients, bit for bit, wherever the operators
-    are deterministic. They do so inside `torch.compile` too; around a compiled layer, full_keep_routing does what full
-    does, and the second run is the same compiled code on the same numbers.
+    The three settings give the same gradients, bit for bit, wherever the operators are deterministic, also inside
+    `torch.compile`. Around a compiled layer full_keep_routing does what full does; there the second run is the same
+    compiled code on the same numbers.
+
+    Args:
+        layer: the layer.
+        args: its positional arguments.
+        activation_checkpointing: "none": all activations are kept. "full": none are, the layer runs again in the
+            backward pass. "full_keep_routing": the same, but the soft scores and the picked positions are those of the
+            first run, for a near-tie that falls the other way in the second would give silently wrong gradients.
+
+    Returns:
+        What the layer returns.
     """
     if activation_checkpointing == "none" or not torch.is_grad_enabled():
         return layer(*args)

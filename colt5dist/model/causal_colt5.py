@@ -20,10 +20,9 @@ from colt5dist.ops.checks import check_counts, is_number, not_a_number
 
 
 class CausalLayer(nn.Module):
-    """`ConditionalRoutedAutoregressiveBlock` with CoLT5's settings (arXiv 2303.09752), those of the encoder's layers.
+    """`ConditionalRoutedAutoregressiveBlock` with CoLT5's settings (`layer_settings`), those of the encoder's layers.
 
-    Scores multiply, those of keys/values the heavy branch's input; gated GELU without bias; no null tokens; one RMSNorm
-    before attention and one before the feed-forward; rotary positions in both branches.
+    Rotary positions in both branches of attention.
     """
 
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
@@ -100,8 +99,21 @@ class CausalCoLT5(nn.Module):
     ) -> CoLT5Output:
         """Losses of the targets; the arguments are those of `CoLT5`, so that one trainer serves both.
 
-        input_ids (b, 0) and input_mask: there is no encoder, text to be continued is the beginning of decoder_input_ids
-        (b, t), any t. target_ids (b, t) int64; target_mask (b, t) bool, True = counts. Padding stands at the end.
+        Args:
+            input_ids: (b, 0): there is no encoder; text to be continued is the beginning of decoder_input_ids.
+            decoder_input_ids: (b, t) int64, any t; padding at the end.
+            target_ids: (b, t) int64; padding at the end.
+            input_mask: (b, 0), unused.
+            target_mask: (b, t) bool, True = counts; None: all.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            collect_routing: whether to return what the routers did.
+
+        Returns:
+            `CoLT5Output`.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: a type, shape or device is wrong, or there are tokens for an encoder.
         """
         check_batch(input_ids, decoder_input_ids, target_ids, input_mask, target_mask, sample_index)
         if input_ids.shape[1]:
@@ -115,8 +127,16 @@ class CausalCoLT5(nn.Module):
     def decode(
         self, decoder_input_ids: Tensor, *, sample_index: Tensor | None = None, collect_routing: bool = False
     ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
-        """Normalised states (b, t, d_model) of decoder_input_ids (b, t), before the output embedding, and the routing
-        if asked for."""
+        """States of the tokens before the output embedding.
+
+        Args:
+            decoder_input_ids: (b, t) int64.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            collect_routing: whether to return what the routers did.
+
+        Returns:
+            Normalised states (b, t, d_model), and one entry per layer if collect_routing, else none.
+        """
         check_ids("decoder_input_ids", decoder_input_ids)
         check_sample_index(sample_index, decoder_input_ids, "decoder_input_ids")
         x = self.embedding(decoder_input_ids)
@@ -137,8 +157,14 @@ class CausalCoLT5(nn.Module):
 
     @torch.no_grad()
     def start_decoding(self, prompt_ids: Tensor) -> tuple[Tensor, list[BlockState]]:
-        """prompt_ids (b, t) int64, t >= 1, read in one pass -> logits (b, vocab_size) of the next token, and what
-        `decode_step` keeps of the prompt, a state a layer."""
+        """Read a prompt in one pass.
+
+        Args:
+            prompt_ids: (b, t) int64, t >= 1.
+
+        Returns:
+            Logits (b, vocab_size) of the next token, and for each layer what `decode_step` needs of the prompt.
+        """
         check_ids("prompt_ids", prompt_ids)
         if prompt_ids.shape[1] < 1:
             raise ValueError("prompt_ids: no token to go on from; begin with the start token")
@@ -151,9 +177,16 @@ class CausalCoLT5(nn.Module):
 
     @torch.no_grad()
     def decode_step(self, token_ids: Tensor, states: list[BlockState]) -> Tensor:
-        """token_ids (b,) int64, the next token of each sample -> logits (b, vocab_size) of the one after; the states
-        move on. The same as the last position of `decode` over all tokens so far, to rounding, at a cost that does not
-        grow with them."""
+        """Read one more token, at a cost that does not grow with the number of tokens so far.
+
+        Args:
+            token_ids: (b,) int64, the next token of each sample.
+            states: from `start_decoding`; changed to those after this token.
+
+        Returns:
+            Logits (b, vocab_size) of the token after: the same as the last position of `decode` over all tokens so far,
+            to rounding.
+        """
         x = self.embedding(token_ids.unsqueeze(1))
         for layer, state in zip(self.layers, states, strict=True):
             assert isinstance(layer, CausalLayer)
@@ -164,9 +197,16 @@ class CausalCoLT5(nn.Module):
     def generate(
         self, prompt_ids: Tensor, num_tokens: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """prompt_ids (b, t) int64, t >= 1, the start token first -> the num_tokens that follow (b, num_tokens).
+        """Continue a prompt.
 
-        temperature 0: the likeliest token each time; above: drawn from softmax(logits / temperature), with `generator`.
+        Args:
+            prompt_ids: (b, t) int64, t >= 1, the start token first.
+            num_tokens: tokens to write, 0 or more.
+            temperature: 0: the likeliest token each time; above 0: drawn from softmax(logits / temperature).
+            generator: generator of the random draws; None: PyTorch's default.
+
+        Returns:
+            The tokens that follow the prompt, (b, num_tokens) int64.
         """
         check_counts(num_tokens=num_tokens, at_least=0)
         if not is_number(temperature):

@@ -15,9 +15,12 @@ from colt5dist.nn.embedding import Embedding
 
 
 class CoLT5Output(NamedTuple):
-    """token_loss (b, t): cross-entropy in nats; z_loss (b, t): squared logsumexp of the logits; both 0 where masked.
+    """What a model returns.
 
-    routing: one entry a conditional layer if it was asked for, else empty (and empty for the dense encoder).
+    Args:
+        token_loss: (b, t) cross-entropy in nats, 0 where masked.
+        z_loss: (b, t) squared logsumexp of the logits, 0 where masked.
+        routing: one entry per conditional layer if it was asked for, else empty (and empty for the dense encoder).
     """
 
     token_loss: Tensor
@@ -64,9 +67,21 @@ class CoLT5(nn.Module):
     ) -> CoLT5Output:
         """Losses of the targets.
 
-        input_ids (b, n) int64, n a multiple of `config.input_multiple`; decoder_input_ids, target_ids (b, t) int64;
-        input_mask (b, n), target_mask (b, t) bool, True = valid, None = all; sample_index (b,) int64: the samples'
-        numbers, needed for random routing. Padding of the targets stands at their end.
+        Args:
+            input_ids: (b, n) int64, n a multiple of `config.input_multiple`.
+            decoder_input_ids: (b, t) int64; padding at the end.
+            target_ids: (b, t) int64; padding at the end.
+            input_mask: (b, n) bool, True = valid; None: all.
+            target_mask: (b, t) bool, True = counts; None: all.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            collect_routing: whether to return what the routers did.
+
+        Returns:
+            `CoLT5Output`.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: a type, shape or device is wrong, or n is no such multiple.
         """
         check_batch(input_ids, decoder_input_ids, target_ids, input_mask, target_mask, sample_index)
         encoder_states, routing = self.encode(
@@ -84,7 +99,17 @@ class CoLT5(nn.Module):
         sample_index: Tensor | None = None,
         collect_routing: bool = False,
     ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
-        """Encoder states (b, n, d_model) of input_ids (b, n), and the routing if asked for."""
+        """States of the inputs.
+
+        Args:
+            input_ids: (b, n) int64, n a multiple of `config.input_multiple`.
+            input_mask: (b, n) bool, True = valid; None: all.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            collect_routing: whether to return what the routers did.
+
+        Returns:
+            Normalised states (b, n, d_model), and one entry per conditional layer if collect_routing, else none.
+        """
         check_ids("input_ids", input_ids)
         check_mask("input_mask", input_mask, input_ids.shape, input_ids, "input_ids")
         check_sample_index(sample_index, input_ids, "input_ids")
@@ -93,7 +118,16 @@ class CoLT5(nn.Module):
         )
 
     def decode(self, decoder_input_ids: Tensor, encoder_states: Tensor, *, input_mask: Tensor | None = None) -> Tensor:
-        """Decoder states (b, t, d_model), before the output embedding."""
+        """States of the targets before the output embedding.
+
+        Args:
+            decoder_input_ids: (b, t) int64.
+            encoder_states: (b, n, d_model), from `encode`.
+            input_mask: (b, n) bool, True = valid; None: all.
+
+        Returns:
+            Normalised states (b, t, d_model).
+        """
         check_ids("decoder_input_ids", decoder_input_ids)
         check_tokens("encoder_states", encoder_states, self.config.d_model)
         check_mask("input_mask", input_mask, encoder_states.shape[:2], encoder_states, "encoder_states")

@@ -197,9 +197,16 @@ class CoLT5Config:
         return math.lcm(query.denominator, key_value.denominator)
 
     def num_routed(self, input_length: int) -> tuple[int, int, int]:
-        """Tokens of an input (or a window) that are routed to the heavy feed-forward, as queries, and as keys/values.
+        """Tokens of an input (or a window) that are routed.
 
-        Raises ValueError where input_length is not a multiple of `input_multiple`.
+        Args:
+            input_length: tokens of the input, a multiple of `input_multiple`.
+
+        Returns:
+            How many are routed to the heavy feed-forward, as queries, and as keys/values.
+
+        Raises:
+            ValueError: input_length is no such multiple.
         """
         check_whole(input_length=input_length)
         if input_length < 1 or input_length % self.input_multiple:

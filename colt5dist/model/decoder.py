@@ -37,8 +37,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedded tokens (b, t, d_model) and encoder states -> normalised decoder states (b, t, d_model).
 
-    Rotary positions in self-attention only. Padding stands at the end of the targets, where causal attention cannot see
-    it: there is no mask for it.
+    Rotary positions in self-attention only. Padding is at the end of the targets, where causal attention cannot see it:
+    there is no mask for it.
     """
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str) -> None:

@@ -22,12 +22,9 @@ from colt5dist.nn.norm import RMSNorm
 
 
 class ConditionalEncoderLayer(nn.Module):
-    """x + conditional attention, then x + conditional feed-forward, as arXiv 2303.09752 has them.
+    """x + conditional attention, then x + conditional feed-forward, with CoLT5's settings (`layer_settings`).
 
-    Scores multiply (no straight-through), those of keys/values the heavy branch's input; gated GELU without bias; no
-    null tokens; one RMSNorm before each of the two. Our choice where the paper is silent: rotary positions in both
-    branches of attention, those of the tokens in the whole input; in the light one T5's relative bias if the
-    configuration asks for it.
+    Light attention has T5's relative bias instead of rotary positions if the configuration asks for it.
     """
 
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
@@ -63,9 +60,17 @@ class ConditionalEncoderLayer(nn.Module):
         sample_index: Tensor | None,
         collect_routing: bool,
     ) -> tuple[Tensor, LayerRouting | None]:
-        """x (b, n, d_model), mask (b, n) bool, rotary_angles (n, head_dim), sample_index (b,) int64.
+        """Both sublayers with their residuals.
 
-        Returns x and, if asked for, the routing.
+        Args:
+            x: (b, n, d_model).
+            mask: (b, n) bool, True = valid; None: all.
+            rotary_angles: (n, head_dim).
+            sample_index: (b,) int64, the samples' numbers; None without random routing.
+            collect_routing: whether to return what the routers did.
+
+        Returns:
+            x (b, n, d_model), and the routing if collect_routing, else None.
         """
         num_feed_forward, num_query, num_key_value = self.config.num_routed(x.shape[1])
         attended, query, key_value = self.attention(

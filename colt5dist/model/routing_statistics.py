@@ -12,8 +12,13 @@ ROUTER_NAMES = ("feed_forward", "query", "key_value")
 
 
 class RoutedTokens(NamedTuple):
-    """What one router picked: indices (b, m) int64, mask (b, m) bool (False: a masked token, or none), soft_scores (b,
-    n)."""
+    """What one router picked.
+
+    Args:
+        indices: (b, m) int64.
+        mask: (b, m) bool; False: a masked token, or none.
+        soft_scores: (b, n).
+    """
 
     indices: Tensor
     mask: Tensor
@@ -56,14 +61,21 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
 
 @torch.no_grad()
 def routing_statistics(routing: Sequence[LayerRouting], input_mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Float32 scalars, on the device of `routing`, without a host synchronisation; an empty dict for the dense encoder.
+    """Scores, saturation, coverage and overlap of what the routers did.
 
-    input_mask (b, n) bool, True = valid, None = all. For each layer LL and each router in feed_forward, query,
-    key_value: `router/layer_LL/ROUTER/mean_score`: mean soft score of the routed valid tokens;
-    `router/layer_LL/ROUTER/clipped_share`: share of the valid tokens whose soft score is saturated at 1 (static and
-    random routing have no soft score: their routed tokens count as 1, the others as 0);
-    `router/layer_LL/query_key_value_overlap`: share of the routed queries that are also routed as keys/values;
-    `router/unrouted_share/ROUTER`: share of the valid tokens that this router picked in no layer.
+    Args:
+        routing: one entry per conditional layer; none for the dense encoder.
+        input_mask: (b, n) bool, True = valid; None: all.
+
+    Returns:
+        Float32 scalars on the device of `routing`, without a host synchronisation. For each layer LL and each ROUTER of
+        feed_forward, query, key_value:
+        `router/layer_LL/ROUTER/mean_score`: mean soft score of the routed valid tokens;
+        `router/layer_LL/ROUTER/clipped_share`: share of the valid tokens whose soft score is saturated at 1 (static and
+        random routing have no soft score: their routed tokens count as 1, the others as 0);
+        `router/layer_LL/query_key_value_overlap`: share of the routed queries that are also routed as keys/values;
+        `router/unrouted_share/ROUTER`: share of the valid tokens that this router picked in no layer.
+        Empty where routing is.
     """
     statistics: dict[str, Tensor] = {}
     if not routing:
@@ -88,9 +100,16 @@ def routing_statistics(routing: Sequence[LayerRouting], input_mask: Tensor | Non
 def routed_position_histograms(
     routing: Sequence[LayerRouting], input_mask: Tensor | None = None, num_bins: int = 64
 ) -> dict[str, Tensor]:
-    """`router/layer_LL/ROUTER/positions` -> (num_bins,) int64: routed valid tokens by relative position.
+    """Where in the input the routed tokens are.
 
-    Bin i counts positions p with p * num_bins // length = i, where length is the sample's number of valid tokens.
+    Args:
+        routing: one entry per conditional layer; none for the dense encoder.
+        input_mask: (b, n) bool, True = valid; None: all.
+        num_bins: bins of a histogram. Bin i counts positions p with p * num_bins // length = i, where length is the
+            sample's number of valid tokens.
+
+    Returns:
+        `router/layer_LL/ROUTER/positions` -> (num_bins,) int64, routed valid tokens by relative position.
     """
     histograms: dict[str, Tensor] = {}
     if not routing:

@@ -14,7 +14,7 @@ MAX_CHUNK_LOGITS = 2**26
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """hidden (t, d), weight (vocabulary, d), targets (t,) -> cross-entropy (t,) and logsumexp (t,), both float32.
 
-    The logits of a chunk of tokens exist only while that chunk is at work, in the forward and again in the backward
+    The logits of a chunk of tokens exist only while that chunk is computed, in the forward and again in the backward
     pass:
         d logits = softmax * (g_loss + g_logsumexp) - onehot(target) * g_loss
     """
@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         grad_loss, grad_normaliser = grads
         rows = max(1, MAX_CHUNK_LOGITS // weight.shape[0])
-        num_chunks = -(-hidden.shape[0] // rows)
+        num_chunks = max(1, -(-hidden.shape[0] // rows))
         grad_hidden = torch.empty_like(hidden)
         # several chunks are summed in float32, whatever the weight's type
         grad_weight = torch.zeros_like(weight, dtype=normaliser.dtype) if num_chunks > 1 else None
@@ -79,10 +79,16 @@ class VocabularyLoss(nn.Module):
         return _wide(hidden @ self.weight.to(hidden.dtype).t())
 
     def forward(self, hidden: Tensor, target_ids: Tensor, target_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """hidden (b, t, d_model), target_ids (b, t) int64, target_mask (b, t) bool, True = counts.
+        """Loss of each target.
 
-        Returns the cross-entropy in nats and the squared logsumexp of the logits, each (b, t) float32 (float64 for
-        float64 weights) and exactly 0 where masked, with gradient 0 there.
+        Args:
+            hidden: (b, t, d_model).
+            target_ids: (b, t) int64.
+            target_mask: (b, t) bool, True = counts; None: all.
+
+        Returns:
+            The cross-entropy in nats and the squared logsumexp of the logits, each (b, t) float32 (float64 for float64
+            weights) and exactly 0 where masked, with gradient 0 there.
         """
         device = hidden.device.type
         weight: Tensor = self.weight

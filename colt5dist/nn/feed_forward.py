@@ -22,7 +22,7 @@ class FeedForward(nn.Module):
         gated: whether it is gated GELU (Shazeer, arXiv 2002.05202): the first linear map is twice as wide, the gate in
             its first half, and GELU has the tanh form, as in T5.1.1.
         bias: whether both linear maps have a bias.
-        prenorm: whether an RMSNorm stands before it; False leaves the norm to the caller.
+        prenorm: whether an RMSNorm comes first; False leaves the norm to the caller.
         norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
         std: standard deviation of the initial weight of the first linear map; None: PyTorch's initialisation.
         output_std: the same of the second linear map.

@@ -1,7 +1,7 @@
 """Weights of the package `colt5-attention` (0.11.2) in the layers of this one.
 
-The mapping follows the layers that a module is made of, whatever its class: three kinds of parts are named otherwise
-there, every other parameter has one name in both.
+The mapping follows the layers that a module is made of, whatever its class: three kinds of parts have other names
+there, every other parameter has the same name in both.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,14 +14,21 @@ from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.routing.router import CoordinateDescentRouter
 
 ROUTER_PARTS = ("q_router", "kv_router")
-"""Names there of the routers that one router with two groups of routes stands for here."""
+"""Names in colt5-attention of the two routers that are one router with two groups of routes here."""
 FEED_FORWARD_PARTS = {"norm.": "0.", "to_hidden.": "1.", "to_out.": "3."}
-"""A feed-forward there is a sequence of norm, linear, GELU, linear."""
+"""Names of the parts of a feed-forward: those here, and those in colt5-attention, where it is a sequence."""
 
 
 def colt5_attention_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each parameter of `module` the names of the peer's parameters that, laid end to end along the first
-    dimension, are its value: more than one where a router serves queries and keys/values."""
+    """Names in colt5-attention of the parameters that make up each parameter of a module.
+
+    Args:
+        module: a layer of this package.
+
+    Returns:
+        For each parameter's name the names there. Their values, concatenated along the first dimension, are its value;
+        there is more than one where a router here serves queries and keys/values.
+    """
     names: dict[str, tuple[str, ...]] = {name: (name,) for name, _ in module.named_parameters()}
     for prefix, part in _parts(module):
         if isinstance(part, CoordinateDescentRouter) and part.routing_tokens is not None:
@@ -36,11 +43,15 @@ def colt5_attention_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 @torch.no_grad()
 def load_colt5_attention(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy the weights of a module of `colt5-attention`, its `state_dict()`, into our module of the same name.
+    """Copy the weights of a module of `colt5-attention` into the module of the same name here.
 
-    The two have to be built with the same arguments. Values are converted to the types of our parameters. Raises
-    ValueError, one line a problem and nothing copied, where a parameter is missing, left over or of another shape, or
-    the rotary frequencies differ.
+    Args:
+        module: the module here, built with the same arguments as the one there.
+        state_dict: `state_dict()` of the module there; values are converted to the types of the parameters here.
+
+    Raises:
+        ValueError: a parameter is missing, left over or of another shape, or the rotary frequencies differ; one line
+            per problem, and nothing is copied.
     """
     names = colt5_attention_names(module)
     parameters = dict(module.named_parameters())
@@ -85,7 +96,7 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _routing_token_names(prefix: str, num_groups: int) -> tuple[str, ...]:
-    """Names there of the vectors of the router that lies at `prefix` here."""
+    """Names in colt5-attention of the vectors of the router whose names begin with `prefix` here."""
     if num_groups == 1:
         return (f"{prefix}routing_token",)
     assert num_groups == len(ROUTER_PARTS), "a router with groups serves queries and keys/values"

@@ -16,7 +16,13 @@ else:
 def choose_implementation(implementation: str, tensor: Tensor, *, plain: str) -> str:
     """`implementation`, with "auto" resolved: "triton" for CUDA tensors, else `plain`.
 
-    Raises ConfigError where "triton" cannot serve `tensor`.
+    Args:
+        implementation: what the caller asks for.
+        tensor: a tensor of the call.
+        plain: the implementation in PyTorch.
+
+    Raises:
+        ConfigError: "triton" cannot serve `tensor`.
     """
     if implementation == "auto":
         return "triton" if tensor.is_cuda and HAS_TRITON else plain

@@ -24,11 +24,15 @@ class KernelCall:
     def __call__(
         self, key: Hashable, programs: int, arguments: tuple[Tensor | int, ...], constants: dict[str, Any]
     ) -> None:
-        """Launch `programs` programs on the current stream of the current device.
+        """Launch the kernel on the current stream of the current device.
 
-        constants: constexpr arguments, which stand last in the kernel's signature in this order, and launch options.
-        key: equal for two calls only if these are the same in both, the device, the tensors' types and whether their
-        addresses are multiples of 16, and the integers that the kernel does not name in do_not_specialize.
+        Args:
+            key: equal for two calls only if these are the same in both: the constants, the device, the tensors' types
+                and whether their addresses are multiples of 16, and the integers that the kernel does not name in
+                do_not_specialize.
+            programs: number of programs.
+            arguments: of the kernel, in its order.
+            constants: constexpr arguments, which come last in the kernel's signature in this order, and launch options.
         """
         found = self.compiled.get(key)
         if found is not None:

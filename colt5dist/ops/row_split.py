@@ -1,4 +1,4 @@
-"""How the rows of an operator are laid over the programs of a Triton kernel, and how the programs of one row agree.
+"""How the rows of an operator are shared out among the programs of a kernel, and how the programs of one row agree.
 
 A row that is longer than a program can hold is split over several programs, each of which keeps its part in registers
 for the whole kernel. When they need a sum over the row, each writes its own term to a slot in global memory, together
@@ -7,7 +7,7 @@ hop through the L2 cache, while a counter with atomic additions takes three. The
 parts: the sum is the same every time.
 
 Such a kernel waits, so all its programs have to run at once. It is launched as a cooperative grid, which the driver
-starts only when there is room for all of it (or refuses, which is an error and no hang), with at most one program a
+starts only when there is room for all of it (or refuses, which is an error and no hang), with at most one program per
 multiprocessor; rows beyond that are taken in turn.
 """
 
@@ -42,8 +42,15 @@ SPREAD_BLOCK = 8_192
 
 
 class RowSplit(NamedTuple):
-    """parts: programs a row; block: columns that a program holds at a time; blocks: how many of them a program has (1:
-    it keeps its part in registers); groups: rows that are worked on at once; num_warps: warps a program."""
+    """A split of rows.
+
+    Args:
+        parts: programs per row.
+        block: columns that a program holds at a time.
+        blocks: how many of them a program has (1: it keeps its part in registers).
+        groups: rows that are worked on at once.
+        num_warps: warps per program.
+    """
 
     parts: int
     block: int
@@ -117,8 +124,12 @@ def spread_rows(num_rows: int, n: int, device: torch.device | None) -> RowSplit:
 
 
 class Messages(NamedTuple):
-    """Memory through which the programs of a launch exchange numbers: `stride` words a group, the first of which counts
-    the group's exchanges. It is zero at first and never cleared: the count goes on from launch to launch."""
+    """Memory through which the programs of a launch exchange numbers.
+
+    Args:
+        words: int64, zero at first and never cleared.
+        stride: words per group. The first counts the group's exchanges, from launch to launch.
+    """
 
     words: Tensor
     stride: int

@@ -1,4 +1,4 @@
-"""The benchmarks run, on small shapes, and say of a wrong result that it is wrong, not how long it took."""
+"""The benchmarks run on small shapes, and report a wrong result as wrong, without a time."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_checkpoint(tmp_path, micro_settings):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "x.json").read_text())["stage 1"]
     assert figures["bytes"] > 900_000
-    for name in ("foreground, again: training stands still", "background, again: until it is whole"):
+    for name in ("foreground, again: training waits", "background, again: until it is complete"):
         assert figures[name] > 0 and name in done.stdout
 
 
@@ -70,6 +70,39 @@ def test_a_wrong_result_has_no_time(monkeypatch, capsys):
     assert "wrong" in lines["fused windows"] and "wrong" not in lines["Triton"]
     row = benchmark.measure("nan", "1", lambda: [torch.zeros(1)], float("nan"), 1)
     assert row.wall_ms is None
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "benchmark.py"
+
+
+def run_script(*arguments, **environment):
+    """Run launch/benchmark.py without a GPU and without Triton's interpreter."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    settings.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env={**settings, **environment}, capture_output=True, text=True, timeout=120)
+
+
+def test_help_has_one_sentence_for_every_benchmark():
+    done = run_script("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    modules = (Path(benchmark.__file__).parent).glob("[!_]*.py")
+    listed = {line.split()[0]: line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert sorted(listed) == sorted(module.stem for module in modules)
+    assert all(sentence.endswith(".") and sentence.count(". ") == 0 for sentence in listed.values())
+
+
+@pytest.mark.parametrize("name", ["local_attention"])
+def test_a_benchmark_that_needs_a_gpu_is_one_line_and_status_2_without_one(name):
+    done = run_script(name)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: benchmark {name}: needs a GPU") and done.stderr.count("\n") == 1
+    assert run_script(name, "--help").returncode == 0
+
+
+def test_an_unknown_benchmark_is_one_line_and_status_2():
+    done = run_script("speed")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "local_attention" in done.stderr
 
 
 def test_error_is_that_of_all_but_a_few_rows():

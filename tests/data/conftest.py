@@ -48,5 +48,5 @@ def documents(make_text: Callable[[random.Random, int], str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def shards(make_shards: MakeShards, documents: list[str]) -> ShardSet:
-    """The documents as a shard set of several shards; not to be changed."""
+    """The documents as a shard set of several shards; tests must not change it."""
     return make_shards(documents)

@@ -1,11 +1,11 @@
-"""Settings of the data room: what is wrong is named with its key and its mend."""
+"""Settings of the data room: every error names its key and how to fix it."""
 
 from collections.abc import Callable
 
 import pytest
 from omegaconf import OmegaConf
 
-from colt5dist.data.checks import data_problems
+from colt5dist.data.compatibility import data_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.sample_lengths import required_sentinels
@@ -36,7 +36,7 @@ def test_problems_name_the_key(settings: dict[str, object], message: str) -> Non
 
 
 def test_all_problems_at_once() -> None:
-    """A user mends them in one go."""
+    """A user can fix them all at once."""
     assert len(DataConfig(input_length=1, target_length=1, mixture="x").problems()) == 3
 
 
@@ -46,7 +46,7 @@ def test_vocabulary_and_sentinels(shards: ShardSet) -> None:
     needed = 259 + required_sentinels(config)
     assert data_problems(config, shards, needed) == []
     (problem,) = data_problems(config, shards, needed - 1)
-    assert problem.startswith(f"model.vocab_size: {needed - 1} is too small for 259 ids")
+    assert problem.startswith(f"model.vocab_size: {needed - 1} is too small for the 259 ids")
     assert problem.endswith("and 227 sentinels; set 512 or more")
     (problem,) = data_problems(DataConfig(num_sentinels=300), shards, needed)
     assert problem.endswith("and 300 sentinels; set 640 or more")

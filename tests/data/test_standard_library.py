@@ -38,14 +38,14 @@ def test_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shards.validation.num_documents >= 4
     assert 0.01 < shards.validation.num_tokens / shards.num_tokens < 0.1
     assert len(shards.manifest.source["sha256"]) == len(read_sources())
-    # other sources are other shards
+    # other sources give other shards
     sources = {"a.py": b"x = 1\n" * 3000, "b.py": b"y = 1\n" * 3000}
     monkeypatch.setattr(standard_library, "read_sources", lambda: sources)
     assert ensure_standard_library_shards() != folder
 
 
 def test_documents_hold_all_sources() -> None:
-    """Joined and cut, nothing is lost or doubled; lines stay whole."""
+    """Joining and splitting loses and repeats nothing; lines are not split."""
     sources = {
         "big.py": b"line of code\n" * 20_000,
         "package/a.py": b"a = 1\n" * 4000,
@@ -84,7 +84,7 @@ def test_what_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_a_python_without_sources_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A Python that keeps its library in an archive has nothing to make shards of."""
+    """A Python that keeps its library in an archive has no files to make shards from."""
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match=r"data\.shards: .* holds no sources"):
         ensure_standard_library_shards()

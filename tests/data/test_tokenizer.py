@@ -1,4 +1,4 @@
-"""Tokenizers: ids and back, special tokens, and the bytes that an id stands for."""
+"""Tokenizers: ids and back, special tokens, and the bytes that an id represents."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def train(path: Path, kind: str, special_tokens: list[str]) -> Path:
 
 @given(st.text())
 def test_bytes(text: str) -> None:
-    """Every text comes back, an id a byte."""
+    """Every text is recovered, with one id per byte."""
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -76,7 +76,7 @@ def test_byte_level_json(tmp_path: Path) -> None:
 
 
 def test_metaspace_json(tmp_path: Path) -> None:
-    """A space in a piece is a byte; so is a piece <0x0A>. The space put before a text counts as well."""
+    """A space in a piece is one byte, and so is a piece <0x0A>. The space that is put before a text counts as well."""
     tokenizer = JsonTokenizer(train(tmp_path / "t.json", "metaspace", ["<pad>", "<eos>"]))
     for text in SENTENCES[:3]:
         assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text.encode()) + 1
@@ -85,7 +85,7 @@ def test_metaspace_json(tmp_path: Path) -> None:
 
 
 def test_wordpiece_json(tmp_path: Path) -> None:
-    """A piece that begins a word stands for the space before it; one that goes on does not."""
+    """A piece that begins a word includes the space before it; one that continues a word does not."""
     tokenizer = JsonTokenizer(train(tmp_path / "t.json", "wordpiece", ["[UNK]", "[PAD]", "[SEP]"]))
     assert (tokenizer.pad_id, tokenizer.eos_id) == (1, 2)
     assert tokenizer.byte_lengths[tokenizer.encode("the cat sat")].sum() == len("the cat sat") + 1

@@ -1,4 +1,4 @@
-"""launch/prepare.py as a user calls it: what it prints, its status, and its one line about what is wrong."""
+"""launch/prepare.py as a user calls it: its output, its exit status, and its one-line errors."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_text_to_shards(tmp_path: Path) -> None:
-    """It says what was made and left out; a second call says that it is there."""
+    """It prints what was made and left out; a second call prints that it was already there."""
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"document {number} " * 50)
     (tmp_path / "bad.txt").write_bytes(b"\xff")
@@ -35,7 +35,7 @@ def test_text_to_shards(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    """Of the output folder and of a file that is left out: printed with the bytes that are none escaped."""
+    """Names of the output folder and of a file that is left out: printed with the invalid bytes escaped."""
     folder = os.fsencode(tmp_path)
     for name, content in ((b"a\xe9.txt", b"some text"), (b"b\xe9.txt", b"\xff")):
         Path(os.fsdecode(folder + b"/" + name)).write_bytes(content)
@@ -57,7 +57,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    """Named on stderr, without a traceback."""
+    """The error is on stderr, without a traceback."""
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
     done = call(*(argument.format(tmp_path) for argument in arguments))
@@ -66,14 +66,14 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[st
 
 
 def test_verify_info_and_show(tmp_path: Path) -> None:
-    """Status 0 whole, 1 damaged, 2 no shards; what is inside; and a sample as the model sees it."""
+    """Status 0 undamaged, 1 damaged, 2 no shards; what the shards hold; and a sample as the model sees it."""
     (tmp_path / "in").mkdir()
     for number in range(40):
         (tmp_path / f"in/{number}.txt").write_text(f"document {number} tells of many things, and ends. " * 40)
     shards = tmp_path / "shards"
     assert call("--input", tmp_path / "in", "--output", shards, "--workers", 1).returncode == 0
     verified = call("verify", shards)
-    assert verified.returncode == 0 and verified.stdout.endswith("whole\n") and verified.stderr == ""
+    assert verified.returncode == 0 and verified.stdout.endswith(": undamaged\n") and verified.stderr == ""
     info = call("info", shards)
     assert info.returncode == 0
     for line in ("tokenizer: bytes, 259 ids (uint16), pad 0, end 1", "made with files: 40", "1,024 to 2,047"):
@@ -86,7 +86,7 @@ def test_verify_info_and_show(tmp_path: Path) -> None:
     settings = ("data.skip=[[0, 2]]", 'data.mixture=["span_corruption(8, 0.15)"]')
     shown = call("show", shards, "--config", tiny, "--sample", 21, "--world-size", 4, "--colour", "always", *settings)
     assert shown.returncode == 0, shown.stderr
-    # samples 0 and 1 are passed over: 21 is the twentieth of steps of 8
+    # samples 0 and 1 are left out: 21 is the twentieth of steps of 8
     assert shown.stdout.startswith("sample 21: step 3, rank 3 of 4, micro-batch 0, row 0\n")
     assert "document" in shown.stdout and "</s>" in shown.stdout and "\033[1;3" in shown.stdout
     targets = shown.stdout.split("\ntargets, ")[1]

@@ -108,7 +108,7 @@ def test_budgets_are_whole_numbers(fields, multiple, length, routed):
         ("initializer_range", 0.0),
     ],
 )
-def test_wrong_values_are_named_with_a_mend(field, value):
+def test_wrong_values_are_named_with_what_to_use(field, value):
     config = CoLT5Config(**{field: value})
     (problem,) = config.problems()
     assert problem.startswith(f"model.{field}: ") and "use " in problem

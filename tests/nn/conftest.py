@@ -1,11 +1,11 @@
-"""Comparison of a layer with the peer's, package colt5-attention: outputs and every gradient; causality to the bit."""
+"""Comparison of a layer with that of the package colt5-attention: outputs and every gradient; causality to the bit."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
-from colt5_attention.transformer_block import CoordinateDescentRouter as PeerRouter
+from colt5_attention.transformer_block import CoordinateDescentRouter as ReferenceRouter
 from torch import Tensor, nn
 
 from colt5dist.nn.interop import colt5_attention_names, load_colt5_attention
@@ -38,11 +38,11 @@ Parity = Callable[..., Tensor]
 
 @pytest.fixture
 def assert_parity() -> Parity:
-    """See `compare_with_peer`."""
-    return compare_with_peer
+    """See `compare_with_reference`."""
+    return compare_with_reference
 
 
-def compare_with_peer(
+def compare_with_reference(
     ours: nn.Module,
     theirs: nn.Module,
     call: Callable[..., Tensor],
@@ -51,16 +51,17 @@ def compare_with_peer(
     *,
     call_theirs: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Give our module the peer's weights, and compare `call(module, *inputs)` and its gradients with respect to inputs
-    and parameters; returns our output.
+    """Give our module the weights of theirs, that of colt5-attention, and compare outputs and gradients.
 
-    call_theirs: where the peer is called in another way. The routers' vectors are first made as short as the
-    temperature asks for: where more scores than are routed saturate at 1, the peer's choice among them is arbitrary.
+    Compared are `call(module, *inputs)` and its gradients with respect to inputs and parameters; returns our output.
+
+    call_theirs: where colt5-attention is called in another way. The routers' vectors are first made as short as the
+    temperature asks for: where more scores than are routed saturate at 1, its choice among them is arbitrary.
     """
     ours, theirs = ours.to(precision.dtype), theirs.to(precision.dtype)
     with torch.no_grad():
         for router in theirs.modules():
-            if isinstance(router, PeerRouter) and router.routing_token is not None:
+            if isinstance(router, ReferenceRouter) and router.routing_token is not None:
                 router.routing_token.mul_(precision.eps * router.routing_token.shape[-1] ** -0.5)
     load_colt5_attention(ours, theirs.state_dict())
     here, there = ([x.detach().to(precision.dtype).requires_grad_() for x in inputs] for _ in range(2))
@@ -70,8 +71,8 @@ def compare_with_peer(
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
     out.backward(upstream)
     expected.backward(upstream)
-    for number, (x, peer_x) in enumerate(zip(here, there, strict=True)):
-        torch.testing.assert_close(x.grad, peer_x.grad, **tolerance, msg=lambda m, n=number: f"input {n}: {m}")
+    for number, (x, reference_x) in enumerate(zip(here, there, strict=True)):
+        torch.testing.assert_close(x.grad, reference_x.grad, **tolerance, msg=lambda m, n=number: f"input {n}: {m}")
     gradients = {name: _gradient(parameter) for name, parameter in theirs.named_parameters()}
     for name, sources in colt5_attention_names(ours).items():
         wanted = torch.cat([gradients[source] for source in sources])

@@ -1,8 +1,8 @@
-"""Loading the peer's weights: every value arrives, and what does not fit is named and changes nothing."""
+"""Loading the weights of colt5-attention: every value arrives, and what does not fit is named and changes nothing."""
 
 import pytest
 import torch
-from colt5_attention import transformer_block as peer
+from colt5_attention import transformer_block as reference
 
 from colt5dist.nn import Attention, ConditionalRoutedAttention, CoordinateDescentRouter, FeedForward, SelfAttention
 from colt5dist.nn.interop import colt5_attention_names, load_colt5_attention
@@ -12,7 +12,7 @@ BUDGETS = {"num_heavy_tokens_q": 2, "num_heavy_tokens_kv": 3}
 
 
 def loaded_values(ours, theirs):
-    """The value of each of our parameters, and what the peer's weights say that it is."""
+    """The value of each of our parameters, and what the weights of colt5-attention say that it is."""
     state = theirs.state_dict()
     names = colt5_attention_names(ours)
     return {
@@ -23,18 +23,21 @@ def loaded_values(ours, theirs):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (Attention(DIM), peer.Attention(DIM)),
-        (SelfAttention(DIM, prenorm=True), peer.SelfAttention(DIM, prenorm=True)),
-        (SelfAttention(DIM), peer.SelfAttention(DIM)),
-        (FeedForward(DIM, 3), peer.FeedForward(DIM, 3)),
-        (CoordinateDescentRouter(DIM, num_routing_tokens=3), peer.CoordinateDescentRouter(DIM, num_routing_tokens=3)),
+        (Attention(DIM), reference.Attention(DIM)),
+        (SelfAttention(DIM, prenorm=True), reference.SelfAttention(DIM, prenorm=True)),
+        (SelfAttention(DIM), reference.SelfAttention(DIM)),
+        (FeedForward(DIM, 3), reference.FeedForward(DIM, 3)),
+        (
+            CoordinateDescentRouter(DIM, num_routing_tokens=3),
+            reference.CoordinateDescentRouter(DIM, num_routing_tokens=3),
+        ),
         (
             CoordinateDescentRouter(DIM, learned_routing_tokens=True),
-            peer.CoordinateDescentRouter(DIM, learned_routing_tokens=True),
+            reference.CoordinateDescentRouter(DIM, learned_routing_tokens=True),
         ),
         (
             ConditionalRoutedAttention(DIM, **BUDGETS, num_routed_kv=2, rotary_emb=True),
-            peer.ConditionalRoutedAttention(DIM, **BUDGETS, num_routed_kv=2, rotary_emb=True),
+            reference.ConditionalRoutedAttention(DIM, **BUDGETS, num_routed_kv=2, rotary_emb=True),
         ),
     ],
     ids=lambda module: type(module).__name__,
@@ -48,7 +51,7 @@ def test_every_value_arrives(ours, theirs):
 def test_a_router_of_several_groups_takes_the_vectors_of_both():
     ours, theirs = (
         module(DIM, **BUDGETS, num_routed_kv=2)
-        for module in (ConditionalRoutedAttention, peer.ConditionalRoutedAttention)
+        for module in (ConditionalRoutedAttention, reference.ConditionalRoutedAttention)
     )
     load_colt5_attention(ours, theirs.state_dict())
     weight = ours.router.routing_tokens.weight
@@ -71,7 +74,7 @@ def test_a_router_of_several_groups_takes_the_vectors_of_both():
 def test_what_does_not_fit_is_named_and_nothing_is_copied(change, message):
     ours, theirs = (
         module(DIM, **BUDGETS, rotary_emb=True)
-        for module in (ConditionalRoutedAttention, peer.ConditionalRoutedAttention)
+        for module in (ConditionalRoutedAttention, reference.ConditionalRoutedAttention)
     )
     state = theirs.state_dict()
     change(state)
@@ -84,7 +87,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_copied(change, message):
 def test_frequencies_that_were_rounded_with_their_module_are_known_again():
     ours, theirs = (
         module(DIM, **BUDGETS, rotary_emb=True)
-        for module in (ConditionalRoutedAttention, peer.ConditionalRoutedAttention)
+        for module in (ConditionalRoutedAttention, reference.ConditionalRoutedAttention)
     )
     load_colt5_attention(ours, theirs.bfloat16().state_dict())
     with pytest.raises(ValueError, match="inv_freq"):
@@ -93,7 +96,7 @@ def test_frequencies_that_were_rounded_with_their_module_are_known_again():
         )
 
 
-def test_without_rotary_positions_here_the_peers_frequencies_are_left_over():
-    state = peer.ConditionalRoutedAttention(DIM, **BUDGETS, rotary_emb=True).state_dict()
+def test_without_rotary_positions_here_the_frequencies_there_are_left_over():
+    state = reference.ConditionalRoutedAttention(DIM, **BUDGETS, rotary_emb=True).state_dict()
     with pytest.raises(ValueError, match=r"rotary_emb\.inv_freq: left over"):
         load_colt5_attention(ConditionalRoutedAttention(DIM, **BUDGETS), state)

@@ -1,14 +1,14 @@
-"""RMSNorm in the seed's form and in T5's."""
+"""RMSNorm in the form of colt5-attention and in T5's."""
 
 import pytest
 import torch
-from colt5_attention import transformer_block as peer
+from colt5_attention import transformer_block as reference
 
 from colt5dist.nn.norm import RMSNorm
 
 
-def test_default_is_the_peers_also_for_a_zero_vector():
-    ours, theirs = RMSNorm(12).double(), peer.RMSNorm(12).double()
+def test_default_is_that_of_colt5_attention_also_for_a_zero_vector():
+    ours, theirs = RMSNorm(12).double(), reference.RMSNorm(12).double()
     theirs.gamma.data.uniform_(0.5, 2.0)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 5, 12, dtype=torch.float64)

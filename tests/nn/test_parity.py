@@ -1,14 +1,14 @@
-"""Every layer of the seed equals its peer in colt5-attention: outputs, gradients to inputs and to every parameter.
+"""Every layer equals the one of colt5-attention: outputs, gradients to inputs and to every parameter.
 
 Each option of a conditional layer is taken both ways, in all combinations, masked and unmasked, routed and unrouted.
 """
 
 from itertools import product
 
-import colt5_attention as peer
+import colt5_attention as reference
 import pytest
 import torch
-from colt5_attention import transformer_block as peer_parts
+from colt5_attention import transformer_block as reference_parts
 
 from colt5dist import nn
 
@@ -20,7 +20,7 @@ SHORT = {"eps": 1.0, "n_iters": 8}
 # budgets of queries and keys/values: routed, only one of the two routed, neither
 ROUTED = {"routed": (Q, KV), "q routed": (Q, N), "kv routed": (N, KV), "unrouted": (N, N)}
 
-# the peer asks for its flash kernels by an old name
+# colt5-attention asks for its flash kernels by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*:FutureWarning")
 
 
@@ -52,7 +52,7 @@ routed = pytest.mark.parametrize("budgets", ROUTED.values(), ids=ROUTED.keys())
 def build(name, *arguments, **settings):
     """The module of both packages, ours in float32 with other random weights."""
     torch.manual_seed(0)
-    return getattr(nn, name)(*arguments, **settings), getattr(peer_parts, name)(*arguments, **settings)
+    return getattr(nn, name)(*arguments, **settings), getattr(reference_parts, name)(*arguments, **settings)
 
 
 def router_kwargs(precision, **others):
@@ -66,8 +66,10 @@ class TestFeedForward:
     def test_conditional(self, assert_parity, precision, options, budget, masked):
         settings = router_kwargs(precision) | options
         ours = nn.ConditionalRoutedFeedForward(D, num_heavy_tokens=budget, **settings)
-        # the peer's kernels need a GPU
-        theirs = peer.ConditionalRoutedFeedForward(D, num_heavy_tokens=budget, **(settings | {"use_triton": False}))
+        # the kernels of colt5-attention need a GPU
+        theirs = reference.ConditionalRoutedFeedForward(
+            D, num_heavy_tokens=budget, **(settings | {"use_triton": False})
+        )
         mask = MASK if masked else None
         assert_parity(ours, theirs, lambda module, x: module(x, mask=mask), [random(B, N, D)], precision)
 
@@ -122,7 +124,7 @@ class TestAttention:
     def test_several_sets(self, assert_parity, options, budgets, masked):
         ours, theirs = conditional_attention(budgets, options, num_routed_kv=2, router_kwargs=SHORT)
         mask = MASK[1:] if masked else None
-        # at batch 1: the peer gives every sample the first one's tokens
+        # at batch 1: colt5-attention gives every sample the first one's tokens
         assert_parity(ours, theirs, lambda module, x: module(x, mask=mask), [random(1, N, D)])
 
     @masked
@@ -189,8 +191,8 @@ LENGTH, CONTEXT_LENGTH = 10, N
 
 
 class TestCrossAttention:
-    """The peer reads a name that it never sets, `should_route_queries`, and raises NameError in every call (see
-    test_parity_faults.py). Here it is set from outside, to what the code around it means; the rest is the peer's."""
+    """colt5-attention reads a name that it never sets, `should_route_queries`, and raises NameError in every call (see
+    test_parity_faults.py). Here it is set from outside, to what the code around it means; the rest is theirs."""
 
     @pytest.fixture
     def compare(self, assert_parity, monkeypatch):
@@ -205,7 +207,7 @@ class TestCrossAttention:
                 heads=2,
                 **options | settings,
             )
-            monkeypatch.setattr(peer_parts, "should_route_queries", budgets[0] < LENGTH, raising=False)
+            monkeypatch.setattr(reference_parts, "should_route_queries", budgets[0] < LENGTH, raising=False)
             masks = {}
             if masked:
                 rows = slice(B - batch, None)
@@ -245,9 +247,9 @@ SIDE, PATCH = 8, 4
 
 
 class TestImageAttention:
-    """The peer routes within patches (`routing="patch"` here), takes its mask in the patches' shape, and attends to
-    masked positions in the light branch. Here it is given the mask in that shape, and its light branch the mask that
-    it does not pass on."""
+    """colt5-attention routes within patches (`routing="patch"` here), takes its mask in the patches' shape, and
+    attends to masked positions in the light branch. Here it is given the mask in that shape, and its light branch the
+    mask that it does not pass on."""
 
     @pytest.fixture
     def compare(self, assert_parity):
@@ -257,7 +259,7 @@ class TestImageAttention:
             arguments |= {"light_window_size": PATCH, **options, **settings}
             routing = arguments.pop("routing", "patch")
             ours = nn.ConditionalRoutedImageAttention(D, routing=routing, **arguments)
-            theirs = peer.ConditionalRoutedImageAttention(D, **arguments)
+            theirs = reference.ConditionalRoutedImageAttention(D, **arguments)
             x = random(batch, side, side, D)
             inputs = [x.movedim(-1, 1) if options.get("channel_first") else x]
             mask = patch_mask = None
@@ -298,13 +300,13 @@ class TestImageAttention:
 
     @one_option(*IMAGE_OPTIONS)
     def test_a_map_of_many_patches(self, assert_parity, options):
-        """Composed of the peer's parts: its light branch within patches, and its module with one patch as large as the
-        map, without the light branch."""
+        """Composed of parts of colt5-attention: its light branch within patches, and its module with one patch as
+        large as the map, without the light branch."""
         torch.manual_seed(0)
         arguments = {"num_heavy_tokens_q": Q, "num_heavy_tokens_kv": KV, "router_kwargs": SHORT}
         arguments |= {**HEADS, "light_window_size": PATCH, **options}
         ours = nn.ConditionalRoutedImageAttention(D, **arguments)
-        theirs = peer.ConditionalRoutedImageAttention(D, **arguments | {"light_window_size": SIDE})
+        theirs = reference.ConditionalRoutedImageAttention(D, **arguments | {"light_window_size": SIDE})
 
         def call_theirs(module, x):
             last = x.movedim(1, -1) if module.channel_first else x

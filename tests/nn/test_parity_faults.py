@@ -1,9 +1,9 @@
-"""Where the peer, colt5-attention 0.11.2, fails or is wrong: its fault is shown, and what is done here instead."""
+"""Where colt5-attention 0.11.2 fails or is wrong: its fault is shown, and what is done here instead."""
 
-import colt5_attention as peer
+import colt5_attention as reference
 import pytest
 import torch
-from colt5_attention import transformer_block as peer_parts
+from colt5_attention import transformer_block as reference_parts
 
 from colt5dist import nn
 from colt5dist.nn.interop import load_colt5_attention
@@ -19,17 +19,17 @@ def random(*shape, seed=0):
 def build(name, *arguments, **settings):
     """Both packages' modules with the same weights, scores moderate."""
     torch.manual_seed(0)
-    ours, theirs = (getattr(package, name)(*arguments, **settings).double() for package in (nn, peer_parts))
+    ours, theirs = (getattr(package, name)(*arguments, **settings).double() for package in (nn, reference_parts))
     with torch.no_grad():
         for router in theirs.modules():
-            if isinstance(router, peer_parts.CoordinateDescentRouter) and router.routing_token is not None:
+            if isinstance(router, reference_parts.CoordinateDescentRouter) and router.routing_token is not None:
                 router.routing_token.mul_(D**-0.5)
     load_colt5_attention(ours, theirs.state_dict())
     return ours, theirs
 
 
 def test_several_routes_take_their_own_samples_tokens():
-    """The peer gathers from the first samples for every one."""
+    """colt5-attention gathers from the first samples for every one."""
     ours, theirs = build("CoordinateDescentRouter", D, eps=1.0, num_routing_tokens=2)
     x, mask = random(B, N, D), torch.arange(N) < torch.tensor([[N], [15], [9]])
     actual, expected = ours(x, num_tokens=M, mask=mask), theirs(x, num_tokens=M, mask=mask)
@@ -46,7 +46,7 @@ def test_several_routes_take_their_own_samples_tokens():
 
 
 def test_tokens_are_routed_from_every_block():
-    """The peer looks for a position of the whole sequence in a block; block by block it gives what is expected."""
+    """colt5-attention looks in a block for a position of the sequence; block by block it gives what is expected."""
     width = 5
     ours, theirs = build("CoordinateDescentRouter", D, eps=1.0, route_block_size=width, straight_through=False)
     x, num_tokens = random(B, N, D), 8
@@ -65,7 +65,7 @@ def test_tokens_are_routed_from_every_block():
 
 
 def test_blocks_with_given_vectors():
-    """The peer fails in the product; with the same vectors of its own a router here gives the same."""
+    """colt5-attention fails in the product; with the same vectors of its own a router here gives the same."""
     settings = {"eps": 1.0, "route_block_size": 5, "straight_through": False}
     ours, theirs = build("CoordinateDescentRouter", D, learned_routing_tokens=True, **settings)
     x, vectors = random(B, N, D), D**-0.5 * random(D, seed=1).expand(B, D)
@@ -101,9 +101,9 @@ def test_cross_attention_can_be_called():
 
 
 def test_cross_attention_takes_the_number_of_sets_by_either_name():
-    """`num_sets_kv` is dead in the peer."""
+    """`num_sets_kv` is dead in colt5-attention."""
     settings = {"num_tokens_q": M, "num_tokens_kv": M}
-    assert peer.ConditionalRoutedCrossAttention(D, **settings, num_sets_kv=2).kv_router.num_routing_tokens == 1
+    assert reference.ConditionalRoutedCrossAttention(D, **settings, num_sets_kv=2).kv_router.num_routing_tokens == 1
     for given in ({"num_sets_kv": 2}, {"kv_routing_tokens": 2}, {"num_sets_kv": 2, "kv_routing_tokens": 2}):
         assert nn.ConditionalRoutedCrossAttention(D, **settings, **given).kv_router.num_routing_tokens == 2
     with pytest.raises(ValueError, match="num_sets_kv"):
@@ -128,7 +128,7 @@ def image_settings(**others):
 
 
 def test_images_are_routed_over_the_whole_map():
-    """The peer routes within patches, whatever its documentation says: another patch never moves this one's output."""
+    """colt5-attention routes within patches, unlike its documentation: other patches never change an output."""
     ours, theirs = build("ConditionalRoutedImageAttention", D, **image_settings())
     x = random(1, 8, 8, D)
     other = x.clone()
@@ -156,7 +156,7 @@ def test_images_take_a_mask_of_their_own_shape():
 @pytest.mark.parametrize("routing", ["map", "patch"])
 def test_images_whose_queries_are_not_routed(routing):
     settings = image_settings(num_heavy_tokens_q=64)
-    theirs = peer.ConditionalRoutedImageAttention(D, **settings).double()
+    theirs = reference.ConditionalRoutedImageAttention(D, **settings).double()
     x = random(B, 8, 8, D)
     with pytest.raises((TypeError, IndexError, RuntimeError)):
         theirs(x)
@@ -195,7 +195,7 @@ def test_image_attention_refuses_inputs(named, x, mask):
 
 
 def test_local_attention_never_attends_to_its_padding():
-    """The peer's package does where the length is no multiple of its window and no mask is given."""
+    """The package local-attention does where the length is no multiple of its window and no mask is given."""
     settings = {
         "num_heavy_tokens_q": M,
         "num_heavy_tokens_kv": M,
@@ -209,7 +209,7 @@ def test_local_attention_never_attends_to_its_padding():
 
 
 def test_of_saturated_scores_the_largest_are_taken():
-    """At a low temperature more than num_tokens soft scores are 1; the peer takes any of them."""
+    """At a low temperature more than num_tokens soft scores are 1; colt5-attention takes any of them."""
     ours, theirs = build("CoordinateDescentRouter", D, eps=0.03, fetch_k_ratio=2)
     x = 4 * random(B, N, D)
     raw = x @ ours.routing_tokens.weight[0]
@@ -220,5 +220,5 @@ def test_of_saturated_scores_the_largest_are_taken():
 
 def test_topk_picks_no_masked_entry():
     x, mask = torch.tensor([[5.0, 1.0, 4.0, 2.0]]).double(), torch.tensor([[False, True, True, True]])
-    assert peer.topk(x, 2, mask=mask).indices.tolist() == [[0, 2]]
+    assert reference.topk(x, 2, mask=mask).indices.tolist() == [[0, 2]]
     assert topk(x, 2, mask=mask).indices.tolist() == [[2, 3]]

@@ -1,9 +1,9 @@
-"""The parts of the seed's layers, its router and its topk equal their peers in colt5-attention."""
+"""The parts of the layers, the router and topk equal those of colt5-attention."""
 
-import colt5_attention as peer
+import colt5_attention as reference
 import pytest
 import torch
-from colt5_attention import transformer_block as peer_parts
+from colt5_attention import transformer_block as reference_parts
 
 from colt5dist import nn
 from colt5dist.ops.topk import topk
@@ -11,7 +11,7 @@ from colt5dist.ops.topk import topk
 B, N, D, M = 2, 16, 8, 5
 MASK = torch.arange(N) < torch.tensor([[N], [11]])
 
-# the peer asks for its flash kernels by an old name
+# colt5-attention asks for its flash kernels by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*:FutureWarning")
 
 masked = pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
@@ -24,7 +24,7 @@ def random(*shape, seed=0):
 
 def build(name, *arguments, **settings):
     torch.manual_seed(0)
-    return getattr(nn, name)(*arguments, **settings), getattr(peer_parts, name)(*arguments, **settings)
+    return getattr(nn, name)(*arguments, **settings), getattr(reference_parts, name)(*arguments, **settings)
 
 
 def test_norm(assert_parity, precision):
@@ -56,14 +56,14 @@ def test_attention(assert_parity, precision, masked, multiply_keys, use_flash, r
     angles = [random(*shape, 2, seed=seed).tile(2) for seed, shape in ((1, (B, M)), (2, rows))]
     mask = None if not masked else (MASK if routes is None else MASK[:, None].expand(rows))
 
-    def call(module, x, *others, of_peer=False):
+    def call(module, x, *others, of_reference=False):
         arguments = {"mask": mask}
         if rotary and routes is None:
             table = angles[1][0].to(x.dtype)
             arguments["rotary_emb"] = (table, table)
         elif rotary:
             of_x, of_context = (table.to(x.dtype) for table in angles)
-            if of_peer:
+            if of_reference:
                 of_x, of_context = of_x.unsqueeze(1), of_context.unsqueeze(-3)
             arguments["rotary_emb"] = (of_x, of_context)
         if routes is not None:
@@ -75,7 +75,7 @@ def test_attention(assert_parity, precision, masked, multiply_keys, use_flash, r
     if routes is not None:
         inputs += [random(*rows, seed=4).sigmoid(), random(B, M, seed=5).sigmoid()]
     assert_parity(
-        *modules, call, inputs, precision, call_theirs=lambda module, *given: call(module, *given, of_peer=True)
+        *modules, call, inputs, precision, call_theirs=lambda module, *given: call(module, *given, of_reference=True)
     )
 
 
@@ -100,7 +100,7 @@ def routed_sum(result):
 @pytest.mark.parametrize("cosine", [False, True], ids=["product", "cosine"])
 @pytest.mark.parametrize("learned", [False, True], ids=["own vectors", "given vectors"])
 def test_router(assert_parity, precision, masked, straight_through, budget, routes, cosine, learned):
-    # several routes at batch 1: the peer gives every sample the first one's tokens
+    # several routes at batch 1: colt5-attention gives every sample the first one's tokens
     batch = B if routes == 1 else 1
     ours, theirs = build(
         "CoordinateDescentRouter",
@@ -116,7 +116,7 @@ def test_router(assert_parity, precision, masked, straight_through, budget, rout
 
     def call(module, x, *vectors):
         vectors = {"routing_tokens": vectors[0]} if vectors else {}
-        # times 1: the peer ignores given vectors where nothing is routed
+        # times 1: colt5-attention ignores given vectors where nothing is routed
         return routed_sum(module(x, **arguments, **vectors)) + 0.0 * sum(v.sum() for v in vectors.values())
 
     inputs = [random(batch, N, D)]
@@ -142,13 +142,13 @@ def test_router_keeps_the_dimension_of_one_route(assert_parity, masked):
 )
 def test_topk(masked, fused, non_differentiable, k, schedule):
     """Values in their order, places, soft scores and gates, and the gradient of all three to x."""
-    x, peer_x = (random(3, N).mul(0.05).requires_grad_() for _ in range(2))
+    x, reference_x = (random(3, N).mul(0.05).requires_grad_() for _ in range(2))
     mask = None
     if masked and k < N:
-        # the peer may pick a masked entry: here the masked ones are among the smallest
+        # colt5-attention may pick a masked entry: here the masked ones are among the smallest
         mask = x.detach() > x.detach().quantile(0.4, dim=-1, keepdim=True)
     arguments = {"mask": mask, "fused": fused, "non_differentiable": non_differentiable, **schedule}
-    actual, expected = topk(x, k, **arguments), peer.topk(peer_x, k, **arguments)
+    actual, expected = topk(x, k, **arguments), reference.topk(reference_x, k, **arguments)
     assert torch.equal(actual.indices, expected.indices)
     pairs = [(actual.values, expected.values)]
     if non_differentiable:
@@ -158,7 +158,7 @@ def test_topk(masked, fused, non_differentiable, k, schedule):
     for here, there in pairs:
         torch.testing.assert_close(here, there, rtol=0, atol=1e-9)
     weights = [random(3, k, seed=seed) for seed in range(len(pairs))]
-    for number, side in enumerate((x, peer_x)):
+    for number, side in enumerate((x, reference_x)):
         sum((w * pair[number]).sum() for w, pair in zip(weights, pairs, strict=True)).backward()
         assert side.grad.count_nonzero() > 0
-    torch.testing.assert_close(x.grad, peer_x.grad, rtol=0, atol=1e-9)
+    torch.testing.assert_close(x.grad, reference_x.grad, rtol=0, atol=1e-9)

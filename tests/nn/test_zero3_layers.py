@@ -1,5 +1,6 @@
-"""The seed's layers under ZeRO-3 on two processes: every gradient is a plain module's, with activation checkpointing,
-too."""
+"""The layers of colt5-attention under ZeRO-3 on two processes: every gradient is a plain module's.
+
+With activation checkpointing, too."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Gradients of the seed's layers under ZeRO-3, as how far they are from those of plain modules; started by
+"""Gradients of the layers under ZeRO-3, as how far they are from those of plain modules; started by
 test_zero3_layers.py.
 
     torchrun --nproc-per-node 2 tests/nn/zero3_layers.py OUTPUT

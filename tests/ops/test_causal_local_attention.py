@@ -1,4 +1,4 @@
-"""Both implementations of causal local attention against dense attention with a mask; the seed's windows."""
+"""Both implementations of causal local attention, with colt5-attention's windows, against dense attention."""
 
 import pytest
 import torch

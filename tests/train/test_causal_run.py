@@ -73,7 +73,7 @@ def test_a_longer_text_starts_from_the_weights_of_another_run(
             ("data.mixture=colt5", "data.input_length=256"),
             "data.mixture: colt5 does not go with model.architecture causal",
         ),
-        (("data.input_length=256",), "data.input_length: 256 has no use with data.mixture=causal; set 0"),
+        (("data.input_length=256",), "data.input_length: 256 is not used with data.mixture=causal; set 0"),
         (("train.eval_shuffled_inputs=true",), "train.eval_shuffled_inputs: model.architecture causal"),
         (("model.num_encoder_layers=2",), "model.num_encoder_layers: 2; architecture=causal has no encoder"),
     ],

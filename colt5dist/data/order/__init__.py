@@ -1,1 +1,1 @@
-"""Which text sample number i is made from: blocks of documents, the plan of an epoch, mixtures, skipped ranges."""
+"""The order of the data: text and objective of sample i, samples that are left out, and the rank that gets a sample."""

@@ -1,16 +1,16 @@
-"""Mixtures of objectives: how a configuration names them, and what a mixture needs.
+"""Mixtures of objectives: their names in a configuration, and the lengths that they need.
 
-`data.mixture` is a name or a list of names; the samples are divided among the entries in equal parts, and an entry that
-stands there twice counts twice. A name is
+`data.mixture` is a name or a list of names. Every entry gets an equal share of the samples; an entry that is listed
+twice counts twice. A name is
 
 - `colt5`: prefix-LM at rate 0.5 and noise spans of mean length 3, 8 and 64 at rate 0.15 (Ainslie et al. 2023, arXiv
   2303.09752, section 4.1), four entries;
 - `ul2`: the seven of UL2 (Tay et al. 2022, arXiv 2205.05131, figure 2) with their mode tokens, in equal parts: R: mean
   3 and 8 at 0.15; X: mean 3, 8, 64 at 0.5 and 64 at 0.15; S: prefix-LM at rate 0.25;
 - `span_corruption(mean, rate)`, `prefix_lm` or `prefix_lm(rate)`: one entry;
-- `causal`: next-token prediction, one entry. With nothing else beside it data.input_length is 0.
+- `causal`: next-token prediction, one entry. If it is the only entry, data.input_length is 0.
 
-Ids above the tokenizer's: the mode tokens R, S, X, if the mixture has any, then the sentinels.
+The ids above the tokenizer's are the mode tokens R, S, X, if the mixture has any, then the sentinels.
 """
 
 import re
@@ -27,34 +27,45 @@ class Mixture:
     """The objectives that share the samples."""
 
     objectives: tuple[Objective, ...]
-    """Each once."""
+    """The objectives, each once."""
     weights: tuple[int, ...]
-    """Parts of the samples that each gets."""
+    """Share of the samples that each objective gets, as a number of equal parts."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the objectives, in the order of a batch's `objective`."""
+        """Names of the objectives; the `objective` of a batch is an index into them."""
         return tuple(objective.name for objective in self.objectives)
 
     @property
     def is_causal(self) -> bool:
-        """Whether nothing is read by an encoder: for decoder-only models."""
+        """Whether there is no encoder input, which is for decoder-only models."""
         return all(objective.is_next_token for objective in self.objectives)
 
     @property
     def num_modes(self) -> int:
-        """Ids of mode tokens."""
+        """Number of ids that are reserved for mode tokens."""
         return len(MODES) if any(objective.mode for objective in self.objectives) else 0
 
 
 def span_corruption(mean_span: float, rate: float, mode: str | None = None) -> Objective:
-    """Noise spans of a mean length; at the usual rate the name does not say it."""
+    """Return a span-corruption objective; its name contains the rate unless it is 0.15.
+
+    Args:
+        mean_span: mean tokens per noise span.
+        rate: share of the raw tokens that are noise.
+        mode: its mode token, one of MODES, or None.
+    """
     name = f"span_{mean_span:g}" + ("" if rate == 0.15 else f"_rate_{rate:g}")
     return Objective(f"{mode.lower()}_{name}" if mode else name, rate, mean_span, mode)
 
 
 def prefix_lm(rate: float, mode: str | None = None) -> Objective:
-    """The end of the text, as much as `rate` of it in the mean."""
+    """Return a prefix-LM objective; its name contains the rate unless it is 0.5.
+
+    Args:
+        rate: mean share of the text that is the suffix.
+        mode: its mode token, one of MODES, or None.
+    """
     name = "prefix_lm" + ("" if rate == 0.5 else f"_rate_{rate:g}")
     return Objective(f"{mode.lower()}_{name}" if mode else name, rate, None, mode)
 
@@ -72,17 +83,17 @@ MIXTURES: dict[str, tuple[Objective, ...]] = {
     ),
     "causal": (Objective("next_token", 1.0, None),),
 }
-"""What stands for several objectives, or for one without settings."""
+"""Names without settings, and their objectives."""
 
 FORMS = f"{', '.join(MIXTURES)}, prefix_lm, prefix_lm(rate), span_corruption(mean, rate)"
 MIXTURE_TYPE = str | Sequence[str]
 
 
 def parse_mixture(mixture: MIXTURE_TYPE) -> Mixture:
-    """The mixture that data.mixture names.
+    """Return the mixture that a value of data.mixture names.
 
     Raises:
-        ConfigError: one line for every entry that names none.
+        ConfigError: an entry is unknown or has wrong settings; one line for every such entry.
     """
     entries = (mixture,) if isinstance(mixture, str) else tuple(map(str, mixture))
     return _parse_entries(entries)
@@ -91,7 +102,7 @@ def parse_mixture(mixture: MIXTURE_TYPE) -> Mixture:
 @lru_cache(maxsize=64)
 def _parse_entries(entries: tuple[str, ...]) -> Mixture:
     if not entries:
-        raise ConfigError(f"data.mixture: is empty; name some of {FORMS}")
+        raise ConfigError(f"data.mixture: is empty; give some of {FORMS}")
     counts: dict[Objective, int] = {}
     problems = []
     for entry in entries:
@@ -121,16 +132,24 @@ def _parse_entry(entry: str) -> tuple[Objective, ...]:
         (rate,) = numbers or [0.5]
         if 0 < rate <= 0.5:
             return (prefix_lm(rate),)
-        raise ConfigError(f"data.mixture: {entry!r}: the rate must be above 0 and at most 0.5, as the mean suffix")
+        raise ConfigError(
+            f"data.mixture: {entry!r}: the rate (mean share of the suffix) must be above 0 and at most 0.5"
+        )
     if kind == "span_corruption" and len(numbers) == 2:
         mean_span, rate = numbers
         if 1 <= mean_span <= 1 << 20 and 0 < rate <= 0.9:
             return (span_corruption(mean_span, rate),)
         raise ConfigError(f"data.mixture: {entry!r}: give a mean of 1 or more and a rate above 0 and at most 0.9")
-    raise ConfigError(f"data.mixture: {entry!r} has another number of settings; write {FORMS}")
+    raise ConfigError(f"data.mixture: {entry!r} has the wrong number of settings; write {FORMS}")
 
 
 def lengths_of_mixture(mixture: MIXTURE_TYPE, input_length: int, target_length: int) -> tuple[SampleLengths, ...]:
-    """Lengths of a full sample of every objective of a mixture, in the mixture's order."""
+    """Return the lengths of a full sample of every objective, in the order of the mixture.
+
+    Args:
+        mixture: a value of data.mixture.
+        input_length: tokens of an encoder input (data.input_length).
+        target_length: most tokens of a decoder target (data.target_length).
+    """
     objectives = parse_mixture(mixture).objectives
     return tuple(sample_lengths(objective, input_length, target_length) for objective in objectives)

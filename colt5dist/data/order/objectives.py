@@ -1,20 +1,20 @@
-"""The denoising objectives, and how long their samples are.
+"""The denoising objectives, and the lengths of their samples.
 
-A sample starts as `raw_tokens` consecutive tokens of text. Span corruption (Raffel et al. 2020, arXiv 1910.10683)
-replaces spans of them by sentinels and lets the decoder write sentinel and span in turn; prefix-LM cuts the text in
-two. The lengths follow from the objective, so that an input is filled exactly and a target is never cut:
+A sample is made from `raw_tokens` consecutive tokens of text. Span corruption (Raffel et al. 2020, arXiv 1910.10683)
+replaces spans of them by sentinels, and the target is each sentinel followed by its span; prefix-LM cuts the text in
+two. The lengths follow from the objective, so that an input is filled exactly and a target is never truncated:
 
 - span corruption of L raw tokens: n = round(L * rate) noise tokens in s = round(n / mean span) spans give L - n + s +
-  1 input and n + s + 1 target tokens (the last of each is the end token). L is the largest with no more than
-  input_length inputs. Where the targets would be longer than target_length, n is lowered until they fit, and L
-  follows.
-- prefix-LM: the suffix is drawn uniform in 1..min(target_length - 1, 2 * rate * L - 1), and L is input_length - 1
-  plus the mean suffix. A prefix longer than input_length - 1 loses its first tokens; a shorter one is padded.
-  (Filling both sides exactly would fix the suffix, which is not the paper's objective.)
-- next-token: target_length tokens of text as they stand are the target, without an end token of its own, as the text
-  goes on. A decoder-only model has no input; where other objectives have one, this one's is the end token alone.
+  1 input and n + s + 1 target tokens (the last of each is the end token). L is the largest number with at most
+  input_length input tokens. Where the target would be longer than target_length, n is reduced until it fits, and L
+  changes with it.
+- prefix-LM: the length of the suffix is drawn uniformly from 1..min(target_length - 1, 2 * rate * L - 1), and L is
+  input_length - 1 plus the mean suffix. A prefix longer than input_length - 1 loses its first tokens; a shorter one is
+  padded. (Filling both sides exactly would fix the length of the suffix, which is not the paper's objective.)
+- next-token: target_length tokens of text are the target, unchanged and without an end token, since the text continues
+  after them. A decoder-only model has no input; in a mixture with other objectives, the input is only the end token.
 
-A mode token is the first token of the input, which has one place less for the rest.
+A mode token is the first token of the input and leaves one token less for the rest.
 """
 
 from collections.abc import Callable
@@ -29,15 +29,15 @@ class Objective:
     name: str
     """Name in logs and metrics."""
     noise_rate: float
-    """Share of the raw tokens that the decoder writes (prefix-LM: in the mean, where target_length allows it)."""
+    """Share of the raw tokens that are noise, in the target (prefix-LM: the mean, where target_length allows it)."""
     mean_span: float | None
-    """Mean tokens of a noise span; None: one span, at the end, without a sentinel (prefix-LM), or all (next-token)."""
+    """Mean tokens per noise span; None: one span at the end without a sentinel (prefix-LM), or all (next-token)."""
     mode: str | None = None
     """The mode token that the input begins with, one of MODES."""
 
     @property
     def is_next_token(self) -> bool:
-        """Whether the decoder writes all of the text: there is no input."""
+        """Whether the whole text is the target, without an input."""
         return self.noise_rate == 1
 
 
@@ -52,18 +52,24 @@ class SampleLengths:
     raw_tokens: int
     """Tokens of text that the sample is made from."""
     noise_tokens: int
-    """Tokens that the decoder writes, without sentinels and end token (prefix-LM: the most)."""
+    """Raw tokens in the target, without sentinels and end token (prefix-LM: the maximum)."""
     num_spans: int
-    """Noise spans, which is the number of sentinels (prefix-LM and next-token: 0)."""
+    """Number of noise spans, which is the number of sentinels (prefix-LM and next-token: 0)."""
     input_tokens: int
-    """Tokens of the encoder input, end token included (prefix-LM: the most)."""
+    """Tokens of the encoder input, end token included (prefix-LM: the maximum)."""
     target_tokens: int
-    """Tokens of the decoder target, end token included (prefix-LM: the most)."""
+    """Tokens of the decoder target, end token included (prefix-LM: the maximum)."""
 
 
 @lru_cache(maxsize=1024)
 def span_counts(raw_tokens: int, objective: Objective, target_length: int) -> tuple[int, int]:
-    """Noise tokens and spans of `raw_tokens` (at least 2) raw tokens under a span-corruption objective."""
+    """Return the numbers of noise tokens and of noise spans of a text under a span-corruption objective.
+
+    Args:
+        raw_tokens: tokens of the text, at least 2.
+        objective: the objective.
+        target_length: most tokens of a target.
+    """
     assert objective.mean_span is not None and raw_tokens >= 2, (objective, raw_tokens)
     mean_span = objective.mean_span
 
@@ -77,20 +83,32 @@ def span_counts(raw_tokens: int, objective: Objective, target_length: int) -> tu
 
 
 def largest_suffix(raw_tokens: int, objective: Objective, target_length: int) -> int:
-    """The longest suffix that prefix-LM may draw from `raw_tokens` (at least 2) raw tokens."""
+    """Return the length of the longest suffix that prefix-LM may draw from a text.
+
+    Args:
+        raw_tokens: tokens of the text, at least 2.
+        objective: the objective.
+        target_length: most tokens of a target.
+    """
     assert raw_tokens >= 2, raw_tokens
     return max(1, min(target_length - 1, int(2 * objective.noise_rate * raw_tokens) - 1, raw_tokens - 1))
 
 
 def sample_lengths(objective: Objective, input_length: int, target_length: int) -> SampleLengths:
-    """Lengths of a full sample: as many raw tokens as an input of `input_length` tokens can be made from."""
+    """Return the lengths of a full sample, which has the most raw tokens that fit.
+
+    Args:
+        objective: the objective.
+        input_length: most tokens of an input, end token included.
+        target_length: most tokens of a target, end token included.
+    """
     if objective.is_next_token:
         return SampleLengths(target_length, target_length, 0, min(1, input_length), target_length)
     if objective.mode is not None:
         rest = sample_lengths(replace(objective, mode=None), input_length - 1, target_length)
         return replace(rest, input_tokens=rest.input_tokens + 1)
     if objective.mean_span is None:
-        # a text of `raw` tokens fills the input when the suffix has its mean length
+        # a text of `raw_tokens` tokens fills the input when the suffix has its mean length
         def fits_prefix(raw_tokens: int) -> bool:
             return raw_tokens <= input_length - 1 + (1 + largest_suffix(raw_tokens, objective, target_length)) // 2
 
@@ -110,7 +128,7 @@ def sample_lengths(objective: Objective, input_length: int, target_length: int) 
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number in low..high for which `fits` holds; it holds at `low` and, once false, stays false."""
+    """The largest number in low..high for which `fits` is true; it is true at `low` and, once false, stays false."""
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):

@@ -1,12 +1,13 @@
 """The order of the samples: sample i of a run is a pure function of (shards, lengths, seed, i).
 
-An epoch shows every block once. The blocks are dealt at random to windows of a few dozen; in a window every objective
-gets blocks until its samples are as many as those of the others; the chunks of all blocks of a window are shuffled
-together, and so are the windows. A reader therefore needs the blocks of one window at a time, while its samples come
-from all over the corpus. World size, rank, workers and batch sizes appear nowhere.
+An epoch shows every block once. The blocks are assigned at random to windows of a few dozen blocks. In a window, each
+block gets an objective such that all objectives have about equally many samples. The chunks of all blocks of a window
+are shuffled together, and the windows are shuffled too. So a reader needs only the blocks of one window at a time, and
+still its samples come from the whole corpus. World size, rank, workers and batch sizes play no role.
 
-How the blocks are dealt repeats after `DEALS` epochs, the shuffles never do: so the samples of any number of past
-epochs can be counted from `DEALS` numbers, and sample i is found in a time that does not grow with i.
+The assignment of blocks to windows (called a deal, as of cards) repeats after `DEALS` epochs; the shuffles never
+repeat. So the samples of any number of past epochs can be counted from `DEALS` numbers, and the time to find sample i
+does not grow with i.
 """
 
 from bisect import bisect_right
@@ -17,12 +18,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from colt5dist.data.members import MEMBER_TOKENS
 from colt5dist.data.order.blocks import BlockLayout, Blocks, Chunk
-from colt5dist.data.order.philox import Stream, below, permutation, random_bits
+from colt5dist.data.order.random_numbers import Stream, below, permutation, random_bits
+from colt5dist.data.tar_members import MEMBER_TOKENS
 
-DEALS = 64
-WINDOW_TOKENS = 1 << 24  # a reader keeps about so many tokens in memory
+DEALS = 64  # number of different assignments of blocks to windows
+WINDOW_TOKENS = 1 << 24  # approximate tokens per window, which a reader keeps in memory
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class PlannedSample:
     index: int
     """Number of the sample in the run."""
     epoch: int
-    """How often all blocks were shown before."""
+    """Number of epochs before this one."""
     objective: int
     """Number of the objective in the mixture."""
     block: int
     """Number of the block in the shard set."""
     chunk: Chunk
-    """Where its tokens are."""
+    """Where its tokens are in the shard set."""
     source: int = 0
-    """Number of the shard set among the sources."""
+    """Number of the shard set among several."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,37 @@ class Deal:
     """The blocks of each window and their objectives."""
 
     blocks: NDArray[np.int64]
-    """(windows, most blocks in a window) block numbers; -1 fills short windows."""
+    """(windows, blocks of the largest window) block numbers; -1 fills shorter windows."""
     objectives: NDArray[np.int64]
     """Same shape: the objective of each block."""
     counts: NDArray[np.int64]
-    """Same shape: the chunks of each block; 0 where there is none."""
+    """Same shape: the number of chunks of each block; 0 where there is no block."""
 
 
 def block_tokens(raw_tokens: int, num_tokens: int) -> int:
-    """Tokens of a block: about 64 samples, fewer for very long inputs and for small sets.
+    """Return the tokens per block: about 64 samples, fewer for very long inputs and for small sets.
 
-    Large blocks leave little over (half a sample a block in the mean), small ones let every objective have some.
+    Large blocks leave few tokens over (half a sample per block, on average); with small blocks, every objective gets
+    some.
+
+    Args:
+        raw_tokens: raw tokens of the longest sample.
+        num_tokens: tokens of the shard set.
     """
     wide = min(64 * raw_tokens, max(1 << 20, 32 * raw_tokens))
     return min(wide, max(8 * raw_tokens, num_tokens // 16))
 
 
 class Plan:
-    """Finds the tokens of sample i."""
+    """Finds the tokens of sample i of a shard set.
+
+    Args:
+        document_ends: (documents,) positions after the documents on the set's axis.
+        raw_lengths: raw tokens of a full sample, for each objective.
+        seed: seed of the order.
+        weights: share of the samples that each objective gets, as a number of equal parts; None: equal shares.
+        min_document_tokens: documents with fewer tokens are left out.
+    """
 
     def __init__(
         self,
@@ -76,15 +90,6 @@ class Plan:
         weights: Sequence[int] | None = None,
         min_document_tokens: int = 0,
     ) -> None:
-        """Plan the samples of a shard set.
-
-        Args:
-            document_ends: (documents,) ends of the documents on the set's axis.
-            raw_lengths: raw tokens of a full sample, an objective each.
-            weights: parts of the samples that each objective gets; None: equal parts.
-            seed: another seed is another order.
-            min_document_tokens: documents of fewer tokens are left out.
-        """
         self._seed = seed
         self._weights = np.array(weights or [1] * len(raw_lengths), dtype=np.int64)
         self.raw_lengths = tuple(raw_lengths)
@@ -93,8 +98,8 @@ class Plan:
         self.window_blocks = min(max(WINDOW_TOKENS // size, 8), 64)
         assert self.blocks.counts.any(axis=0).all(), "no text for a sample"
         self._deal_ends: list[int] = []  # samples up to the end of each deal
-        # samples that each objective had too many in a window before each deal; the next makes up for it. It begins
-        # at random, within half a block: else the windows would all err in the same direction
+        # by how many samples each objective has too many in a window before each deal; the next deal compensates. The
+        # start is random, within half a block: otherwise all windows would deviate in the same direction
         shape = -(-self.blocks.num_blocks // self.window_blocks), len(self.raw_lengths)
         most = np.maximum(self.blocks.counts.max(axis=0), 1)
         begin = random_bits(seed, 0, Stream.SURPLUS).random_raw(shape[0] * shape[1]).reshape(shape)
@@ -105,7 +110,7 @@ class Plan:
         self._layout = lru_cache(maxsize=2 * self.window_blocks)(self._make_layout)
 
     def sample(self, index: int) -> PlannedSample:
-        """What sample `index` is made from."""
+        """Return what sample `index` is made from."""
         epoch, place = self._find_epoch(index)
         windows, window_ends = self._order(epoch)
         turn = bisect_right(window_ends, place)
@@ -120,11 +125,11 @@ class Plan:
         return PlannedSample(index, epoch, objective, block, layout.chunk(place, offset))
 
     def epoch_samples(self, epoch: int) -> int:
-        """Samples of an epoch."""
+        """Return the number of samples in an epoch."""
         return int(self._deal(epoch % DEALS).counts.sum())
 
     def window_bytes(self, item_bytes: int) -> int:
-        """Bytes of all members that a window's blocks lie in, at `item_bytes` a token."""
+        """Return an upper bound on the bytes of all members with blocks of a window, at `item_bytes` per token."""
         blocks = self.blocks
         return self.window_blocks * (int(np.diff(blocks.bounds).max()) + MEMBER_TOKENS) * item_bytes
 
@@ -138,13 +143,13 @@ class Plan:
         return rounds * DEALS + deal, index - (ends[deal - 1] if deal else 0)
 
     def _make_deal(self, number: int) -> Deal:
-        """Deal the blocks to windows, and the objectives to the blocks of each window in turn."""
+        """Assign the blocks to windows, and objectives to the blocks of each window one after the other."""
         for earlier in range(len(self._surplus) - 1, number):
             self._deal(earlier)
         num_blocks = self.blocks.num_blocks
         num_windows = -(-num_blocks // self.window_blocks)
         shuffled = permutation(random_bits(self._seed, number, Stream.DEAL), num_blocks)
-        # window w gets places w, w + windows, ... so that sizes differ by one at most
+        # window w gets the blocks at w, w + num_windows, ..., so that the sizes of windows differ by at most one
         blocks = np.full((-(-num_blocks // num_windows), num_windows), -1, dtype=np.int64)
         blocks.reshape(-1)[:num_blocks] = shuffled
         objectives = np.zeros_like(blocks)
@@ -153,19 +158,19 @@ class Plan:
         totals = self._surplus[number].copy()
         for slot, block in enumerate(blocks):
             offered = np.where(block[:, None] >= 0, self.blocks.counts[block], 0)
-            # half of the block counts with it: else objectives with many samples a block would get too many
+            # half of the block is counted: otherwise objectives with many samples per block would get too many
             objective = np.argmin((2 * totals + offered) / self._weights, axis=1)
             objectives[slot] = objective
             counts[slot] = offered[every_window, objective]
             totals[every_window, objective] += counts[slot]
         if len(self._surplus) == number + 1:
-            # what all have alike is taken away, which keeps the numbers small
+            # what all objectives have in common is subtracted, which keeps the numbers small
             alike = (totals // self._weights).min(axis=1, keepdims=True)
             self._surplus.append(totals - alike * self._weights)
         return Deal(blocks.T, objectives.T, counts.T)
 
     def _make_order(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The windows of an epoch in their order, and the samples up to the end of each."""
+        """The windows of an epoch in their order, and the number of samples up to the end of each."""
         counts = self._deal(epoch % DEALS).counts.sum(axis=1)
         windows = permutation(random_bits(self._seed, epoch, Stream.WINDOWS), len(counts))
         return windows.tolist(), np.cumsum(counts[windows]).tolist()
@@ -178,6 +183,6 @@ class Plan:
         return deal.blocks[window].tolist(), deal.objectives[window].tolist(), ends, chunks
 
     def _make_layout(self, epoch: int, block: int, objective: int) -> tuple[BlockLayout, int]:
-        """The chunks of a block, and where its joined text is cut in this epoch."""
+        """The chunks of a block, and the offset at which its joined text is cut in this epoch."""
         layout = self.blocks.layout(block, objective)
         return layout, below(random_bits(self._seed, epoch, Stream.OFFSET, block), layout.num_offsets)

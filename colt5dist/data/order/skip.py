@@ -1,4 +1,7 @@
-"""Samples that a run passes over: its place is a number in the run's order, so ranges that it has passed do nothing."""
+"""Samples that a run leaves out (data.skip).
+
+A run continues from a sample number, so ranges before that number have no effect.
+"""
 
 from collections.abc import Sequence
 
@@ -7,10 +10,13 @@ from numpy.typing import NDArray
 
 
 class SkipList:
-    """Ranges of sample numbers."""
+    """Ranges of sample numbers that are left out.
+
+    Args:
+        ranges: pairs [first, sample after the last] in any order; they may overlap.
+    """
 
     def __init__(self, ranges: Sequence[Sequence[int]]) -> None:
-        """Take ranges [first, sample after the last] in any order; they may overlap."""
         self._ranges: list[list[int]] = []
         for first, stop in sorted((part[0], part[1]) for part in ranges):
             if self._ranges and first <= self._ranges[-1][1]:
@@ -19,7 +25,7 @@ class SkipList:
                 self._ranges.append([first, stop])
 
     def take(self, first: int, count: int) -> NDArray[np.int64]:
-        """The `count` next numbers from `first` on that are in no range, ascending."""
+        """Return the first `count` numbers from `first` on that are in no range, (count,), in ascending order."""
         parts = []
         for begin, stop in self._ranges:
             if count and stop > first:
@@ -30,5 +36,5 @@ class SkipList:
         return np.concatenate([*parts, np.arange(first, first + count)])
 
     def passed(self, first: int, stop: int) -> list[list[int]]:
-        """The ranges, or parts of them, between the numbers `first` and `stop`."""
+        """Return the ranges, or their parts, within first..stop-1."""
         return [[max(a, first), min(b, stop)] for a, b in self._ranges if a < stop and b > first]

@@ -1,1 +1,1 @@
-"""From text files to shards: finding inputs, reading documents, tokenizing, writing."""
+"""Text files to shards: finding the inputs, reading documents, tokenizing, writing. `prepare.py` is the entry."""

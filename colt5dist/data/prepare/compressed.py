@@ -1,4 +1,4 @@
-"""Compressed input files as streams: gzip, and zstandard where a file that breaks off is an error as it is for gzip."""
+"""Compressed input files as streams: gzip and zstandard. A truncated file is an error in both."""
 
 import gzip
 import io
@@ -8,13 +8,18 @@ from typing import BinaryIO
 import zstandard
 
 DAMAGE = (EOFError, zlib.error, zstandard.ZstdError)
-"""What a damaged stream raises, beside OSError."""
+"""Exceptions that reading a damaged stream raises, besides OSError."""
 
 READ_BYTES = 1 << 17
 
 
 def open_compressed(raw: BinaryIO, suffix: str) -> BinaryIO:
-    """The content of an open file with the suffix .gz or .zst; reading raises OSError or one of DAMAGE."""
+    """Return the decompressed content of an open file as a stream; reading it raises OSError or one of DAMAGE.
+
+    Args:
+        raw: the compressed file.
+        suffix: ".gz" or ".zst".
+    """
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     assert suffix == ".zst", suffix
@@ -22,12 +27,12 @@ def open_compressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Frames of zstandard one after the other. The package's own reader takes a file that breaks off for whole."""
+    """Decompresses the zstandard frames of a file. The package's own reader accepts a truncated file as complete."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._begun = False  # whether a frame has begun that has not ended
+        self._begun = False  # whether a frame has begun and not ended
         self._content = memoryview(b"")
 
     def readable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Documents out of text, jsonl and parquet files, plain or compressed, with what is wrong counted by kind."""
+"""Reads documents from text, jsonl and parquet files, plain or compressed, and counts unreadable ones by kind."""
 
 import json
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Item:
-    """What was read next from a file: a document's text, or a problem."""
+    """The next thing read from a file: a document, a problem, or (neither) a blank line."""
 
     text: str | None
-    """The document, or None."""
+    """Text of the document, or None."""
     problem: str
     """Kind of the problem, or empty."""
     line: int
-    """Line of a jsonl file or row of a parquet file, from 1; of a text file 0."""
+    """Line of a jsonl file or row of a parquet file, from 1; 0 in a text file."""
     offset: int
-    """Bytes of the (decompressed) file up to here, where to go on; 0 in a parquet file."""
+    """Bytes of the (decompressed) file that were read, from where reading can continue; 0 in a parquet file."""
     ends_file: bool
-    """Whether nothing of the file is left to read: a text file is one item, and damage ends any file."""
+    """Whether nothing more can be read from the file: a text file is one item, and damage ends any file."""
     file_position: int
-    """Bytes of the file on the disk up to about here, for the progress."""
+    """Approximate number of bytes of the file on disk that were read, for the progress bar."""
 
 
 @dataclass
@@ -35,37 +35,44 @@ class Problems:
     """Documents that were left out, by kind."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    """Number by kind of what is wrong with them."""
+    """Kind of problem -> number of documents."""
     unwanted: dict[str, int] = field(default_factory=dict)
-    """Number by kind of good documents that the settings leave out."""
+    """Kind -> number of readable documents that the settings leave out."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """`file:line` of the first few, by kind."""
+    """Kind of problem -> `file:line` of the first few."""
 
     def add(self, kind: str, file: InputFile, line: int) -> None:
-        """Count one."""
+        """Count a document with a problem, at a line (0: the whole file)."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         places = self.examples.setdefault(kind, [])
         if len(places) < EXAMPLES:
             places.append(f"{file.path}:{line}" if line else str(file.path))
 
     def leave_out(self, kind: str) -> None:
-        """Count a good document that the settings leave out."""
+        """Count a readable document that the settings leave out."""
         self.unwanted[kind] = self.unwanted.get(kind, 0) + 1
 
     def lines(self) -> list[str]:
-        """One line a kind, for the terminal."""
+        """Return one line per kind, for the terminal."""
         lines = []
         for kind, count in self.counts.items():
             places = self.examples.get(kind, [])
             more = ", ..." if count > len(places) else ""
             line = f"left out, {kind}: {count}" + (f" ({', '.join(places)}{more})" if places else "")
-            lines.append(line.encode(errors="backslashreplace").decode())  # a file's name need not be UTF-8
+            lines.append(line.encode(errors="backslashreplace").decode())  # a file name may not be valid UTF-8
         lines += [f"left out, {kind}: {count:,}" for kind, count in self.unwanted.items()]
         return lines
 
 
 def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0) -> Iterator[Item]:
-    """Read a file from `offset` on, after `line` lines; what cannot be read is a problem, never an exception."""
+    """Yield the documents and problems of a file; what cannot be read is a problem, never an exception.
+
+    Args:
+        file: the file.
+        text_key: key of the text in a jsonl line, column of the text in a parquet file.
+        offset: bytes of the (decompressed) file to leave out.
+        line: lines or rows before them.
+    """
     if file.is_parquet:
         yield from _read_rows(file, text_key, line)
         return
@@ -74,7 +81,7 @@ def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0
         with open(file.path, "rb") as raw:
             stream: Any = open_compressed(raw, file.compression) if file.compression else raw
             if file.compression:
-                # not seek: where a damaged file breaks off depends on how it is read
+                # not seek: the place where reading a damaged file fails depends on how it is read
                 for _ in range(line):
                     stream.readline()
             else:
@@ -87,8 +94,8 @@ def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0
 
 
 def _read_rows(file: InputFile, text_key: str, first: int) -> Iterator[Item]:
-    """The rows of a parquet file from number `first` (from 0) on; whole row groups before it are not read."""
-    import pyarrow  # late: wanted for these files only
+    """The rows of a parquet file from number `first` (from 0) on; row groups that end before it are not read."""
+    import pyarrow  # imported here: an optional package, needed for these files only
     from pyarrow import parquet
 
     row = first
@@ -116,7 +123,7 @@ def _read_rows(file: InputFile, text_key: str, first: int) -> Iterator[Item]:
 
 
 def _parts(file: InputFile, stream: BinaryIO, text_key: str) -> Iterator[tuple[str | None, str, int]]:
-    """(text, problem, bytes read) of every document; blank lines between documents are neither."""
+    """(text, problem, bytes read) of every document; a blank line has neither text nor problem."""
     if not file.is_jsonl:
         content = stream.read()
         yield *_decode(content), len(content)
@@ -148,11 +155,11 @@ def _decode_line(content: bytes, text_key: str) -> tuple[str | None, str]:
 
 
 def _check_text(text: Any, text_key: str) -> tuple[str | None, str]:
-    """The text that stands under a key, or what is wrong with it."""
+    """(text, problem) of a value that should be the text of a document."""
     if not isinstance(text, str):
         return None, f"no text under {text_key!r}"
     try:
         text.encode()
-    except UnicodeEncodeError:  # "\\ud800" alone is JSON, but no text
+    except UnicodeEncodeError:  # "\\ud800" alone is valid JSON, but not valid text
         return None, "not UTF-8"
     return (text, "") if text.strip() else (None, "empty")

@@ -1,4 +1,4 @@
-"""Texts that were seen before, told by a hash of all of their bytes; the memory of it survives a kill."""
+"""Finds duplicate texts by a hash of all of their bytes. The hashes are kept in a file, so they survive a kill."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,21 @@ DIGEST_BYTES = 16
 
 
 class SeenTexts:
-    """A growing set of digests, kept in a file beside it; about 100 bytes of memory a text."""
+    """A growing set of digests, also kept in a file; it needs about 100 bytes of memory per text.
+
+    Args:
+        path: the file.
+        count: digests of the file to continue with; None starts with none.
+    """
 
     def __init__(self, path: Path, count: int | None = None) -> None:
-        """Begin with none, or go on with the first `count` digests of the file `path`."""
         self._file = open(path, "r+b" if count else "w+b")  # noqa: SIM115
         content = self._file.read((count or 0) * DIGEST_BYTES)
         self._seen = {content[start : start + DIGEST_BYTES] for start in range(0, len(content), DIGEST_BYTES)}
         self._file.truncate(len(content))
 
     def add(self, digest: bytes) -> bool:
-        """Whether the text was not seen before; now it is."""
+        """Add the digest of a text; return whether it is new."""
         if digest in self._seen:
             return False
         self._seen.add(digest)
@@ -25,7 +29,7 @@ class SeenTexts:
         return True
 
     def save(self) -> int:
-        """Bring the file to the disk; returns what to go on with."""
+        """Flush the file to disk; return the `count` to continue with."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return len(self._seen)

@@ -1,8 +1,8 @@
-"""Writes a training set and its held-out set, and decides which document goes where.
+"""Decides which documents are held out, and writes the training set and the held-out set.
 
-A document is held out when the hash of its text, as a share of all hashes, is below the validation fraction; so
-copies of one text always land on the same side, and neither order nor number of the other documents matters. At least
-one text is held out: the one with the smallest hash so far waits until all are seen.
+A document is held out when the hash of its text, divided by the number of possible hashes, is below the validation
+fraction. So copies of a text are always in the same set, whatever the order and number of the other documents. At
+least one text is held out: the one with the smallest hash so far waits until all documents were seen.
 """
 
 from pathlib import Path
@@ -12,27 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.manifest import TOKENIZER_NAME, VALIDATION_FOLDER, Manifest, TokenizerEntry
-from colt5dist.data.prepare.encoding import HASH_BITS, Document, encode_document
 from colt5dist.data.prepare.shard_writer import ShardSetWriter
+from colt5dist.data.prepare.tokenize_texts import HASH_BITS, Document, encode_document
 from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import fsync_tree, write_whole
 
 WAITING_PATTERN = "waiting-*"
-LENGTH_BINS = 48  # documents by the power of two of their length
+LENGTH_BINS = 48  # documents are counted by the power of two of their length
 
-CUT_TOKENS = 4096
+CUT_TOKENS = 4096  # held out, if possible, where a single document is all there is
 
 
 def held_out_below(validation_fraction: float) -> int:
-    """Documents whose hash is below this are held out."""
+    """Return the bound below which a document's hash means that it is held out."""
     return int(validation_fraction * (1 << HASH_BITS))
 
 
 class CorpusWriter:
     """Tokenizes documents and appends them to the training or the held-out shards in one folder.
 
-    Files named WAITING_PATTERN are left in the folder for the caller to remove.
+    Files that match WAITING_PATTERN stay in the folder; the caller removes them.
+
+    Args:
+        folder: folder of the training set; the held-out set is in its folder validation/.
+        tokenizer: makes the ids.
+        validation_fraction: share of the documents that is held out.
+        shard_bytes: largest size of a shard in bytes.
+        state: what `save` of an earlier writer returned, to continue from; None starts new sets.
     """
 
     def __init__(
@@ -44,7 +51,6 @@ class CorpusWriter:
         shard_bytes: int = 1 << 29,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Begin in `folder`, or go on from the `state` that an earlier writer saved there."""
         self.folder = folder
         self._tokenizer = tokenizer
         self._fraction = validation_fraction
@@ -56,7 +62,7 @@ class CorpusWriter:
             for name in ("", VALIDATION_FOLDER)
         }
         self.length_counts = state["length_counts"] if state else [0] * LENGTH_BINS
-        # the text with the smallest hash: which set it belongs to is known at the end
+        # hash, tokens and number of copies of the text with the smallest hash; its set is known at the end
         self._waiting: tuple[int, NDArray[np.integer], int] | None = None
         if state and state["waiting"]:
             hash_value, copies = state["waiting"]
@@ -74,10 +80,10 @@ class CorpusWriter:
         return sum(part.num_tokens for part in self._sets.values()) + waiting
 
     def add(self, text: str) -> int:
-        """Add a document; returns its tokens (0: the text is empty, nothing was added).
+        """Tokenize a text and add it; return its number of tokens (0: the text is empty and was not added).
 
         Raises:
-            UnicodeEncodeError: the text holds half of a surrogate pair.
+            UnicodeEncodeError: the text contains half of a surrogate pair.
         """
         document = encode_document(self._tokenizer, text)
         self.add_document(document)
@@ -112,7 +118,7 @@ class CorpusWriter:
         return self.folder / WAITING_PATTERN.replace("*", f"{hash_value:016x}")
 
     def save(self) -> dict[str, Any]:
-        """Bring everything to the disk and return the state to go on from, as JSON takes it."""
+        """Flush everything to disk; return the state to continue from, which can be written as JSON."""
         if self._waiting is not None and not self._waiting_path(self._waiting[0]).exists():
             write_whole(self._waiting_path(self._waiting[0]), self._waiting[1].astype(self._tokenizer.dtype).tobytes())
         return {
@@ -122,10 +128,16 @@ class CorpusWriter:
         }
 
     def close(self, source: dict[str, Any]) -> Manifest:
-        """Write what is left, the indexes and both manifests; `source` is put in them. Returns the training set's.
+        """Write the remaining documents, the indexes and both manifests.
+
+        Args:
+            source: what the shards were made from; it is stored in the manifests.
+
+        Returns:
+            The manifest of the training set.
 
         Raises:
-            ConfigError: a single token is all there is, so that nothing can be held out.
+            ConfigError: there is only a single token, so nothing can be held out.
         """
         training, validation = self._sets[""], self._sets[VALIDATION_FOLDER]
         assert self._waiting is not None, "no document was added"
@@ -139,12 +151,12 @@ class CorpusWriter:
         return self._close_set("", held_out.checksum, source)
 
     def _cut_only_document(self, training: ShardSetWriter, validation: ShardSetWriter) -> None:
-        """One text is all there is: its end is held out, a few thousand tokens of it at least where it has them."""
+        """Hold out the end of the only text: if it is long enough, at least a few thousand tokens."""
         assert self._waiting is not None
         _, tokens, _ = self._waiting
         held_out = max(round(self._fraction * len(tokens)), min(CUT_TOKENS, len(tokens) // 2))
         if not 0 < held_out < len(tokens):
-            raise ConfigError("--input: holds a single token; name files with more text in them")
+            raise ConfigError("--input: holds a single token; give files with more text")
         training.add(tokens[:-held_out])
         validation.add(tokens[-held_out:])
         self._waiting = None

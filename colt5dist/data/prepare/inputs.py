@@ -1,4 +1,4 @@
-"""The files that prepare reads: found by globs and folders, each once, in an order that is the same everywhere."""
+"""Finds the files that prepare reads, from globs and folders: each once, in the same order on every machine."""
 
 import glob
 import hashlib
@@ -26,9 +26,9 @@ class InputFile:
     """One file to read."""
 
     path: Path
-    """Where it lies."""
+    """Absolute path."""
     name: str
-    """Path below the folder that all inputs share: the same on every machine."""
+    """Path relative to the common folder of all inputs: the same on every machine."""
     bytes: int
     """Size of the file."""
 
@@ -44,22 +44,22 @@ class InputFile:
 
     @property
     def compression(self) -> str:
-        """The suffix of its compression, ".gz" or ".zst", or empty."""
+        """Suffix of the compression, ".gz" or ".zst", or empty."""
         return self.path.suffix.lower() if self.path.suffix.lower() in COMPRESSED_SUFFIXES else ""
 
     @property
     def is_jsonl(self) -> bool:
-        """Whether each line is a JSON object with one document."""
+        """Whether each line is a JSON object that holds one document."""
         return _bare_name(self.path).endswith(JSONL_SUFFIXES)
 
     @property
     def is_parquet(self) -> bool:
-        """Whether each row is one document; a file of neither kind is one document as a whole."""
+        """Whether each row is one document. A file that is neither jsonl nor parquet is one document."""
         return _bare_name(self.path).endswith(PARQUET_SUFFIX)
 
 
 def _bare_name(path: Path) -> str:
-    """Name of a file in lower case, without the suffix of its compression."""
+    """Name of a file in lower case, without the suffix of the compression."""
     name = path.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -67,13 +67,17 @@ def _bare_name(path: Path) -> str:
 
 
 def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[InputFile]:
-    """The files of all glob patterns, each once, in an order that is the same on every machine.
+    """Return the files of all glob patterns, each once, in the same order on every machine.
 
-    The name of a folder stands for all files below it that have the suffix of a kind that is read. Folders of shards,
-    and those of `made`, are no input: they may lie among the texts that they are made from.
+    The name of a folder means all files below it with the suffix of a supported kind. Folders of shards are never
+    inputs, so they may be among the texts that they are made from.
+
+    Args:
+        patterns: glob patterns and names of folders.
+        made: more folders whose files are not inputs.
 
     Raises:
-        ConfigError: a pattern matches no file, or a file cannot be reached or is of a kind that is not read.
+        ConfigError: a pattern matches no file, or a file cannot be accessed or is of a kind that is not supported.
     """
     made_folders = {Path(os.path.realpath(folder)) for folder in made}
 
@@ -89,7 +93,7 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[Inpu
         texts = {path: status for path, status in files.items() if not is_made(path.parent)}
         if not texts:
             raise ConfigError(f"--input: {pattern!r} {_why_no_text(pattern, matches, files)}")
-        # of the names of one file the shortest way counts
+        # of several paths to one file, the shortest counts
         for path in sorted(texts, key=lambda path: (len(path.parts), path)):
             status = texts[path]
             found.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
@@ -97,10 +101,11 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[Inpu
         kind = Path(_bare_name(path)).suffix
         if kind in FOREIGN_SUFFIXES:
             raise ConfigError(
-                f"--input: {path} is a {kind} file; give text, jsonl or parquet files (text and jsonl also .gz, .zst)"
+                f"--input: {path} is a {kind} file; give text, jsonl or parquet files (text and jsonl also as .gz or "
+                ".zst)"
             )
         if kind == PARQUET_SUFFIX and _bare_name(path) != path.name.lower():
-            raise ConfigError(f"--input: {path} is a compressed parquet file, which is not read; unpack it")
+            raise ConfigError(f"--input: {path} is a compressed parquet file, which is not supported; decompress it")
         if kind == PARQUET_SUFFIX and find_spec("pyarrow") is None:
             raise ConfigError(f"--input: {path} needs pyarrow; pip install 'colt5dist[parquet]'")
     common = os.path.commonpath([path.parent for path, _ in found.values()])
@@ -112,7 +117,7 @@ Statuses = Mapping[Path, os.stat_result | None]
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """What a pattern stands for: the names that a glob matches, or the texts below a folder that it names."""
+    """The files that a glob matches, or the texts below the folder that the pattern names."""
     if not os.path.isdir(pattern):
         yield from glob.glob(pattern, recursive=True)
         return
@@ -125,28 +130,28 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _status(path: str) -> os.stat_result | None:
-    """What a path is; None for a link that leads nowhere, or a file that was just removed."""
+    """Status of a path; None for a broken link or a file that was just removed."""
     try:
         return os.stat(path)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"--input: {path} cannot be read ({error.strerror}); mend its rights") from None
+        raise ConfigError(f"--input: {path} cannot be read ({error.strerror}); fix its permissions") from None
 
 
 def _why_no_text(pattern: str, matches: Statuses, files: Statuses) -> str:
-    """What is wrong with a pattern that gives no text, and the mend."""
+    """What is wrong with a pattern that matches no text, and how to fix it."""
     if not pattern:
-        return "is an empty pattern; name text or jsonl files"
+        return "is an empty pattern; give text or jsonl files"
     if files:
-        return "matches only shards; name the text that they were made from"
+        return "matches only shards; give the text that they were made from"
     kinds = {path: status.st_mode for path, status in matches.items() if status}
     if pipes := [path for path, mode in kinds.items() if not stat.S_ISDIR(mode)]:
-        return f"matches no file, {pipes[0]} is a pipe or device; write what it gives to a file and name that"
+        return f"matches no file, {pipes[0]} is a pipe or device; write its output to a file and give that file"
     if os.path.isdir(pattern):
         kinds_read = ", ".join((*TEXT_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX))
-        mend = f"give others as {os.path.join(pattern, '**', '*.ext')}"
-        return f"holds no file of a kind that is read ({kinds_read}); {mend}"
+        other_kinds = os.path.join(pattern, "**", "*.ext")
+        return f"holds no file of a supported kind ({kinds_read}); give text files with another suffix as {other_kinds}"
     if kinds:
-        return f"matches no file; give its files, as {os.path.join(pattern, '**', '*.txt')}"
-    return "matches no file; name text or jsonl files"
+        return f"matches no file; give its files, for instance as {os.path.join(pattern, '**', '*.txt')}"
+    return "matches no file; give text or jsonl files"

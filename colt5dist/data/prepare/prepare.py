@@ -1,8 +1,8 @@
-"""Makes shards from text files: once started, it can be killed at any moment and started again.
+"""Makes shards from text files. It can be killed at any moment and started again.
 
-The shards grow in `OUTPUT.partial`. When all is written, the folder gets its final name in one rename. The result
-depends on the inputs and the settings alone, byte by byte; whether they are those of an earlier start is told by the
-files' names, sizes, and first and last 64 KiB.
+The shards are written to `OUTPUT.partial`. When everything is written, the folder gets its final name in one rename.
+The result depends, to the byte, only on the inputs and the settings. Inputs are recognized as those of an earlier start
+by the names, the sizes, and the first and last 64 KiB of the files.
 """
 
 import hashlib
@@ -14,10 +14,9 @@ from typing import Any
 
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.documents import Problems
-from colt5dist.data.prepare.encoding import encoder
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
 from colt5dist.data.prepare.inputs import InputFile, find_inputs
-from colt5dist.data.prepare.partial_folder import (
+from colt5dist.data.prepare.resume import (
     LOCK_NAME,
     SEEN_NAME,
     STATE_NAME,
@@ -28,6 +27,7 @@ from colt5dist.data.prepare.partial_folder import (
     write_shards,
 )
 from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.prepare.tokenize_texts import encoder
 from colt5dist.data.prepare.train_tokenizer import train_tokenizer
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
@@ -36,24 +36,24 @@ from colt5dist.files import fsync_path, fsync_tree, locked, write_whole
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made."""
+    """The result of `prepare`."""
 
     manifest: Manifest
-    """Of the training set."""
+    """Manifest of the training set."""
     validation: Manifest
-    """Of the held-out set."""
+    """Manifest of the held-out set."""
     problems: Problems
-    """Documents left out; without places if the folder was already there."""
+    """Documents that were left out; without file and line if the folder was already there."""
     was_there: bool
-    """The folder was already there, made from the same inputs with the same settings."""
+    """Whether the folder was already there, made from the same inputs with the same settings."""
 
 
 def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
-    """Make `config.output` from the inputs, or finish an earlier start of the same work.
+    """Make the shards in `config.output`, or finish an earlier start of the same job.
 
     Args:
         config: what to read and write.
-        report: called up to ten times a second with the bytes of the inputs that are done, all bytes, and the writer.
+        report: called up to ten times per second with the bytes of the inputs that are done, all bytes, and the writer.
 
     Raises:
         ConfigError: the inputs or settings are wrong, or the output folder holds something else.
@@ -61,10 +61,12 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
     given = JsonTokenizer(config.tokenizer) if config.tokenizer else ByteTokenizer()
-    # without links: a link could not be replaced by the finished folder
+    # symbolic links are resolved: the finished folder could not replace a link
     output = Path(os.path.realpath(config.output))
     if output.is_mount():
-        raise ConfigError(f"--output: {output} cannot be made by renaming; give a new folder below it")
+        raise ConfigError(
+            f"--output: {output} cannot be made by renaming, since it is a mount point; give a new folder below it"
+        )
     partial = output.with_name(output.name + ".partial")
     files = find_inputs(config.input, made=(partial,))
     job = {
@@ -85,11 +87,11 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
             raise ConfigError(f"--output: {partial} is needed, and holds something else; move it, or give a new folder")
         partial.mkdir(parents=True, exist_ok=True)
         tokenizer = _trained_tokenizer(config, job, files, partial) if config.train_tokenizer else given
-        # the processes are there before the lock is taken, so that none keeps it when this one is killed
+        # the workers are started before the lock is taken, so that none keeps it when this process is killed
         with encoder(tokenizer, config.workers) as encode, locked(partial / LOCK_NAME, wait=False):
             if not (partial / MANIFEST_NAME).exists():
                 write_shards(config, job, tokenizer, encode, files, partial, report)
-            problems_found = _publish(partial, output, job, config.strict)
+            problems_found = _rename_finished(partial, output, job, config.strict)
             return Prepared(
                 read_manifest(output), read_manifest(output / VALIDATION_FOLDER), problems_found, was_there=False
             )
@@ -97,18 +99,20 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         raise ConfigError(f"--output: {output} is being written by another prepare; wait for it to end") from None
     except OSError as error:
         where = error.filename or output
-        raise ConfigError(f"--output: {where} cannot be written ({error.strerror}); mend it and start again") from None
+        raise ConfigError(
+            f"--output: {where} cannot be written ({error.strerror}); fix this and run the command again"
+        ) from None
 
 
 def _inputs_key(files: list[InputFile]) -> str:
     try:
         return hashlib.sha256("".join(file.content_key for file in files).encode()).hexdigest()
     except OSError as error:
-        raise ConfigError(f"--input: {error.filename} cannot be read ({error.strerror}); mend its rights") from None
+        raise ConfigError(f"--input: {error.filename} cannot be read ({error.strerror}); fix its permissions") from None
 
 
 def _trained_tokenizer(config: PrepareConfig, job: dict[str, Any], files: list[InputFile], partial: Path) -> Tokenizer:
-    """The tokenizer that the inputs give; trained once, also when the work is interrupted after that."""
+    """The tokenizer that is trained on the inputs; it is trained only once, even if the job is interrupted later."""
     assert config.train_tokenizer is not None
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
     path = partial / TRAINED_PATTERN.replace("*", key)
@@ -127,7 +131,7 @@ def _is_empty(output: Path) -> bool:
 
 
 def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
-    """The finished work of an earlier start; ConfigError if the folder holds anything else."""
+    """The result of an earlier start that finished; ConfigError if the folder holds anything else."""
     if not (output / MANIFEST_NAME).exists():
         raise ConfigError(f"--output: {output} exists and holds no shards; give a new folder")
     manifest = read_manifest(output)
@@ -139,12 +143,12 @@ def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
 
 
 def _problems_of(manifest: Manifest) -> Problems:
-    """What was left out, without the places."""
+    """What was left out, without file and line."""
     return Problems(counts=manifest.source["left_out"], unwanted=manifest.source["unwanted"])
 
 
-def _publish(partial: Path, output: Path, job: dict[str, Any], strict: bool) -> Problems:
-    """Give the finished folder its name; returns what was left out."""
+def _rename_finished(partial: Path, output: Path, job: dict[str, Any], strict: bool) -> Problems:
+    """Remove temporary files, give the finished folder its final name, and return what was left out."""
     state = read_state(partial, job)
     manifest = read_manifest(partial)
     if manifest.source["job"] != job:

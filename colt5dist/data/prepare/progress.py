@@ -1,4 +1,4 @@
-"""How far a long work is: a bar on a terminal, a line now and then in a log."""
+"""Progress of prepare: a bar on a terminal, or a line every half minute in a log."""
 
 import sys
 import time
@@ -9,19 +9,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from colt5dist.data.prepare.held_out_split import CorpusWriter
-from colt5dist.data.prepare.partial_folder import Report
+from colt5dist.data.prepare.resume import Report
 
 LINE_SECONDS = 30.0
 
 
 class Speed:
-    """Documents, tokens and input bytes a second since the first report, which may come after an earlier start."""
+    """Documents, tokens and input bytes per second since the first report of this process."""
 
     def __init__(self) -> None:
         self._begin: tuple[float, int, int, int] | None = None
 
     def describe(self, done: int, total: int, documents: int, tokens: int) -> str:
-        """One line: what is done, how fast, and how long it will take."""
+        """Return one line: what is done, how fast, and the time left.
+
+        Args:
+            done: bytes of the inputs that are done.
+            total: bytes of all inputs.
+            documents: documents that are done.
+            tokens: tokens that are done.
+        """
         now = time.monotonic()
         if self._begin is None:
             self._begin = now, done, documents, tokens
@@ -45,7 +52,7 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """What `prepare` reports to: a bar if stderr is a terminal, else a line every LINE_SECONDS."""
+    """Provide the `report` function of `prepare`: a bar if stderr is a terminal, else a line every LINE_SECONDS."""
     speed = Speed()
     console = Console(stderr=True)
     if console.is_terminal:

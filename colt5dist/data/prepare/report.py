@@ -1,4 +1,4 @@
-"""What a folder of shards holds: lines for the terminal, and a picture of how long the documents are."""
+"""Describes a folder of shards: lines for the terminal, and a plot of the document lengths."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ BAR_WIDTH = 40
 
 
 def summary_lines(training: Manifest, validation: Manifest, problems: Problems) -> list[str]:
-    """What was made: counts, what was left out, and how long the documents are."""
+    """Return lines with the counts of both sets, what was left out, and the document lengths."""
     lines = [
         f"{name}: {count(part.documents, 'document')}, {count(part.tokens, 'token')}, "
         f"{count(len(part.shards), 'shard')}"
@@ -26,7 +26,7 @@ def summary_lines(training: Manifest, validation: Manifest, problems: Problems) 
 
 
 def info_lines(shards: ShardSet) -> list[str]:
-    """The same of a folder that was opened, with its tokenizer, its bytes, and what it was made from."""
+    """Return the same lines for opened shards, after their tokenizer, their bytes, and what they were made from."""
     manifest, entry = shards.manifest, shards.manifest.tokenizer
     source = manifest.source
     problems = Problems(counts=source.get("left_out", {}), unwanted=source.get("unwanted", {}))
@@ -42,7 +42,11 @@ def info_lines(shards: ShardSet) -> list[str]:
 
 
 def length_lines(counts: Sequence[int]) -> list[str]:
-    """A line for each power of two that has documents: `counts[b]` of them have 2^(b-1) to 2^b - 1 tokens."""
+    """Return a histogram of the document lengths, one line per power of two.
+
+    Args:
+        counts: `counts[b]` documents have 2^(b-1) to 2^b - 1 tokens.
+    """
     largest = max(counts)
     lines = ["documents by length in tokens:"]
     for bits, number in enumerate(counts):
@@ -53,13 +57,21 @@ def length_lines(counts: Sequence[int]) -> list[str]:
 
 
 def check_plot(path: Path | None) -> None:
-    """ConfigError if a plot is wanted that cannot be drawn."""
+    """Check that a plot can be drawn, if one is wanted.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
     if path and find_spec("matplotlib") is None:
         raise ConfigError(f"--histogram: {path} needs matplotlib; pip install matplotlib, or leave it out")
 
 
 def plot_lengths(counts: Sequence[int], path: Path) -> None:
-    """Draw the same counts to a PNG file."""
+    """Draw the histogram of `length_lines` as a PNG file.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     used = [bits for bits, number in enumerate(counts) if number]
@@ -67,7 +79,7 @@ def plot_lengths(counts: Sequence[int], path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     axes.bar([str(1 << (bits - 1)) for bits in bins], [counts[bits] for bits in bins], width=0.9)
-    axes.set_xlabel("tokens of a document: this many, to below twice as many")
+    axes.set_xlabel("tokens per document: from this number to below twice this number")
     axes.set_ylabel("documents")
     axes.tick_params(axis="x", rotation=60)
     try:

@@ -1,4 +1,4 @@
-"""The settings of prepare, and the command line of launch/prepare.py that gives them."""
+"""The settings of prepare, and the command line of launch/prepare.py."""
 
 import argparse
 import os
@@ -16,30 +16,30 @@ class PrepareConfig:
     input: list[str]
     """Glob patterns and folders of text, jsonl and parquet files."""
     output: Path
-    """Folder to be made."""
+    """Folder that is made."""
     tokenizer: Path | None = None
-    """A Hugging Face tokenizer.json; None takes bytes."""
+    """A Hugging Face tokenizer.json; None: the ids are bytes."""
     train_tokenizer: int | None = None
-    """Make a tokenizer of so many ids from the inputs first."""
+    """Train a tokenizer with this number of ids on the inputs first."""
     validation_fraction: float = 0.01
     """Share of the documents that is held out, above 0 and at most 0.5; at least one is."""
     text_key: str = "text"
     """Key of the text in a jsonl line, column of the text in a parquet file."""
     min_document_tokens: int = 0
-    """Documents of fewer tokens are left out."""
+    """Documents with fewer tokens are left out."""
     deduplicate: bool = False
     """Keep the first of several documents with the same text."""
     workers: int = 0
-    """Processes that tokenize (0: the main process does)."""
+    """Processes that tokenize (0: the main process tokenizes)."""
     strict: bool = False
     """Stop at the first document that cannot be read, instead of leaving it out."""
     shard_bytes: int = 1 << 29
     """Largest size of a shard in bytes."""
     commit_seconds: float = 10.0
-    """How often the state is saved."""
+    """Seconds between saves of the state."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with these settings, one line each."""
+        """Return everything that is wrong with these settings, one line each."""
         problems = []
         if not 0 < self.validation_fraction <= 0.5:
             problems.append(
@@ -51,7 +51,7 @@ class PrepareConfig:
                     f"--train-tokenizer: {self.train_tokenizer} ids are too few; give {SMALLEST_VOCABULARY} or more"
                 )
             if self.tokenizer:
-                problems.append("--train-tokenizer: makes a tokenizer, --tokenizer gives one; leave one of them out")
+                problems.append("--train-tokenizer: cannot be used with --tokenizer; leave one of them out")
         for name in ("workers", "min_document_tokens"):
             if getattr(self, name) < 0:
                 problems.append(f"--{name.replace('_', '-')}: {getattr(self, name)} is negative; give 0 or more")
@@ -59,8 +59,8 @@ class PrepareConfig:
             problems.append(f"--shard-bytes: {self.shard_bytes} is too small; give 1048576 or more")
         try:
             self.text_key.encode()
-        except UnicodeEncodeError:  # from bytes on the command line that are none
-            problems.append(f"--text-key: {self.text_key!r} is not UTF-8; give the key as it stands in the files")
+        except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
+            problems.append(f"--text-key: {self.text_key!r} is not UTF-8; give the key exactly as it is in the files")
         return problems
 
 
@@ -72,9 +72,10 @@ PLOT = "needs matplotlib: pip install 'colt5dist[bench]'"
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error is said."""
+    """Prints an error in one line, in the form of all other errors."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message and exit with status 2."""
         self.exit(2, f"error: {message}; see --help\n")
 
 
@@ -85,60 +86,62 @@ def _parser(description: str | None, usage: str | None = None) -> Parser:
 
 
 def parse_prepare(arguments: list[str], description: str | None) -> tuple[PrepareConfig, Path | None]:
-    """The settings of a preparation, and where a picture of the lengths is wanted."""
+    """Return the settings of prepare, and the path of the plot of the document lengths (None: no plot)."""
     defaults = PrepareConfig
     parser = _parser(description, USAGE)
     add = parser.add_argument
-    kinds = "text (a document a file), .jsonl, .parquet; text and jsonl also .gz and .zst"
+    kinds = "text (one document per file), .jsonl, .parquet; text and jsonl also as .gz and .zst"
     add("--input", nargs="+", required=True, metavar="GLOB", help=f"patterns of files, or folders: {kinds}")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to be made")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder that is made")
     add("--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
-    add("--train-tokenizer", type=int, metavar="IDS", help="make a tokenizer of so many ids from the inputs first")
+    add("--train-tokenizer", type=int, metavar="IDS", help="train a tokenizer with IDS ids on the inputs first")
     add(
         "--workers",
         type=int,
         default=defaults.workers,
         metavar="N",
-        help="processes that tokenize, beside the one that writes (default: 0, which does both in one process)",
+        help="processes that tokenize, besides the one that writes (default: 0, one process does both)",
     )
-    add("--text-key", default=defaults.text_key, metavar="KEY", help="key or column of the text (default: %(default)s)")
-    share = "share of the documents to hold out; at least one is (default: %(default)s)"
+    key = "key of the text in a jsonl line, column in a parquet file (default: %(default)s)"
+    add("--text-key", default=defaults.text_key, metavar="KEY", help=key)
+    share = "share of the documents to hold out, at least one document (default: %(default)s)"
     add("--validation-fraction", type=float, default=defaults.validation_fraction, metavar="SHARE", help=share)
-    add("--min-document-tokens", type=int, default=0, metavar="N", help="leave shorter documents out")
+    add("--min-document-tokens", type=int, default=0, metavar="N", help="leave out documents with fewer tokens")
     add("--deduplicate", action="store_true", help="keep the first of several documents with the same text")
     add("--strict", action="store_true", help="stop at the first document that cannot be read")
-    size = "largest size of a shard (default: %(default)s)"
+    size = "largest size of a shard in bytes (default: %(default)s)"
     add("--shard-bytes", type=int, default=defaults.shard_bytes, metavar="BYTES", help=size)
-    add("--histogram", type=Path, metavar="PNG", help=f"draw how long the documents are ({PLOT})")
+    add("--histogram", type=Path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
     options = vars(parser.parse_args(arguments))
     histogram = options.pop("histogram")
     return PrepareConfig(**options), histogram
 
 
 def parse_verify(arguments: list[str]) -> argparse.Namespace:
-    """`verify`: folder, workers."""
-    parser = _parser("Read everything in a folder of shards and name what is damaged: status 0 whole, 1 damaged.")
-    parser.add_argument("shards", type=Path)
+    """Return the options of `verify`: shards, workers."""
+    parser = _parser("Read everything in a folder of shards and report damage: exit status 0 without, 1 with damage.")
+    parser.add_argument("shards", type=Path, help="folder of the shards")
     workers = min(8, len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def parse_info(arguments: list[str]) -> argparse.Namespace:
-    """`info`: folder or address, histogram."""
-    parser = _parser("Say what a folder of shards holds and what it was made from.")
-    parser.add_argument("shards")
-    parser.add_argument("--histogram", type=Path, metavar="PNG", help=f"draw how long the documents are ({PLOT})")
+    """Return the options of `info`: shards (folder or address), histogram."""
+    parser = _parser("Print what a folder of shards holds and what it was made from.")
+    parser.add_argument("shards", help="folder or address of the shards")
+    parser.add_argument("--histogram", type=Path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
     return parser.parse_args(arguments)
 
 
 def parse_show(arguments: list[str]) -> argparse.Namespace:
-    """`show`: folder, configuration, sample."""
-    parser = _parser("Show a sample as the model sees it, where its text comes from, and which step and rank gets it.")
-    parser.add_argument("shards", nargs="?", help="folder or address (default: those of the configuration)")
+    """Return the options of `show`: shards, config, sample, world_size, colour, settings."""
+    parser = _parser("Show a sample as the model sees it, the source of its text, and the step and rank that get it.")
+    parser.add_argument("shards", nargs="?", help="folder or address of the shards (default: as in the configuration)")
     parser.add_argument("--config", required=True, metavar="FILE", help="a configuration of launch/pretrain.py")
     parser.add_argument("--sample", type=int, required=True, metavar="N", help="number of the sample in the run")
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="GPUs of the run (default: 1)")
-    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
+    colour = "colour sentinels, mode tokens and end tokens (default: if stdout is a terminal)"
+    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help=colour)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
     return parser.parse_intermixed_args(arguments)

@@ -1,8 +1,8 @@
-"""Writes one shard set: tar shards in webdataset's form, and their index.
+"""Writes one shard set: tar shards in webdataset's format, and their index.
 
-A member holds many short documents, or a part of a long one: `0000000042.tokens` is a uint32 number of records, a
-uint32 length of each, then their tokens one after the other. The bytes depend on nothing but the documents and their
-order, and the state after any document can be saved and gone on from.
+A member holds many short documents, or a part of a long one. The content of `0000000042.tokens` is the number of
+records (uint32), the length of each in tokens (uint32), then their tokens one after the other. The bytes depend only on
+the documents and their order. The state after any document can be saved, and writing can resume from it.
 """
 
 import base64
@@ -19,14 +19,19 @@ from numpy.typing import NDArray
 
 from colt5dist.data.index import IndexWriter
 from colt5dist.data.manifest import IndexEntry, ShardEntry
-from colt5dist.data.members import MEMBER_TOKENS, member_key, tar_member
+from colt5dist.data.tar_members import MEMBER_TOKENS, member_key, tar_member
 
 
 class ShardFile:
-    """One tar file while it is written: its bytes, its hash, its counts."""
+    """One tar file while it is written: its bytes, its hash, its counts.
+
+    Args:
+        path: path of the file.
+        state: `counts` of an earlier writer, to continue after its first `state["bytes"]` bytes; None starts a new
+            file.
+    """
 
     def __init__(self, path: Path, state: dict[str, int] | None = None) -> None:
-        """Begin the file, or go on after the first `state["bytes"]` bytes of it."""
         self._path = path
         self._file = open(path, "r+b" if state else "w+b")  # noqa: SIM115
         self._hash = hashlib.sha256()
@@ -36,7 +41,13 @@ class ShardFile:
             self._hash.update(block)
 
     def append(self, content: bytes, *, documents: int, tokens: int) -> None:
-        """Add a member."""
+        """Add a member.
+
+        Args:
+            content: its bytes, header and padding included.
+            documents: documents that end in it.
+            tokens: tokens in it.
+        """
         self._write(content)
         self.counts["members"] += 1
         self.counts["documents"] += documents
@@ -48,12 +59,12 @@ class ShardFile:
         self.counts["bytes"] += len(content)
 
     def flush(self) -> None:
-        """Bring what was added to the disk."""
+        """Flush everything that was added to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> ShardEntry:
-        """End the tar file: two empty blocks, filled up to a whole record."""
+        """Close the tar file with two empty blocks, padded to a whole tar record; return its entry of the manifest."""
         size = self.counts["bytes"]
         whole = -(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
         self._write(bytes(whole - size))
@@ -62,17 +73,17 @@ class ShardFile:
 
 
 class ShardSetWriter:
-    """Appends documents to the shards of one set."""
+    """Appends documents to the shards of one set.
+
+    Args:
+        folder: folder of the set, which is made where it is missing.
+        dtype: type of the stored ids.
+        shard_bytes: a shard is closed before it would grow beyond this number of bytes.
+        state: what `save` of an earlier writer returned, to resume from; everything written after it is cut off. None
+            starts a new set.
+    """
 
     def __init__(self, folder: Path, dtype: np.dtype, *, shard_bytes: int, state: dict[str, Any] | None = None) -> None:
-        """Begin a set in `folder`, or go on from the `state` that an earlier writer saved.
-
-        Args:
-            folder: is made where it is missing.
-            dtype: type of the stored ids.
-            shard_bytes: a shard is closed before it would grow beyond this many bytes.
-            state: what `save` returned; whatever was written after it is cut off.
-        """
         self._folder = folder
         self._dtype = dtype
         self._shard_bytes = shard_bytes
@@ -100,7 +111,7 @@ class ShardSetWriter:
         return self._written_tokens + self._pending_tokens
 
     def add(self, tokens: NDArray[np.integer]) -> None:
-        """Add a document of at least one token."""
+        """Add a document: (tokens,) ids, at least one."""
         assert len(tokens), "an empty document"
         tokens = tokens.astype(self._dtype)
         if self._pending_tokens + len(tokens) > MEMBER_TOKENS:
@@ -114,7 +125,7 @@ class ShardSetWriter:
         self._index.add_document(self.num_tokens)
 
     def save(self) -> dict[str, Any]:
-        """Bring everything to the disk and return the state to go on from, as JSON takes it."""
+        """Flush everything to disk; return the state to resume from, which can be written as JSON."""
         self._file.flush()
         self._index.flush()
         return {
@@ -128,7 +139,7 @@ class ShardSetWriter:
         }
 
     def close(self) -> tuple[tuple[ShardEntry, ...], tuple[IndexEntry, ...]]:
-        """Write what is pending, close all files and describe them."""
+        """Write the pending records, close all files, and return the manifest's entries of shards and index."""
         self._write_member()
         self._shards.append(self._file.close())
         return tuple(self._shards), self._index.close()
@@ -137,7 +148,7 @@ class ShardSetWriter:
         return self._folder / f"{len(self._shards):06d}.tar"
 
     def _write_member(self) -> None:
-        """Write the pending records, if there are any, as one member."""
+        """Write the pending records as one member, if there are any."""
         if not self._pending:
             return
         records = [record.tobytes() for record in self._pending]

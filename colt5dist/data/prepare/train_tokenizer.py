@@ -1,28 +1,29 @@
-"""A byte-level BPE vocabulary out of the inputs themselves: any text has ids, and none is unknown."""
+"""Trains a byte-level BPE tokenizer on the inputs. Every text has ids, since every byte is in the vocabulary."""
 
 from collections.abc import Iterable, Iterator
 
 from colt5dist.data.prepare.documents import read_items
-from colt5dist.data.prepare.encoding import hash_text
 from colt5dist.data.prepare.inputs import InputFile
+from colt5dist.data.prepare.tokenize_texts import hash_text
 
 SPECIAL_TOKENS = ["<pad>", "</s>"]
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS) + 1
-TRAINING_BYTES = 1 << 30  # of text: more of it moves few pieces and costs memory
+TRAINING_BYTES = 1 << 30  # of text: more text changes few pieces of the vocabulary and costs memory
 
 
 def train_tokenizer(files: Iterable[InputFile], *, vocab_size: int, text_key: str, held_out_below: int) -> bytes:
-    """The content of a tokenizer.json with `vocab_size` ids.
-
-    Trained on up to TRAINING_BYTES of the text, spread over all files; on what the training set will hold only.
+    """Train a tokenizer on up to TRAINING_BYTES of the text, spread over all files; held-out texts are not used.
 
     Args:
         files: the inputs.
         vocab_size: ids of the vocabulary, SMALLEST_VOCABULARY or more; a small text may give fewer.
-        text_key: key of the text in a jsonl line, column of a parquet file.
-        held_out_below: texts with a smaller hash are held out, and not read here.
+        text_key: key of the text in a jsonl line, column of the text in a parquet file.
+        held_out_below: texts with a smaller hash are held out.
+
+    Returns:
+        The content of a tokenizer.json.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # late: few commands need it
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # imported here: few commands need it
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,7 +39,7 @@ def train_tokenizer(files: Iterable[InputFile], *, vocab_size: int, text_key: st
 
 
 def _training_texts(files: list[InputFile], text_key: str, held_out_below: int) -> Iterator[str]:
-    """Every text, or of a large corpus the beginning of every file."""
+    """Every text; of a corpus larger than TRAINING_BYTES, the beginning of every file."""
     share = TRAINING_BYTES / max(1, sum(file.bytes for file in files))
     for file in files:
         left = file.bytes * share if share < 1 else float("inf")

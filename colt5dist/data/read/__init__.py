@@ -1,1 +1,1 @@
-"""From shards to batches: opening, reading, denoising, and the loader that hands out micro-batches."""
+"""Shards to batches: opening, reading, denoising, and the loader that delivers micro-batches."""

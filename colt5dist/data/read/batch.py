@@ -1,4 +1,4 @@
-"""One micro-batch of samples, as the model and the trainer take it."""
+"""A micro-batch of samples, in the form that the model and the trainer take."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -10,20 +10,20 @@ from torch import Tensor
 from colt5dist.data.read.samples import Samples
 
 FILLER = -1
-"""Number of a row that holds no sample."""
+"""Sample number of a row that holds no sample."""
 
 
 class Batch(TypedDict):
-    """Samples of one micro-batch: b of them, inputs padded to n tokens, targets to t."""
+    """A micro-batch of b samples, with inputs padded to n tokens and targets padded to t tokens."""
 
     input_ids: Tensor
-    """(b, n) int64; the last valid token is the end token, pads follow."""
+    """(b, n) int64; the last valid token is the end token, then follow pads."""
     input_mask: Tensor
     """(b, n) bool; True at valid tokens."""
     decoder_input_ids: Tensor
-    """(b, t) int64; the targets shifted right by one, with the pad id as start."""
+    """(b, t) int64; the targets shifted right by one, beginning with the pad id."""
     target_ids: Tensor
-    """(b, t) int64; the last valid token is the end token (but of causal text, which goes on), pads follow."""
+    """(b, t) int64; the last valid token is the end token (except in causal samples, which have none), then pads."""
     target_mask: Tensor
     """(b, t) bool; True at valid tokens."""
     objective: Tensor
@@ -31,14 +31,18 @@ class Batch(TypedDict):
     sample_index: Tensor
     """(b,) int64; number of the sample in the run, -1 for a row that only fills the batch (its masks are False)."""
     target_bytes: Tensor
-    """(b,) int64; bytes of text that the valid targets stand for."""
+    """(b,) int64; bytes of text that the valid targets represent."""
 
 
 def make_batch(samples: Samples, numbers: Sequence[int]) -> Batch:
-    """The samples `numbers` as one batch; FILLER gives an empty row.
+    """Make one batch.
+
+    Args:
+        samples: makes the samples.
+        numbers: sample numbers, one per row; FILLER gives an empty row.
 
     Raises:
-        DamagedShardError: the text of one cannot be read or is not what was written.
+        DamagedShardError: more text is damaged than data.max_bad_records allows, or it cannot be read.
     """
     num_rows = len(numbers)
     inputs = np.full((num_rows, samples.config.input_length), samples.pad_id, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""From raw tokens to inputs and targets: span corruption, prefix-LM and next-token, vectorised.
+"""Makes inputs and targets from raw tokens: span corruption, prefix-LM and next-token, vectorized.
 
-The spans follow T5's random segmentation: of all masks with n noise tokens in s spans that begin with a kept token
-and end with a noise token, each is equally likely. So the first token is never noise and the last one always is.
+The spans follow T5's random segmentation: all masks with n noise tokens in s spans that begin with a kept token and end
+with a noise token are equally likely. So the first token is never noise, and the last one always is.
 """
 
 from dataclasses import replace
@@ -10,13 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.order.objectives import MODES, Objective, largest_suffix, span_counts
-from colt5dist.data.order.philox import Bits, below, subset
+from colt5dist.data.order.random_numbers import Bits, below, subset
 
 Tokens = NDArray[np.integer]
 
 
 def random_part_ends(bits: Bits, total: int, parts: int) -> NDArray[np.int64]:
-    """A uniform composition of `total` into `parts` positive numbers, as the sum up to each, (parts,)."""
+    """Split `total` into `parts` positive numbers, uniformly at random.
+
+    Args:
+        bits: the random numbers.
+        total: the sum.
+        parts: how many numbers.
+
+    Returns:
+        (parts,) cumulative sums of the numbers; the last is `total`.
+    """
     ends = np.empty(parts, dtype=np.int64)
     np.add(subset(bits, total - 1, parts - 1), 1, out=ends[:-1])
     ends[-1] = total
@@ -33,16 +42,16 @@ def corrupt_spans(
     inputs: Tokens,
     targets: Tokens,
 ) -> tuple[int, int]:
-    """Write one span-corrupted text.
+    """Write one span-corrupted text with L tokens, of which n are noise in s spans.
 
-    A side is the text without what only the other side shows, but for one token a span, which gives its place to the
-    sentinel: the first of the noise in the inputs, the last before it in the targets.
+    To build a side quickly, its own tokens are copied together with one more token per span, whose place the sentinel
+    then takes: the first token of the noise span for the inputs, the last token before the span for the targets.
 
     Args:
         tokens: (L,) the text.
-        kept_ends: (s,) kept tokens up to each noise span; all of them are in one.
-        noise_ends: (s,) noise tokens up to the end of each noise span; the two last entries add up to L.
-        first_sentinel: id of sentinel 0; sentinel j stands for noise span j.
+        kept_ends: (s,) number of kept tokens before each noise span; the last entry is L - n.
+        noise_ends: (s,) number of noise tokens up to the end of each noise span; the last entry is n.
+        first_sentinel: id of sentinel 0; sentinel j replaces noise span j.
         eos_id: the end token, last of inputs and targets.
         inputs: (>= L - n + s + 1,) gets kept span 0, sentinel 0, kept span 1, ..., end token.
         targets: (>= n + s + 1,) gets sentinel 0, noise span 0, sentinel 1, ..., end token.
@@ -54,7 +63,7 @@ def corrupt_spans(
     noise_before = np.empty_like(noise_ends)
     noise_before[0] = 0
     noise_before[1:] = noise_ends[:-1]
-    bounds = np.empty(2 * num_spans + 1, dtype=np.int64)  # of kept and noise spans in turn
+    bounds = np.empty(2 * num_spans + 1, dtype=np.int64)  # of kept and noise spans, alternating
     bounds[0] = 0
     starts = np.add(kept_ends, noise_before, out=bounds[1::2])  # of the noise spans
     np.add(kept_ends, noise_ends, out=bounds[2::2])
@@ -81,10 +90,17 @@ def corrupt_spans(
 
 
 def cut_prefix(tokens: Tokens, suffix: int, *, eos_id: int, inputs: Tokens, targets: Tokens) -> tuple[int, int]:
-    """Write one prefix-LM text: its last `suffix` tokens to `targets`, those before them to `inputs`.
+    """Write one prefix-LM text: its last tokens to `targets`, those before them to `inputs`.
 
-    Both get an end token. A prefix longer than `inputs` holds loses its first tokens. Returns the number of tokens
-    written to each.
+    Args:
+        tokens: (L,) the text.
+        suffix: number of tokens for the targets.
+        eos_id: the end token, last of inputs and targets.
+        inputs: (input_length,) gets the prefix; a prefix that is too long loses its first tokens.
+        targets: (target_length,) gets the suffix.
+
+    Returns:
+        The number of tokens written to inputs and to targets, end tokens included.
     """
     end = len(tokens) - suffix
     prefix = tokens[max(0, end + 1 - len(inputs)) : end]
@@ -110,7 +126,7 @@ def denoise(
     Args:
         tokens: (L,) the text, L at least 2 (next-token: 1) and at most the objective's
             sample_lengths(objective, len(inputs), len(targets)).raw_tokens.
-        objective: what to do with it.
+        objective: the objective.
         bits: the random numbers of the sample.
         first_sentinel: id of sentinel 0.
         eos_id: the end token, last of inputs and targets.
@@ -125,7 +141,7 @@ def denoise(
         targets[: len(tokens)] = tokens
         return len(inputs[:1]), len(tokens)
     if objective.mode is not None:
-        # the modes' ids stand before the sentinels'
+        # the ids of the modes come just before those of the sentinels
         inputs[0] = first_sentinel - len(MODES) + MODES.index(objective.mode)
         rest = replace(objective, mode=None)
         num_inputs, num_targets = denoise(

@@ -1,15 +1,16 @@
-"""The samples that held-out loss is measured on, and the loss that token frequencies alone reach on them."""
+"""The samples for the held-out loss, and the loss that a model reaches on them that knows only token frequencies."""
 
 import numpy as np
 
 from colt5dist.data.config import DataConfig
+from colt5dist.data.order.batch_layout import BatchLayout
 from colt5dist.data.read.batch import FILLER, Batch, make_batch
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Sources, as_sources
 
 HELD_OUT_SEED = 0
-"""The same for all runs, so that their held-out losses can be compared."""
+"""Random seed of the held-out samples: the same for all runs, so that their held-out losses can be compared."""
 
 
 def held_out_batches(
@@ -21,31 +22,39 @@ def held_out_batches(
     rank: int,
     world_size: int,
 ) -> list[Batch]:
-    """One rank's share of the held-out samples 0..num_samples-1; sample i of a set has objective i modulo their number.
+    """Return one rank's share of the held-out samples 0..num_samples-1.
+
+    The objectives take turns: sample i of a set has objective number i modulo the number of objectives.
 
     Args:
         shards: the training set; its held-out documents are read.
         config: lengths and mixture.
         num_samples: samples of all ranks together. A small held-out set shows its text several times, with other masks.
-        micro_batch_size: rows of a batch.
-        rank: number of this rank; it gets samples rank, rank + world_size, ...
+        micro_batch_size: rows (samples) per batch.
+        rank: number of this rank.
         world_size: number of ranks.
 
     Returns:
-        Equally many batches for every rank; rows without a sample have sample_index -1 and masks that are False.
+        The same number of batches for every rank; rows without a sample have sample_index -1 and masks that are False.
     """
     samples = Samples(as_sources(shards).validation, config, seed=HELD_OUT_SEED, in_turn=True)
-    num_batches = -(-num_samples // (world_size * micro_batch_size))
-    numbers = np.arange(num_batches * micro_batch_size) * world_size + rank
+    samples_per_batch = world_size * micro_batch_size
+    numbers = np.arange(-(-num_samples // samples_per_batch) * samples_per_batch)
     numbers[numbers >= num_samples] = FILLER
-    return [make_batch(samples, part.tolist()) for part in numbers.reshape(num_batches, micro_batch_size)]
+    layout = BatchLayout(world_size=world_size, micro_batch_size=micro_batch_size)
+    return [make_batch(samples, batch) for batch in layout.micro_batches(numbers, rank).tolist()]
 
 
 def unigram_entropy(shards: ShardSet | Sources, config: DataConfig, *, num_samples: int) -> float:
-    """Nats per token of the targets of the held-out samples 0..num_samples-1, under their own token frequencies.
+    """Return the entropy of the target tokens of the held-out samples 0..num_samples-1, in nats per token.
 
-    It is the loss of a model that knows these frequencies and nothing else. Sentinels and end tokens count as they
-    count in the loss.
+    It is the loss of a model that knows the frequencies of these tokens and nothing else. Sentinels and end tokens
+    count, as they do in the loss.
+
+    Args:
+        shards: the training set; its held-out documents are read.
+        config: lengths and mixture.
+        num_samples: number of held-out samples.
     """
     batches = held_out_batches(shards, config, num_samples=num_samples, micro_batch_size=1, rank=0, world_size=1)
     tokens = np.concatenate([batch["target_ids"][batch["target_mask"]].numpy() for batch in batches])

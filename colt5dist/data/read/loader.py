@@ -1,7 +1,7 @@
-"""The training samples of one rank, step by step, read ahead by worker processes.
+"""The training batches of one rank, step by step, read ahead by worker processes.
 
-What is wrong with the data crosses from a worker as an item, in its place in the order, and reaches the trainer at the
-step that it belongs to, so that all ranks can stop together.
+An error in the data is sent from a worker as an item at its place in the order. It reaches the trainer at the step
+that it belongs to, so that all ranks can stop together.
 """
 
 import atexit
@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from colt5dist.data.config import DataConfig
+from colt5dist.data.order.batch_layout import BatchLayout
 from colt5dist.data.order.skip import SkipList
 from colt5dist.data.read.batch import Batch, make_batch
 from colt5dist.data.read.samples import Samples
@@ -28,7 +29,7 @@ from colt5dist.data.read.sources import Sources
 from colt5dist.errors import ConfigError
 
 STUCK_SECONDS = 1.0
-"""What a worker process has to end by itself."""
+"""Time that a worker process is given to end by itself."""
 
 
 def training_batches(
@@ -44,26 +45,26 @@ def training_batches(
     first_step: int = 1,
     pin_memory: bool = False,
 ) -> "TrainingBatches":
-    """The micro-batches of one rank, without end.
+    """Return the endless micro-batches of one rank.
 
-    The samples of the run are numbered from 0; each global batch takes the next global_batch_size of them that
-    data.skip does not leave out. Rank r of W gets samples r, r + W, ... of it, in order, cut into micro-batches. From
-    the steps of the length schedule on they have other lengths.
+    The samples of the run are numbered from 0. Each global batch takes the next global_batch_size of them that
+    data.skip does not leave out; `order/batch_layout.py` divides it among ranks and micro-batches. From the steps of
+    the length schedule on, samples have other lengths.
 
     Args:
-        shards: the training set.
-        config: lengths and their schedule, mixture, samples to skip, workers.
+        shards: the training set, or several.
+        config: lengths and their schedule, mixture, samples to skip, number of workers.
         seed: seed of the order and of the masks.
-        global_batch_size: samples of a step; a multiple of micro_batch_size * world_size.
-        micro_batch_size: samples of a micro-batch, where the schedule says nothing else.
+        global_batch_size: samples per step; a multiple of micro_batch_size * world_size.
+        micro_batch_size: samples per micro-batch, where the length schedule sets no other size.
         rank: number of this rank.
         world_size: number of ranks.
-        first_sample: number of the first sample that earlier steps have not used up.
-        first_step: number of the first optimizer step, for the schedule.
+        first_sample: number of the first sample that earlier steps have not used.
+        first_step: number of the first optimizer step, for the length schedule.
         pin_memory: put the tensors in page-locked memory (needs a GPU).
 
     Returns:
-        An iterator over steps; each is the list of this rank's micro-batches. Its `close` stops the worker processes.
+        An iterator over steps; each step is the list of this rank's micro-batches. Its `close` stops the workers.
     """
     share = global_batch_size // world_size
     sizes = [micro_batch_size] + [
@@ -83,7 +84,7 @@ def training_batches(
     )
     workers: dict[str, Any] = {}
     if config.num_workers:
-        # fork: the mapped index is shared, and nothing has to be pickled
+        # fork: the memory-mapped index is shared, and nothing has to be pickled
         workers = {"multiprocessing_context": "fork", "worker_init_fn": ignore_stop_signals, "prefetch_factor": 4}
     loader = DataLoader(
         MicroBatches(shards, config, seed=seed, stage=sampler.stage_at(first_step)),
@@ -92,7 +93,7 @@ def training_batches(
         num_workers=config.num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        # of its own, so that the trainer's random state is left alone
+        # its own generator, so that the trainer's random state does not change
         generator=torch.Generator(),
         **workers,
     )
@@ -100,19 +101,29 @@ def training_batches(
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a worker is to make."""
+class MicroBatchRequest:
+    """What a worker process is asked to make."""
 
     stage: int
-    """Entry of the length schedule; 0 before the first."""
+    """Stage of the length schedule: 0 before its first entry, 1 from the first entry on, ..."""
     numbers: list[int]
-    """Numbers of the samples of one micro-batch."""
+    """Sample numbers of one micro-batch."""
     ends_step: bool
-    """Whether it is the rank's last of a step."""
+    """Whether it is the rank's last micro-batch of a step."""
 
 
-class RankSampler(Sampler[Order]):
-    """Yields what one rank needs, micro-batch after micro-batch, without end."""
+class RankSampler(Sampler[MicroBatchRequest]):
+    """Yields the micro-batches that one rank needs, in order and without end.
+
+    Args:
+        skip: samples that are left out.
+        first_sample: number of the first sample of the first step.
+        first_step: number of the first optimizer step.
+        stages: a pair (first step, micro-batch size in samples) for each stage of the length schedule, in order.
+        rank: number of this rank.
+        world_size: number of ranks.
+        global_batch_size: samples per step.
+    """
 
     def __init__(
         self,
@@ -125,7 +136,6 @@ class RankSampler(Sampler[Order]):
         world_size: int,
         global_batch_size: int,
     ) -> None:
-        """Begin a step at sample `first_sample`; `stages` are pairs of a first step and a micro-batch size."""
         self._skip = skip
         self._first_sample = first_sample
         self._first_step = first_step
@@ -138,31 +148,33 @@ class RankSampler(Sampler[Order]):
         """Number of the stage that a step belongs to."""
         return bisect_right([first for first, _ in self._stages], step) - 1
 
-    def __iter__(self) -> Iterator[Order]:
+    def __iter__(self) -> Iterator[MicroBatchRequest]:
         first = self._first_sample
         for step in count(self._first_step):
             stage = self.stage_at(step)
             size = self._stages[stage][1]
             numbers = self._skip.take(first, self._global_batch_size)
             first = int(numbers[-1]) + 1
-            mine = numbers[self._rank :: self._world_size].tolist()
-            for begin in range(0, len(mine), size):
-                yield Order(stage, mine[begin : begin + size], begin + size == len(mine))
+            layout = BatchLayout(world_size=self._world_size, micro_batch_size=size)
+            *earlier, last = layout.micro_batches(numbers, self._rank).tolist()
+            for micro_batch in earlier:
+                yield MicroBatchRequest(stage, micro_batch, ends_step=False)
+            yield MicroBatchRequest(stage, last, ends_step=True)
 
 
 @dataclass(frozen=True)
 class Item:
-    """What a worker made."""
+    """What a worker process made."""
 
     batch: Batch | ConfigError
     """The micro-batch, or what is wrong with the data."""
     ends_step: bool
-    """Whether it is the rank's last of a step."""
+    """Whether it is the rank's last micro-batch of a step."""
     bad_records: list[str]
-    """Damaged records of the shards that the worker met for the first time, and replaced."""
+    """Damaged records that the worker found for the first time; their samples were replaced. One message each."""
 
     def pin_memory(self) -> "Item":
-        """The same in page-locked memory; the loader calls it."""
+        """Return a copy in page-locked memory; PyTorch's DataLoader calls it."""
         if isinstance(self.batch, ConfigError):
             return self
         pinned: Any = {name: tensor.pin_memory() for name, tensor in dict(self.batch).items()}  # type: ignore[attr-defined]
@@ -170,41 +182,54 @@ class Item:
 
 
 class MicroBatches(Dataset[Item]):
-    """Micro-batches by their sample numbers; an error is an item, so that it crosses from a worker as it is."""
+    """Micro-batches by their sample numbers.
+
+    An error is returned as an item, so that it reaches the trainer's process unchanged.
+
+    Args:
+        shards: the shard set, or several.
+        config: the data settings, with their length schedule.
+        seed: seed of the order and of the masks.
+        stage: the first stage that is asked for; its plan is made here, before the workers are forked, and shared by
+            all of them.
+    """
 
     def __init__(self, shards: ShardSet | Sources, config: DataConfig, *, seed: int, stage: int) -> None:
-        """Make batches of `shards`, of `stage` first: what it needs is shared by all workers."""
         self._shards = shards
         self._configs = config.stages()
         self._seed = seed
         self._samples = {stage: self._plan(stage)}
 
-    def __getitem__(self, order: Order) -> Item:
-        if order.stage not in self._samples:
-            self._samples = {order.stage: self._plan(order.stage)}
-        samples = self._samples[order.stage]
+    def __getitem__(self, request: MicroBatchRequest) -> Item:
+        if request.stage not in self._samples:
+            self._samples = {request.stage: self._plan(request.stage)}
+        samples = self._samples[request.stage]
         batch: Batch | ConfigError
         try:
-            batch = make_batch(samples, order.numbers)
+            batch = make_batch(samples, request.numbers)
         except ConfigError as error:
             batch = error
-        return Item(batch, order.ends_step, samples.new_bad_records())
+        return Item(batch, request.ends_step, samples.new_bad_records())
 
     def _plan(self, stage: int) -> Samples:
         return Samples(self._shards, self._configs[stage], seed=self._seed, stage=stage)
 
 
 class DataWorkerError(RuntimeError):
-    """A reader process of this rank has ended by itself, or brings no data."""
+    """A reader process of this rank has ended by itself, or delivers no data."""
 
 
 class TrainingBatches(Iterator[list[Batch]]):
-    """An iterator over the steps of one rank."""
+    """An iterator over the steps of one rank.
+
+    Args:
+        loader: gives the micro-batches in order.
+        rank: number of this rank, for error messages.
+    """
 
     def __init__(self, loader: DataLoader[Item], rank: int) -> None:
-        """Take the items of `loader`."""
-        # torch would raise from a signal handler, anywhere in the trainer, when a worker dies; it looks at the workers
-        # while it waits for one, too, and so the error comes where it is expected
+        # when a worker dies, PyTorch's signal handler would raise an error anywhere in the trainer. It also checks the
+        # workers while it waits for one of them, so without the handler the error is raised where it is expected
         handler = signal.getsignal(signal.SIGCHLD)
         self._iterator: Iterator[Item] | None = iter(loader)
         if threading.current_thread() is threading.main_thread():
@@ -213,14 +238,14 @@ class TrainingBatches(Iterator[list[Batch]]):
         self._rank = rank
         self._bad_records: dict[str, None] = {}
         self._new_bad_records: list[str] = []
-        # the workers ignore SIGTERM, so an interpreter that ends with them alive would wait for ever
+        # the workers ignore SIGTERM, so an interpreter that exits while they run would wait for ever
         atexit.register(_kill_if_alive, weakref.ref(self))
 
     def __next__(self) -> list[Batch]:
-        """The micro-batches of the next step.
+        """Return the micro-batches of the next step.
 
         Raises:
-            ConfigError: the data is damaged beyond what is allowed, or cannot be read.
+            ConfigError: more of the data is damaged than data.max_bad_records allows, or it cannot be read.
             DataWorkerError: a reader process was killed.
         """
         if self._iterator is None:
@@ -231,13 +256,13 @@ class TrainingBatches(Iterator[list[Batch]]):
                 item = next(self._iterator)
             except (RuntimeError, EOFError, ConnectionError) as error:
                 lost = self._worker_was_lost(error)
-                self.kill_workers()  # the error holds torch's iterator, which so would not stop the others
+                self.kill_workers()  # the error keeps PyTorch's iterator alive, so it would not stop the others
                 self.close()
                 if not lost:
                     raise
                 reason = (str(error) or "it was cut off").splitlines()[0].rstrip(".")
                 raise DataWorkerError(
-                    f"a reader process of rank {self._rank} ended ({reason}); if it was killed for want of memory, "
+                    f"a reader process of rank {self._rank} ended ({reason}); if it was killed because memory ran out, "
                     "lower data.num_workers"
                 ) from error
             new = [record for record in item.bad_records if record not in self._bad_records]
@@ -251,30 +276,32 @@ class TrainingBatches(Iterator[list[Batch]]):
                 return step
 
     def new_bad_records(self) -> list[str]:
-        """Damaged records that this rank met, and replaced, since the last call; one line each."""
+        """Return the damaged records that this rank found since the last call, one line each."""
         found, self._new_bad_records = self._new_bad_records, []
         return found
 
     def close(self) -> None:
         """Stop the worker processes; further calls do nothing.
 
-        One that waits for a disk or a network obeys neither a word nor a signal that it could catch, and is killed.
+        A worker that is blocked by a disk or a network does not answer a request to stop; it is killed after
+        STUCK_SECONDS.
         """
         killing = threading.Timer(STUCK_SECONDS, self.kill_workers)
         killing.daemon = True
         killing.start()
-        self._iterator = None  # torch's iterator stops its workers when nobody holds it
+        self._iterator = None  # PyTorch's iterator stops its workers when the last reference to it is gone
         killing.cancel()
 
     def kill_workers(self) -> None:
-        """End the worker processes at once; they hold nothing that is lost."""
+        """Kill the worker processes at once; nothing is lost with them."""
         for worker in self._workers:
             worker.kill()
 
     def _worker_was_lost(self, error: Exception) -> bool:
-        """Whether what torch raised comes of a worker that has ended, not of one that raised it itself.
+        """Whether PyTorch raised `error` because a worker ended, not because a worker raised it itself.
 
-        One that dies while a batch is taken over from it closes its sockets before it can be seen that it is gone.
+        A worker that dies while its batch is received closes its sockets some time before its end can be seen; hence
+        the wait of up to STUCK_SECONDS.
         """
         if str(error).startswith("Caught "):
             return False
@@ -288,7 +315,7 @@ def _kill_if_alive(reference: "weakref.ref[TrainingBatches]") -> None:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Let the trainer decide when its readers end: a signal to the whole group must not kill them under it."""
+    """Ignore SIGTERM and SIGINT in a worker: a signal to the whole process group must not end the trainer's readers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,15 +1,16 @@
-"""Shards behind an address, read through fsspec: whole shards into a bounded cache that any number of processes share.
+"""Shards at an address, read through fsspec: whole shards go to a cache of limited size that all processes share.
 
-A shard lies in the cache under its hash, so that what is there is right, and the same shard of two addresses is there
-once. A process that lacks one takes a lock, makes room by removing those unused for the longest time, fetches it under
-another name, compares size and hash, and renames it. A removed shard stays readable for who has it open.
+The file name of a shard in the cache is its hash. So its content is known to be right, and a shard that is at two
+addresses is cached once. A process that needs a missing shard takes a lock, makes room by removing those that were
+unused for the longest time, downloads the shard under a temporary name, compares its hash, and renames it. A process
+that has a removed shard open can still read it.
 
-A set that the cache cannot hold is not cached: the order of the samples comes back to every shard again and again, and
-each time it would be fetched anew. Its members are read one by one, each by a request for its bytes, which the
-checksums of its records prove; so an epoch fetches every byte about once.
+A set that is larger than the cache is not cached: the order of the samples returns to every shard again and again, and
+each time the shard would be downloaded again. Instead, its members are downloaded one by one, each with a request for
+its byte range, and verified by the checksums of their records; so an epoch downloads every byte about once.
 
-No address is given to a shell, and nothing that is fetched is unpickled: only the schemes below are opened, and no
-chain of them (`a::b`).
+No address is passed to a shell, and nothing that is downloaded is unpickled: only the schemes below are opened, and no
+chains of them (`a::b`).
 """
 
 import hashlib
@@ -28,11 +29,11 @@ from colt5dist.errors import ConfigError
 from colt5dist.files import cache_folder, locked
 
 SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
-"""The package that fsspec needs for each."""
+"""The schemes that are supported, and the package that fsspec needs for each."""
 
 CACHE_BYTES = 100 << 30
 ATTEMPTS = 6
-FIRST_WAIT = 0.5  # seconds; doubled after every attempt
+FIRST_WAIT = 0.5  # seconds after the first attempt; doubled after every further one
 FETCHED_AT_ONCE = 1 << 22
 ASKED_AT_ONCE = 16
 
@@ -40,17 +41,21 @@ T = TypeVar("T")
 
 
 class NoRangesError(OSError):
-    """A server answers a request for a part of a file with all of it."""
+    """A server answers a request for a part of a file with the whole file."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address; ConfigError if it is one that is not read."""
+    """Return whether a path is an address.
+
+    Raises:
+        ConfigError: it is an address that is not supported, or a package for it is missing.
+    """
     scheme, separator, _ = path.partition("://")
     if "::" not in path and not separator and not path.startswith("pipe:"):
         return False
     if scheme not in SCHEMES or "::" in path:
         raise ConfigError(
-            f"data.shards: {path} is no address that is read; give a folder, or one of {', '.join(SCHEMES)}://..."
+            f"data.shards: {path} is not a supported address; give a folder, or one of {', '.join(SCHEMES)}://..."
         )
     for package in ("fsspec", SCHEMES[scheme]):
         if find_spec(package) is None:
@@ -59,29 +64,36 @@ def is_remote(path: str) -> bool:
 
 
 class RemoteShards:
-    """A set of shards behind an address."""
+    """A set of shards at an address.
+
+    Args:
+        address: address of the folder.
+        cache_bytes: most bytes of shards that are kept on disk.
+    """
 
     def __init__(self, address: str, *, cache_bytes: int) -> None:
-        """Read from `address`, keeping at most `cache_bytes` of shards on the disk."""
         self._address = address.rstrip("/")
         self._cache = cache_folder() / "shards"
         self._cache_bytes = cache_bytes
         self.reads_members = False
-        """Whether members are to be read one by one, by `read`; else shards are to be opened."""
+        """Whether members are read one by one with `read`, instead of whole shards with `open`."""
 
     def address(self, file: str) -> str:
-        """Address of one of its files."""
+        """Return the address of one of its files."""
         return f"{self._address}/{file}"
 
     def below(self, folder: str) -> "RemoteShards":
-        """The set in a folder of it."""
+        """Return the set in a subfolder."""
         return RemoteShards(self.address(folder), cache_bytes=self._cache_bytes)
 
     def fetch_description(self) -> Path:
-        """A folder with its manifest, its index and its tokenizer, and those of the set in validation/.
+        """Download manifest, index and tokenizer, and those of the set in validation/.
+
+        Returns:
+            The local folder that holds them.
 
         Raises:
-            ConfigError: something cannot be fetched.
+            ConfigError: something cannot be downloaded.
         """
         folder = self._cache / "sets" / hashlib.sha256(self._address.encode()).hexdigest()[:16]
         try:
@@ -91,11 +103,13 @@ class RemoteShards:
                 if manifest.validation is not None:
                     self.below("validation")._fetch_set(folder / "validation")
         except OSError as error:
-            raise ConfigError(f"data.shards: {self._address} cannot be fetched ({error}); mend it") from None
+            raise ConfigError(
+                f"data.shards: {self._address} cannot be fetched ({error}); check the address and the access to it"
+            ) from None
         return folder
 
     def _fetch_set(self, folder: Path) -> Manifest:
-        """Bring a folder up to date; the small files are compared by size here and by checksum when they are opened."""
+        """Update a local folder; files are compared by size here, and by checksum when they are opened."""
         (folder / "index").mkdir(parents=True, exist_ok=True)
         old = (folder / MANIFEST_NAME).read_bytes() if (folder / MANIFEST_NAME).exists() else None
         self._fetch(MANIFEST_NAME, folder / MANIFEST_NAME)
@@ -111,10 +125,13 @@ class RemoteShards:
         return manifest
 
     def check_sizes(self, shards: Sequence[ShardEntry]) -> None:
-        """See that all shards are there and have their sizes, and choose how they are read.
+        """Check that all shards exist and have the right sizes, and decide how they are read.
+
+        Args:
+            shards: entries of the manifest.
 
         Raises:
-            ConfigError: one is missing or truncated.
+            ConfigError: a shard is missing or has another size.
         """
         self.reads_members = sum(entry.bytes for entry in shards) > self._cache_bytes
 
@@ -127,14 +144,18 @@ class RemoteShards:
         except OSError as error:
             raise ConfigError(f"data.shards: {error}; copy or prepare the shards again") from None
         for entry, found in zip(shards, sizes, strict=True):
-            if found is not None and found != entry.bytes:  # some servers do not say
+            if found is not None and found != entry.bytes:  # some servers do not report the size
                 raise ConfigError(
                     f"{self.address(entry.file)}: has {found} bytes, the manifest says {entry.bytes}; copy or prepare "
                     "the shards again"
                 )
 
     def open(self, entry: ShardEntry) -> BinaryIO:
-        """A shard from the cache, fetched first if it is not there; raises OSError."""
+        """Open a shard of the cache for reading; download it first if it is not there.
+
+        Raises:
+            OSError: it cannot be downloaded or read.
+        """
         path = self._cache / f"{entry.sha256}.tar"
         self._cache.mkdir(parents=True, exist_ok=True)
         try:
@@ -146,12 +167,16 @@ class RemoteShards:
                 if not path.exists():
                     self._make_room(entry.bytes)
                     self._fetch(entry.file, path, sha256=entry.sha256)
-                with suppress(FileNotFoundError):  # another process may have made room for one of its own
+                with suppress(FileNotFoundError):  # another process may have removed it to make room
                     return self._open_cached(path)
             raise OSError(f"{path} was removed from the cache {ATTEMPTS} times; raise data.cache_gb")
 
     def read(self, entry: ShardEntry, offset: int, size: int) -> bytes:
-        """A part of a shard from its address; raises OSError."""
+        """Download `size` bytes of a shard from `offset` on.
+
+        Raises:
+            OSError: they cannot be downloaded.
+        """
 
         def fetch(fs: Any, address: str) -> bytes:
             content = fs.cat_file(address, start=offset, end=offset + size)
@@ -159,7 +184,7 @@ class RemoteShards:
                 return content
             if len(content) == entry.bytes:
                 raise NoRangesError("its server sends whole files only; raise data.cache_gb to hold all shards")
-            raise OSError(f"{len(content)} bytes came instead of {size}")
+            raise OSError(f"received {len(content)} bytes instead of {size}")
 
         return self._retry(entry.file, fetch)
 
@@ -169,7 +194,7 @@ class RemoteShards:
         return file
 
     def _make_room(self, needed: int) -> None:
-        """Remove the shards that were unused for the longest time until one of `needed` bytes fits."""
+        """Remove the shards that were unused for the longest time, until a shard of `needed` bytes fits."""
         with locked(self._cache / "room.lock", wait=True):
             files = sorted(
                 ((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._cache.glob("*.tar")),
@@ -183,7 +208,7 @@ class RemoteShards:
                 total -= size
 
     def _fetch(self, file: str, path: Path, *, sha256: str | None = None) -> None:
-        """Copy a file of the set to `path`, which is whole as soon as it is there."""
+        """Download a file of the set to `path`, which never holds an incomplete file."""
         partial = path.with_name(path.name + ".partial")
 
         def copy(fs: Any, address: str) -> None:
@@ -202,17 +227,17 @@ class RemoteShards:
         os.rename(partial, path)
 
     def _retry(self, file: str, action: Callable[[Any, str], T]) -> T:
-        """Do something with a file of the set, again after a while if it fails; OSError that names it in the end."""
-        import fsspec  # late: wanted for addresses only
+        """Call `action` with a file of the set; retry after a while if it fails, and in the end raise OSError."""
+        import fsspec  # imported here: an optional package, needed for addresses only
 
         for attempt in range(ATTEMPTS):
             try:
-                # anew in every process: a forked one must not use its parent's connections
+                # a new file system object in every process: a forked one must not use its parent's connections
                 fs, path = fsspec.url_to_fs(self.address(file))
                 return action(fs, path)
             except (FileNotFoundError, PermissionError, NoRangesError) as error:
                 raise OSError(f"{self.address(file)} cannot be fetched ({error})") from None
-            except Exception as error:  # every file system has its own kinds
+            except Exception as error:  # every file system has its own exceptions
                 if attempt == ATTEMPTS - 1:
                     reason = str(error) or type(error).__name__
                     raise OSError(f"{self.address(file)} cannot be fetched ({reason})") from None

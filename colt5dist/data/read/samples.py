@@ -1,7 +1,7 @@
-"""Makes sample i: what the plan names is read, denoised, and written to a row of a batch.
+"""Makes sample i: reads the text that the plan names, denoises it, and writes it to a row of a batch.
 
-A sample whose text is damaged is made from the text of the next one instead, and so on; so which samples are replaced
-by which depends on the damage alone, as all else on (seed, i).
+A sample whose text is damaged is made from the text of the next sample instead, and so on. So the replacement depends
+only on the damage, and everything else only on (seed, i).
 """
 
 import numpy as np
@@ -9,19 +9,29 @@ from numpy.typing import NDArray
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
-from colt5dist.data.order.philox import Draws, Stream
 from colt5dist.data.order.plan import Plan, PlannedSample
+from colt5dist.data.order.random_numbers import Draws, Stream
 from colt5dist.data.read.denoise import denoise
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Interleave, Sources, as_sources
-from colt5dist.data.read.stream import DamagedShardError, TokenReader, UnreadableShardError
+from colt5dist.data.read.token_reader import DamagedShardError, TokenReader, UnreadableShardError
 from colt5dist.data.sample_lengths import required_sentinels
 
-MAX_TRIES = 10_000  # samples one after the other without a sound text
+MAX_TRIES = 10_000  # consecutive samples whose text may be damaged
 
 
 class Samples:
-    """The samples of shard sets: sample i is a pure function of (shards, config, seed, stage, i)."""
+    """The samples of shard sets: sample i is a pure function of (shards, config, seed, stage, i).
+
+    Args:
+        shards: where the text is: a shard set, or several.
+        config: lengths and mixture; a length schedule in it is ignored.
+        seed: seed of the order and of the masks, below 2^32.
+        stage: stage of the length schedule (0 at the start of the run); each has its own order.
+        in_turn: the objectives take turns (sample i of a set has objective i modulo their number), each with its own
+            order of the text, so that a few samples of a small set have all objectives. Otherwise the objectives share
+            one order.
+    """
 
     def __init__(
         self,
@@ -32,16 +42,6 @@ class Samples:
         stage: int = 0,
         in_turn: bool = False,
     ) -> None:
-        """Plan the samples.
-
-        Args:
-            shards: where the text is.
-            config: lengths and mixture; a length schedule in it is not read.
-            seed: another seed, below 2^32, gives another order and other masks.
-            stage: number of the entry of a length schedule; each has an order of its own.
-            in_turn: the objectives take turns (sample i of a set has objective i modulo their number) over one order of
-                the text each, so that a few samples of a small set have all of them; otherwise they share one order.
-        """
         self.sources = as_sources(shards)
         self.config = config
         self.pad_id = self.sources.tokenizer.pad_id
@@ -70,7 +70,7 @@ class Samples:
         ]
         self._interleave = Interleave(self.sources.weights, seed=self._seed)
         self.first_sentinel = self.sources.tokenizer.vocab_size + self._mixture.num_modes
-        # mode tokens and sentinels stand for no text
+        # mode tokens and sentinels represent no text
         reserved = self._mixture.num_modes + required_sentinels(config)
         self._byte_lengths = np.pad(self.sources.tokenizer.byte_lengths, (0, reserved))
         self._draws = Draws()
@@ -78,7 +78,7 @@ class Samples:
         self._new_bad_records: list[str] = []
 
     def planned(self, number: int) -> PlannedSample:
-        """What sample `number` is made from, if nothing of it is damaged."""
+        """Return what sample `number` is made from, if its text is not damaged."""
         source, place = self._interleave.find(number)
         plans = self._plans[source]
         turn, place = place % len(plans), place // len(plans)
@@ -87,16 +87,21 @@ class Samples:
         return PlannedSample(number, planned.epoch, objective, planned.block, planned.chunk, source)
 
     def write(self, number: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> tuple[int, int, int]:
-        """Write sample `number` to the first places of (input_length,) `inputs` and (target_length,) `targets`.
+        """Write a sample to the start of two rows.
+
+        Args:
+            number: number of the sample.
+            inputs: (input_length,) row for the input.
+            targets: (target_length,) row for the target.
 
         Returns:
-            Input tokens, target tokens, and the number of the objective.
+            Number of input tokens, number of target tokens, and number of the objective.
 
         Raises:
             DamagedShardError: more records are damaged than data.max_bad_records allows.
             UnreadableShardError: a shard cannot be read.
         """
-        planned, tokens = self._sound_text(number)
+        planned, tokens = self._undamaged_text(number)
         num_inputs, num_targets = denoise(
             tokens,
             self._mixture.objectives[planned.objective],
@@ -108,7 +113,7 @@ class Samples:
         )
         return num_inputs, num_targets, planned.objective
 
-    def _sound_text(self, number: int) -> tuple[PlannedSample, NDArray[np.integer]]:
+    def _undamaged_text(self, number: int) -> tuple[PlannedSample, NDArray[np.integer]]:
         """Plan and text of the first sample from `number` on that is not damaged."""
         for replacement in range(number, number + MAX_TRIES):
             planned = self.planned(replacement)
@@ -126,14 +131,21 @@ class Samples:
         raise DamagedShardError(f"{message}; {MAX_TRIES} samples from {number} on have damaged text")
 
     def new_bad_records(self) -> list[str]:
-        """Damaged records that were met since the last call, one line each."""
+        """Return the damaged records that were found since the last call, one line each."""
         found, self._new_bad_records = self._new_bad_records, []
         return found
 
     def text_bytes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(rows,) bytes of text that (rows, tokens) ids stand for; pads, end tokens and sentinels count nothing."""
+        """Return the bytes of text that ids represent; pads, end tokens and sentinels represent none.
+
+        Args:
+            ids: (rows, tokens) ids.
+
+        Returns:
+            (rows,) bytes.
+        """
         return self._byte_lengths[ids].sum(axis=1)
 
 
 def _too_many(message: str, allowed: int) -> str:
-    return f"{message} (data.max_bad_records={allowed} damaged records are passed over)" if allowed else message
+    return f"{message} (more than the data.max_bad_records={allowed} that are allowed)" if allowed else message

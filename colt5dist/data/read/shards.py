@@ -1,4 +1,4 @@
-"""A folder of shards, opened for reading: its manifest checked, its index mapped, its tokenizer at hand."""
+"""Opens a folder of shards for reading: checks its manifest, maps its index, and loads its tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,20 @@ from colt5dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Tokenized documents on disk, and the held-out ones beside them."""
+    """Tokenized documents on disk, with the held-out documents that belong to them."""
 
     folder: Path
-    """Where they lie."""
+    """The folder of the set."""
     manifest: Manifest
-    """What they are."""
+    """What the set holds."""
     index: Index
     """Where each document is."""
     tokenizer: Tokenizer
-    """What made the ids."""
+    """The tokenizer that made the ids."""
     held_out: "ShardSet | None"
-    """The held-out documents; None in that set itself."""
+    """The held-out documents; None in the held-out set itself."""
     remote: RemoteShards | None = None
-    """Where the shards come from, if they are not in the folder, which then holds manifest, index and tokenizer."""
+    """The address of the shards, if they have one; `folder` then holds only manifest, index and tokenizer."""
 
     @property
     def fingerprint(self) -> str:
@@ -36,23 +36,27 @@ class ShardSet:
         return self.manifest.checksum
 
     def shard_name(self, shard: int) -> str:
-        """Path or address of a shard, for messages."""
+        """Return the path or address of a shard, for messages."""
         file = self.manifest.shards[shard].file
         return self.remote.address(file) if self.remote else str(self.folder / file)
 
     def open_shard(self, shard: int) -> BinaryIO:
-        """A shard's file, opened for reading; raises OSError."""
+        """Open the file of a shard for reading.
+
+        Raises:
+            OSError: it cannot be read.
+        """
         entry = self.manifest.shards[shard]
         return self.remote.open(entry) if self.remote else open(self.folder / entry.file, "rb")
 
     @property
     def num_documents(self) -> int:
-        """Documents of the set."""
+        """Number of documents in the set."""
         return self.manifest.documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the set."""
+        """Number of tokens in the set."""
         return self.manifest.tokens
 
     @property
@@ -68,23 +72,24 @@ class ShardSet:
 
 
 def open_shards(path: str | Path, *, cache_bytes: int = CACHE_BYTES) -> ShardSet:
-    """Open a folder written by launch/prepare.py, here or at an address that fsspec reads.
+    """Open a folder written by launch/prepare.py, on this machine or at an address.
 
-    Sizes of all files and the checksums of the manifest and the index are compared; the tokens themselves are checked
-    when they are read.
+    The sizes of all files and the checksums of manifest and index are compared; the tokens are checked when they are
+    read.
 
     Args:
-        path: the folder, or http(s)://, s3:// or gs:// and what follows.
-        cache_bytes: disk space for the shards that are fetched from an address; a larger set is read by members.
+        path: the folder, or an address that begins with http(s)://, s3:// or gs://.
+        cache_bytes: disk space for shards that are downloaded from an address; of a larger set, single members are
+            downloaded as they are needed.
 
     Raises:
-        ConfigError: something is missing, truncated, damaged, or belongs to another set.
+        ConfigError: a file is missing, truncated, damaged, or belongs to another set.
     """
     remote = RemoteShards(str(path), cache_bytes=cache_bytes) if is_remote(str(path)) else None
     folder = remote.fetch_description() if remote else Path(path)
     manifest = read_manifest(folder)
     if manifest.validation is None:
-        raise ConfigError(f"{folder}: is a set of held-out documents; give the folder above it")
+        raise ConfigError(f"{folder}: is a set of held-out documents; give its parent folder")
     held_out_folder = folder / VALIDATION_FOLDER
     held_out = read_manifest(held_out_folder)
     if held_out.checksum != manifest.validation:
@@ -115,10 +120,14 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The tokenizer that made the ids of a set.
+    """Load the tokenizer that made the ids of a set.
+
+    Args:
+        folder: folder of the set.
+        manifest: manifest of the set.
 
     Raises:
-        ConfigError: the folder holds another one, or none.
+        ConfigError: the folder holds another tokenizer, or none.
     """
     entry = manifest.tokenizer
     tokenizer: Tokenizer = ByteTokenizer()

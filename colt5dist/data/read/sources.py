@@ -1,4 +1,4 @@
-"""Several shard sets as one: sample i comes from the set that (seed, i) says, each set as often as its weight asks."""
+"""Mixes several shard sets: (seed, i) decides the set of sample i, and each set gets samples by its weight."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from colt5dist.data.order.philox import Stream, permutation, random_bits
+from colt5dist.data.order.random_numbers import Stream, permutation, random_bits
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.tokenizer import Tokenizer
 
 ROUND = 4096
-"""Samples in which every set has exactly its share; weights are rounded to this part of the whole."""
+"""Number of samples in a round. Every round has the same number from each set: the weights rounded to 1/ROUND."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class Sources:
     """The shard sets that a run reads."""
 
     parts: tuple[ShardSet, ...]
-    """One or more, of one tokenizer."""
+    """One or more shard sets, made with the same tokenizer."""
     weights: tuple[float, ...]
-    """Parts of the samples that each gives."""
+    """Share of the samples that comes from each, relative to the other weights."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What made the ids."""
+        """The tokenizer that made the ids."""
         return self.parts[0].tokenizer
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what is read and how it is mixed."""
+        """Hash of the shard sets and their shares."""
         if len(self.parts) == 1:
             return self.parts[0].fingerprint
         content = [[part.fingerprint, share] for part, share in zip(self.parts, shares(self.weights), strict=True)]
@@ -45,18 +45,21 @@ class Sources:
         return Sources(tuple(part.validation for part in self.parts), self.weights)
 
     def passes(self, num_tokens: int) -> list[float]:
-        """How often each set is read from end to end by samples of so many tokens of text in all."""
+        """Return how often each set is read from start to end, by samples with `num_tokens` tokens of text in all."""
         parts = zip(self.parts, shares(self.weights), strict=True)
         return [num_tokens * share / ROUND / part.num_tokens for part, share in parts]
 
 
 def as_sources(shards: ShardSet | Sources) -> Sources:
-    """One shard set, or several."""
+    """Return one shard set as `Sources`; several are returned unchanged."""
     return shards if isinstance(shards, Sources) else Sources((shards,), (1.0,))
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Samples of each set in a ROUND: in proportion to the weights, at least one, the largest remainders first."""
+    """Return the number of samples of each set per round of ROUND samples.
+
+    They are proportional to the weights, at least 1, and rounded by the largest remainders.
+    """
     exact = np.array(weights) / np.sum(weights) * ROUND
     counts = np.maximum(np.floor(exact).astype(np.int64), 1)
     for place in np.argsort(counts - exact, kind="stable")[: max(0, ROUND - int(counts.sum()))]:
@@ -66,16 +69,20 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 
 class Interleave:
-    """Which set a sample comes from, and its number in that set's own order."""
+    """Decides which set a sample comes from, and its number in the order of that set.
+
+    Args:
+        weights: weights of the sets.
+        seed: seed of the order.
+    """
 
     def __init__(self, weights: Sequence[float], *, seed: int) -> None:
-        """Mix sets of these weights."""
         self._seed = seed
         self._shares = shares(weights)
         self._round = lru_cache(maxsize=4)(self._make_round)
 
     def find(self, number: int) -> tuple[int, int]:
-        """Number of the set, and of the sample in it."""
+        """Return the number of the set, and the number of the sample in the order of that set."""
         if len(self._shares) == 1:
             return 0, number
         rounds, place = divmod(number, ROUND)
@@ -84,7 +91,7 @@ class Interleave:
         return source, rounds * self._shares[source] + int(ranks[place])
 
     def _make_round(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The set of every sample of a round, and how many samples of that set come before in the round."""
+        """(ROUND,) the set of every sample of a round, and (ROUND,) its number of earlier samples in the round."""
         order = np.repeat(np.arange(len(self._shares)), self._shares)
         order = order[permutation(random_bits(self._seed, number, Stream.SOURCES), ROUND)]
         ranks = np.empty(ROUND, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend, merge_heads, split_heads
@@ -13,10 +14,10 @@ from colt5dist.ops.checks import check_counts, check_optional_not_negative
 
 
 class KeyValueProjection(Linear):
-    """Keys and values of r routed sets: the heads are split in r groups, and group g reads set g only.
+    """Keys and values of r routed sets: the heads are split into r groups, and group g reads set g only.
 
-    (b, r, n, dim) -> (b, heads, n, 2, dim_head), keys before values. The rows of the weight lie as (head, key | value,
-    dim_head).
+    (b, r, n, dim) -> (b, heads, n, 2, dim_head), keys before values. The rows of the weight are in the order (head, key
+    | value, dim_head).
     """
 
     def __init__(self, dim: int, *, dim_head: int, heads: int, std: float | None) -> None:
@@ -26,13 +27,13 @@ class KeyValueProjection(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Project the sets (b, r, n, dim)."""
-        b, r, n, dim = input.shape
+        r, dim = input.shape[1], input.shape[-1]
         if r == 1:
             both = F.linear(input.squeeze(1), self.weight)
-            return both.view(b, n, self.heads, 2, self.dim_head).transpose(1, 2)
+            return rearrange(both, "b n (h two d) -> b h n two d", h=self.heads, two=2)
         weight = self.weight.view(r, self.weight.shape[0] // r, dim)
         both = torch.einsum("brnd,rod->brno", input, weight)
-        return both.view(b, r, n, self.heads // r, 2, self.dim_head).transpose(2, 3).flatten(1, 2)
+        return rearrange(both, "b r n (h two d) -> b (r h) n two d", two=2, d=self.dim_head)
 
 
 class Attention(nn.Module):
@@ -50,8 +51,8 @@ class Attention(nn.Module):
         multiply_keys_by_score: whether the routing scores multiply the keys as well as the values.
         use_flash: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the signature of
             colt5-attention.
-        prenorm: whether an RMSNorm stands before it; False leaves the norm to the caller.
-        null_kv: whether each head has a learned key and value that stands before the context and is always attended to.
+        prenorm: whether an RMSNorm comes first; False leaves the norm to the caller.
+        null_kv: whether each head has a learned key and value that comes before the context and is always attended to.
         norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
         std: standard deviation of the initial weights; None: PyTorch's initialisation.
         output_std: the same of the last linear map.
@@ -96,12 +97,19 @@ class Attention(nn.Module):
         normalized_scores_q: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """-> (b, i, dim).
+        """Attend.
 
-        context None: x itself. mask and normalized_scores_kv (b, n) or (b, r, n), mask True = valid.
-        normalized_scores_q (b, i) multiplies the queries. rotary_emb: angles of the queries, (i, dim_head) or (b, i,
-        dim_head), and of the keys, (n, dim_head), (b, n, dim_head) or (b, r, n, dim_head); the null key is not
-        rotated.
+        Args:
+            x: (b, i, dim), the queries.
+            context: (b, n, dim), or (b, r, n, dim) with r routed sets; None: x itself.
+            mask: (b, n) or (b, r, n) bool, True = valid; None: all.
+            normalized_scores_kv: (b, n) or (b, r, n), multiplies the values, and the keys with multiply_keys_by_score.
+            normalized_scores_q: (b, i), multiplies the queries.
+            rotary_emb: angles of the queries, (i, dim_head) or (b, i, dim_head), and of the keys, (n, dim_head), (b, n,
+                dim_head) or (b, r, n, dim_head). The null key is not rotated.
+
+        Returns:
+            (b, i, dim).
         """
         self._check(x, context, mask)
         q, k, v = self.project(x, context, normalized_scores_kv, normalized_scores_q, rotary_emb)
@@ -144,8 +152,11 @@ class Attention(nn.Module):
         normalized_scores_q: Tensor | None,
         rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (b, heads, i, dim_head), keys and values (b, heads, n, dim_head), weighed and rotated; arguments of
-        `forward`."""
+        """Queries, keys and values, weighed and rotated; the arguments are those of `forward`.
+
+        Returns:
+            Queries (b, heads, i, dim_head), keys and values (b, heads, n, dim_head).
+        """
         x = self.norm(x)
         context = x if context is None else self.norm(context)
         context = context.unsqueeze(1) if context.dim() == 3 else context

@@ -20,7 +20,7 @@ class LocalSelfAttention(nn.Module):
         heads: attention heads.
         radius: how far away a position may be that is attended to, 1 or more. With causal: tokens of a window.
         causal: whether no position sees a later one; it then sees its own window of radius tokens and the one before.
-        prenorm: whether a LayerNorm with bias stands before it, as in colt5-attention.
+        prenorm: whether a LayerNorm with bias comes first, as in colt5-attention.
         relative_bias: whether T5's learned bias of the distance is added to the scores.
         std: standard deviation of the initial weights; None: PyTorch's initialisation.
         output_std: the same of the last linear map.
@@ -54,7 +54,16 @@ class LocalSelfAttention(nn.Module):
             self.relative_bias = RelativeBias(heads, radius=radius, std=0.02 if std is None else std)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
-        """x (b, n, dim); mask (b, n) bool, True = valid; rotary_angles (n, dim_head) -> (b, n, dim)."""
+        """Attend.
+
+        Args:
+            x: (b, n, dim).
+            mask: (b, n) bool, True = valid; None: all.
+            rotary_angles: (n, dim_head); None: no rotary positions.
+
+        Returns:
+            (b, n, dim).
+        """
         check_tokens("x", x, self.dim)
         check_mask("mask", mask, x.shape[:2], x)
         q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)

@@ -1,7 +1,8 @@
-"""The heavy branch of causal conditional attention: queries of a window attend to what the windows before it kept."""
+"""The heavy branch of causal conditional attention: queries of a window attend to what earlier windows admitted."""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from colt5dist.nn.attention.attend import attend, merge_heads
@@ -9,16 +10,16 @@ from colt5dist.nn.attention.attention import Attention
 
 
 class MemoryAttention(Attention):
-    """`Attention` whose keys and values are places of windows, of which a query sees the newest taken ones.
+    """`Attention` of windows of queries to the newest taken places of the windows before them.
 
     Each of v windows in order has the same number of queries and, before it in time, one window of places for keys and
-    values. The taken places of all windows, laid end to end, are one list; the queries of window i see the last
-    `memory_size` entries of that list as it was before window i.
+    values. The taken places of all windows, in order, are one list; the queries of window i see the last `memory_size`
+    entries of that list as it was before window i.
 
-    Windows of queries are attended to in groups, so that a group's keys are read together: those before its first
-    window, then those that its own windows bring. Where a key stands in the group depends on no later token, so no
-    output moves by one bit with a later one. The number of windows of a group is such that the keys are copied about
-    twice: memory is linear in the number of windows.
+    Windows of queries attend in groups, so that a group's keys are read together: those before its first window, then
+    those that its own windows add. The position of a key in the group depends on no later token, so no output changes
+    by one bit with a later one. The number of windows in a group is such that the keys are copied about twice: memory
+    is linear in the number of windows.
     """
 
     def forward(
@@ -33,17 +34,27 @@ class MemoryAttention(Attention):
         num_windows: int | None = None,
         memory_size: int = 0,
     ) -> Tensor:
-        """x (b, v * q, dim), context (b, r, v * p, dim), mask (b, r, v * p) bool, True = taken -> (b, v * q, dim).
+        """Attend; the taken places of a window come before its free ones.
 
-        The taken places of a window stand before its free ones. The other arguments, and all of them where num_windows,
-        v, is None, are those of `Attention.forward`.
+        Args:
+            x: (b, v * q, dim), v windows of q queries.
+            context: (b, r, v * p, dim), r routed sets of v windows of p places.
+            mask: (b, r, v * p) bool, True = taken.
+            normalized_scores_kv: as in `Attention.forward`.
+            normalized_scores_q: as in `Attention.forward`.
+            rotary_emb: as in `Attention.forward`.
+            num_windows: v; None: all arguments are those of `Attention.forward`.
+            memory_size: keys/values that a window sees, for each set.
+
+        Returns:
+            (b, v * q, dim).
         """
         weights = (normalized_scores_kv, normalized_scores_q, rotary_emb)
         if num_windows is None:
             return super().forward(x, context, mask, *weights)
         assert mask is not None
         q, k, v = self.project(x, context, *weights)
-        batch, heads, _, dim_head = q.shape
+        batch, heads = q.shape[:2]
         num_routes = mask.shape[1]
         num_places = mask.shape[-1] // num_windows
         num_queries = q.shape[2] // num_windows
@@ -51,27 +62,37 @@ class MemoryAttention(Attention):
         num_groups = -(-num_windows // group)
 
         entries, seen = _memory(mask.unflatten(-1, (num_windows, num_places)), group, memory_size)
-        # (b, r, groups, l) -> rows of the keys of all heads laid end to end
+        # (b, r, groups, l) -> rows of the keys of all heads, concatenated
         entries = self.by_head(entries, num_routes).expand(-1, heads, -1, -1)
         first = torch.arange(batch * heads, device=k.device).view(batch, heads, 1, 1) * k.shape[2]
-        rows = (entries + first).transpose(1, 2).flatten()
-        shape = (batch * num_groups, heads, -1, dim_head)
-        k, v = (keys.flatten(0, 2).index_select(0, rows).view(shape) for keys in (k, v))
+        rows = rearrange(entries + first, "b h g l -> (b g h l)")
+        group_shape = {"b": batch, "g": num_groups, "h": heads, "l": entries.shape[-1]}
+        k, v = (keys.flatten(0, 2).index_select(0, rows) for keys in (k, v))
+        k, v = (rearrange(keys, "(b g h l) d -> (b g) h l d", **group_shape) for keys in (k, v))
 
         q = F.pad(q, (0, 0, 0, (num_groups * group - num_windows) * num_queries))
-        q = q.unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(0, 1)
-        seen = self.by_head(seen, num_routes).transpose(1, 2).flatten(0, 1).repeat_interleave(num_queries, dim=2)
+        q = rearrange(q, "b h (g i) d -> (b g) h i d", g=num_groups)
+        seen = repeat(self.by_head(seen, num_routes), "b h g w l -> (b g) h (w i) l", i=num_queries)
         if self.null_kv is not None:
             null_k, null_v = self.null(k)
             k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
             seen = F.pad(seen, (1, 0), value=True)
-        out = attend(q, k, v, mask=seen).unflatten(0, (batch, num_groups)).transpose(1, 2).flatten(2, 3)
+        out = rearrange(attend(q, k, v, mask=seen), "(b g) h i d -> b h (g i) d", b=batch, g=num_groups)
         return self.to_out(merge_heads(out[:, :, : num_windows * num_queries]))
 
 
 def _memory(taken: Tensor, group: int, memory_size: int) -> tuple[Tensor, Tensor]:
-    """taken (b, r, v, p) bool -> places (b, r, groups, l) int64 whose keys each group of windows reads, and which of
-    them each of its windows sees (b, r, groups, group, l) bool."""
+    """Which places a group of windows reads, and which of them each window sees.
+
+    Args:
+        taken: (b, r, v, p) bool.
+        group: windows in a group.
+        memory_size: places that a window sees.
+
+    Returns:
+        Places (b, r, groups, l) int64 whose keys each group reads, and whether each of its windows sees them (b, r,
+        groups, group, l) bool.
+    """
     num_windows, num_places = taken.shape[2:]
     num_groups = -(-num_windows // group)
     # entries of the list before each window's queries: its own window of places has already been filled
@@ -89,4 +110,4 @@ def _memory(taken: Tensor, group: int, memory_size: int) -> tuple[Tensor, Tensor
     end = F.pad(before, (0, num_groups * group - num_windows), value=0).unflatten(-1, (num_groups, group)).unsqueeze(-1)
     entry = entry.unsqueeze(-2)
     seen = (entry >= 0) & (entry >= end - memory_size) & (entry < end)
-    return place.view(*first.shape, -1), seen
+    return rearrange(place, "b r (g l) -> b r g l", g=num_groups), seen

@@ -1,5 +1,6 @@
 """Cross-attention with one head of keys and values (Shazeer, arXiv 1911.02150)."""
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend
@@ -46,13 +47,21 @@ class MultiQueryAttention(nn.Module):
         self.to_out = Linear(dim_head * heads, dim, std=output_std)
 
     def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """mask (b, n) bool, True = valid; a sample without a valid context token gets 0. Returns (b, i, dim)."""
+        """Attend.
+
+        Args:
+            x: (b, i, dim).
+            context: (b, n, dim), normalised.
+            mask: (b, n) bool, True = valid; None: all. A sample without a valid context token gets 0.
+
+        Returns:
+            (b, i, dim).
+        """
         check_tokens("x", x, self.dim)
         check_tokens("context", context, self.dim)
         check_mask("mask", mask, context.shape[:2], context, "context")
         q = self.to_q(self.norm(x))
-        b, i, _ = q.shape
         k, v = self.to_kv(context).unsqueeze(1).chunk(2, dim=-1)
         # the heads are further queries of one head: keys and values are not repeated, and nothing is transposed
-        out = attend(q.view(b, 1, i * self.heads, -1), k, v, mask=mask)
-        return self.to_out(out.reshape(b, i, -1))
+        out = attend(rearrange(q, "b i (h d) -> b 1 (i h) d", h=self.heads), k, v, mask=mask)
+        return self.to_out(rearrange(out, "b 1 (i h) d -> b i (h d)", h=self.heads))

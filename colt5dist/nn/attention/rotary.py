@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.ops.checks import check_counts, check_positive
@@ -82,11 +83,17 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rotated_queries_and_keys(qkv: Tensor, angles: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One projection (b, n, 3 * heads * dim) -> queries, keys, values, each (b, heads, n, dim), the first two rotated.
+    """Queries, keys and values of one projection, the first two rotated.
 
-    angles (n, dim), None for no rotation. The results lie in memory as (b, n, heads, dim).
+    Args:
+        qkv: (b, n, 3 * heads * dim).
+        angles: (n, dim); None: no rotation.
+        num_heads: heads.
+
+    Returns:
+        Queries, keys, values, each (b, heads, n, dim), stored in memory as (b, n, heads, dim).
     """
-    qkv = qkv.unflatten(-1, (3, num_heads, -1))
+    qkv = rearrange(qkv, "b n (three h d) -> b n three h d", three=3, h=num_heads)
     if angles is None:
         q, k, v = qkv.unbind(2)
     else:

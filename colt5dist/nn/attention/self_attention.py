@@ -22,7 +22,7 @@ class SelfAttention(nn.Module):
         heads: attention heads.
         use_flash: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the signature of
             colt5-attention.
-        prenorm: whether an RMSNorm stands before it.
+        prenorm: whether an RMSNorm comes first.
         causal: whether a position sees only itself and what is before it.
         norm_eps: added to the mean square in RMSNorm; None: the smallest that is of use, as in colt5-attention.
         std: standard deviation of the initial weights; None: PyTorch's initialisation.
@@ -57,8 +57,16 @@ class SelfAttention(nn.Module):
         self.to_out = Linear(dim_head * heads, dim, std=output_std)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
-        """x (b, n, dim); mask (b, n) bool, True = valid (not with causal); rotary_angles (n, dim_head) -> (b, n,
-        dim)."""
+        """Attend.
+
+        Args:
+            x: (b, n, dim).
+            mask: (b, n) bool, True = valid; None: all. Not with causal.
+            rotary_angles: (n, dim_head); None: no rotary positions.
+
+        Returns:
+            (b, n, dim).
+        """
         check_tokens("x", x, self.dim)
         check_mask("mask", mask, x.shape[:2], x)
         q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)

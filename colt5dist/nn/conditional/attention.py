@@ -107,8 +107,10 @@ class ConditionalRoutedAttention(nn.Module):
             heavy_dim_head=heavy_dim_head,
             heavy_heads=heavy_heads,
         )
-        check_counts(light_window_size=light_window_size)
-        check_optional_counts(light_radius=light_radius)
+        # without a light branch its sizes are of no account
+        smallest = 1 if has_light_attn else 0
+        check_counts(at_least=smallest, light_window_size=light_window_size)
+        check_optional_counts(at_least=smallest, light_radius=light_radius)
         check_positive(rope_theta=rope_theta)
         check_optional_not_negative(norm_eps=norm_eps, std=std, output_std=output_std)
         check_sets("num_routed_kv", num_routed_kv, heavy_heads)
@@ -168,12 +170,20 @@ class ConditionalRoutedAttention(nn.Module):
         rotary_angles: Tensor | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route]:
-        """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the queries' and the
-        keys' routing.
+        """Attend.
 
-        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's. rotary_angles (n, head dimension):
-        computed once for a stack of layers whose two branches have one head dimension; None: computed here, where the
-        layer has rotary positions. sample_index (b,) int64: the samples' numbers, for random routing.
+        Args:
+            x: (b, n, dim).
+            num_heavy_tokens_q: budget in place of the constructor's.
+            num_heavy_tokens_kv: budget in place of the constructor's.
+            mask: (b, n) bool, True = valid; None: all.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            rotary_angles: (n, head dimension), computed once for a stack of layers whose two branches have one head
+                dimension; None: computed here, where the layer has rotary positions.
+            return_route: whether to return the routing too.
+
+        Returns:
+            (b, n, dim); with return_route a tuple of this, the queries' and the keys/values' `Route`.
         """
         check_tokens("x", x, self.dim)
         check_mask("mask", mask, x.shape[:2], x)

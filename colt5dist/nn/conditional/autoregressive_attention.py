@@ -1,4 +1,4 @@
-"""Conditional attention for decoders: a light causal branch, and a heavy one that reads what earlier windows kept."""
+"""Conditional attention for decoders: light causal attention, heavy attention to tokens of earlier windows."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.local import LocalSelfAttention
@@ -22,7 +23,7 @@ from colt5dist.ops.checks import check_counts, check_optional_counts, check_opti
 
 ROUTINGS = ("causal", "window")
 MEMORY_WINDOWS = 16
-"""By default a window keeps 1/16 of num_heavy_tokens_kv in the mean: what is seen reaches back 16 windows or so."""
+"""By default a window admits num_heavy_tokens_kv / 16 keys/values: a query sees those of about 16 windows."""
 
 
 class ConditionalRoutedAutoregressiveAttention(nn.Module):
@@ -182,12 +183,19 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         rotary_angles: Tensor | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route]:
-        """x (b, n, dim) -> (b, n, dim), with return_route (routing="causal" only) and the queries' and the keys'
-        routing.
+        """Attend.
 
-        Padding has to stand at the end, where nothing sees it. num_heavy_tokens_q, num_heavy_tokens_kv: in place of the
-        constructor's. random_route: a negative control, routes at random, scores 1. rotary_angles, sample_index: as in
-        `ConditionalRoutedAttention`.
+        Args:
+            x: (b, n, dim), any n; padding at the end, where no other token sees it.
+            num_heavy_tokens_q: budget in place of the constructor's.
+            num_heavy_tokens_kv: budget in place of the constructor's.
+            random_route: whether to route at random, with scores 1, as a negative control.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing by the constructor.
+            rotary_angles: (n, head dimension), computed once for a stack of layers; None: computed here.
+            return_route: whether to return the routing too, with routing="causal" only.
+
+        Returns:
+            (b, n, dim); with return_route a tuple of this, the queries' and the keys/values' `Route`.
         """
         check_tokens("x", x, self.dim)
         budget_q = budget("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q)
@@ -244,28 +252,28 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         return out if self.null_q_token is None else torch.cat((light[:, :width], out[:, width:]), dim=1)
 
     def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None) -> Tensor:
-        """The seed's heavy branch (b, n, dim), a row of queries and keys/values for each window but the first."""
-        batch, length, dim = x.shape
+        """The heavy branch (b, n, dim) as in colt5-attention: a row of tokens for each window but the first."""
+        batch, length = x.shape[:2]
         width = self.heavy_window_size
         x = F.pad(x, (0, 0, 0, -length % width))
         windows = x.shape[1] // width
         mask = (torch.arange(x.shape[1], device=x.device) < length).expand(batch, -1)
         query, key_value = self.router.route_windows(x, budgets, mask=mask, random_route=random_route)
-        rows = x.unflatten(1, (windows, width))[:, 1:].flatten(0, 1)
+        rows = rearrange(x[:, width:], "b (v w) d -> (b v) w d", w=width)
         tokens_q = rows if query.indices is None else gather_tokens(rows, query.indices.squeeze(1))
         scores_kv, kv_mask = key_value.scores, key_value.mask
         assert kv_mask is not None
         if key_value.indices is None:
             # no more tokens than the budget
-            context = x.unsqueeze(1).expand(-1, windows - 1, -1, -1).flatten(0, 1)
+            context = repeat(x, "b n d -> (b v) n d", v=windows - 1)
             scores_kv, kv_mask = scores_kv[:, 0], kv_mask[:, 0]
         else:
-            context = gather_tokens(x, key_value.indices.unflatten(0, (batch, -1)).flatten(1, 2))
-            context = context.unflatten(1, (windows - 1, -1)).flatten(0, 1)
+            context = gather_tokens(x, rearrange(key_value.indices, "(b v) r m -> b (v r) m", v=windows - 1))
+            context = rearrange(context, "b (v r) m d -> (b v) r m d", v=windows - 1)
         rotary = None
         if angles is not None:
             angles = self.rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x)) if self.rotary_emb else angles
-            of_rows = angles.unflatten(0, (windows, width))[1:].repeat(batch, 1, 1)
+            of_rows = repeat(angles[width:], "(v w) d -> (b v) w d", w=width, b=batch)
             rotary = (
                 of_rows if query.indices is None else gather_tokens(of_rows, query.indices.squeeze(1)),
                 angles if key_value.indices is None else gather_positions(angles, key_value.indices),
@@ -280,5 +288,5 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             rotary_emb=rotary,
         )
         heavy = put_back(rows, heavy * scores_q.to(heavy.dtype).unsqueeze(-1), query, null_token=self.null_q_token)
-        heavy = heavy.view(batch, -1, dim)[:, : length - width]
+        heavy = rearrange(heavy, "(b v) w d -> b (v w) d", v=windows - 1)[:, : length - width]
         return F.pad(heavy, (0, 0, width, 0))

@@ -134,10 +134,20 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
         rotary_angles: Tensor | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route, Route]:
-        """x (b, n, dim) -> (b, n, dim), with return_route and the routing of the feed-forward, of the queries and of
-        the keys/values.
+        """Both layers with their residuals.
 
-        Budgets in place of the constructor's; sample_index, rotary_angles: as in `ConditionalRoutedAttention`.
+        Args:
+            x: (b, n, dim), any n; padding at the end, where no other token sees it.
+            num_heavy_attn_tokens_q: budget in place of the constructor's.
+            num_heavy_attn_tokens_kv: budget in place of the constructor's.
+            num_heavy_ff_tokens: budget in place of the constructor's.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            rotary_angles: (n, head dimension), computed once for a stack of layers; None: computed here.
+            return_route: whether to return the routing too.
+
+        Returns:
+            (b, n, dim); with return_route a tuple of this and the `Route` of the feed-forward, of the queries and of
+            the keys/values.
         """
         check_optional_counts(
             num_heavy_attn_tokens_q=num_heavy_attn_tokens_q,

@@ -1,8 +1,8 @@
-"""Decoding: what the causal layers keep of the tokens before, a whole pass that starts it, and a step for each token.
+"""Decoding with the causal layers: a pass over the first tokens, then a step for each further token.
 
 A step computes what the whole pass computes for that token: its own products, scores and thresholds from the earlier
 windows, and attention to what these admitted. Sums are taken in another order, so the two agree to rounding; only where
-a score lies within rounding of its threshold can they decide differently. What is kept does not grow with the text: two
+a score is within rounding of its threshold can they decide differently. What is kept does not grow with the text: two
 windows of light keys and values, `num_heavy_tokens_kv` heavy ones, one window of tokens, the scores of a few windows.
 For inference: nothing here has a gradient, and ZeRO-3 does not gather the weights.
 """
@@ -26,23 +26,23 @@ from colt5dist.ops.admit import HISTORY, admission_threshold, admit_next, num_ad
 
 @dataclass
 class RouterState:
-    """Of one router."""
+    """What decoding keeps of one router."""
 
     window: list[Tensor] = field(default_factory=list)
-    """Raw scores (b, r) of each token of the window at work."""
+    """Raw scores (b, r) of each token of the current window."""
     past: Tensor | None = None
     """Raw scores (b, r, windows, w) of the last windows, HISTORY at most; None in the first window."""
     threshold: Tensor | None = None
-    """(b,): what a query of the window at work has to reach; None where all do."""
+    """(b,): what a query of the current window has to reach; None where all do."""
     duals: Tensor | None = None
     """(b, r): dual variables by which it is scored; None where all scores are 1."""
     num_admitted: Tensor | None = None
-    """(b,) int64: queries that the window at work has admitted."""
+    """(b,) int64: queries that the current window has admitted."""
 
 
 @dataclass
 class AttentionState:
-    """Of one attention layer."""
+    """What decoding keeps of one attention layer."""
 
     router: RouterState = field(default_factory=RouterState)
     light: tuple[Tensor, Tensor] | None = None
@@ -50,14 +50,14 @@ class AttentionState:
     memory: tuple[Tensor, Tensor, Tensor] | None = None
     """Admitted keys and values (b, heads, m, dim_head), newest last, and which of them there are (b, heads, m) bool."""
     window: list[Tensor] = field(default_factory=list)
-    """Tokens (b, 1, dim) of the window at work, as the routers see them."""
+    """Tokens (b, 1, dim) of the current window, as the routers see them."""
     position: int = 0
     """Tokens so far."""
 
 
 @dataclass
 class BlockState:
-    """Of one `ConditionalRoutedAutoregressiveBlock`."""
+    """What decoding keeps of one `ConditionalRoutedAutoregressiveBlock`."""
 
     attention: AttentionState = field(default_factory=AttentionState)
     feed_forward: RouterState = field(default_factory=RouterState)
@@ -77,14 +77,14 @@ def read_block(block: ConditionalRoutedAutoregressiveBlock, x: Tensor) -> tuple[
 
 @torch.no_grad()
 def block_step(block: ConditionalRoutedAutoregressiveBlock, x: Tensor, state: BlockState) -> Tensor:
-    """The block's output (b, 1, dim) for the next token x (b, 1, dim); the state moves on."""
+    """The block's output (b, 1, dim) for the next token x (b, 1, dim); changes the state."""
     x = x + attention_step(block.conditional_attn, x, state.attention)
     return x + feed_forward_step(block.conditional_ff, x, state.feed_forward)
 
 
 @torch.no_grad()
 def feed_forward_step(layer: ConditionalRoutedFeedForward, x: Tensor, state: RouterState) -> Tensor:
-    """The causal feed-forward's output (b, 1, dim) for the next token x (b, 1, dim); the state moves on."""
+    """The causal feed-forward's output (b, 1, dim) for the next token x (b, 1, dim); changes the state."""
     router = _causal_router(layer)
     x = layer.norm(x)
     admission = router.at_once(layer.num_heavy_tokens)
@@ -100,7 +100,7 @@ def feed_forward_step(layer: ConditionalRoutedFeedForward, x: Tensor, state: Rou
 
 @torch.no_grad()
 def attention_step(layer: ConditionalRoutedAutoregressiveAttention, x: Tensor, state: AttentionState) -> Tensor:
-    """The layer's output (b, 1, dim) for the next token x (b, 1, dim), routing="causal"; the state moves on."""
+    """The layer's output (b, 1, dim) for the next token x (b, 1, dim), routing="causal"; changes the state."""
     if layer.routing != "causal":
         raise ValueError(f"layer: routing={layer.routing!r} needs the whole window; build it with 'causal'")
     x = layer.norm(x)
@@ -253,8 +253,16 @@ def _keep(
     taken: Tensor,
     scores: Tensor,
 ) -> None:
-    """Add keys and values of tokens (b, r, m, dim) at positions (b, r, m) to the memory, which keeps the newest taken
-    ones."""
+    """Add keys and values to the memory, which keeps the newest taken ones.
+
+    Args:
+        layer: the attention layer.
+        state: its state, changed here.
+        tokens: (b, r, m, dim).
+        positions: (b, r, m), of the tokens in the text.
+        taken: (b, r, m) bool, False: a free place.
+        scores: (b, r, m), routing scores.
+    """
     angles = _angles_at(layer.rotary_emb, positions, tokens)
     rotary = None if angles is None else (angles[:, 0, :1], angles)
     _, k, v = layer.heavy_attn.project(tokens[:, 0, :1], tokens, scores, None, rotary)

@@ -1,4 +1,4 @@
-"""The seed's transformer block: conditional attention, then the conditional feed-forward, each with its residual."""
+"""A transformer block: conditional attention, then the conditional feed-forward, each with its residual."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -116,7 +116,18 @@ class ConditionalRoutedTransformerBlock(nn.Module):
         num_heavy_attn_tokens_kv: int | None = None,
         num_heavy_ff_tokens: int | None = None,
     ) -> Tensor:
-        """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim); budgets in place of the constructor's."""
+        """Both layers with their residuals.
+
+        Args:
+            x: (b, n, dim).
+            mask: (b, n) bool, True = valid; None: all.
+            num_heavy_attn_tokens_q: budget in place of the constructor's.
+            num_heavy_attn_tokens_kv: budget in place of the constructor's.
+            num_heavy_ff_tokens: budget in place of the constructor's.
+
+        Returns:
+            (b, n, dim).
+        """
         check_optional_counts(
             num_heavy_attn_tokens_q=num_heavy_attn_tokens_q,
             num_heavy_attn_tokens_kv=num_heavy_attn_tokens_kv,

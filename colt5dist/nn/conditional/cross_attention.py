@@ -40,7 +40,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
             signature of colt5-attention.
         route_block_size: the context is cut into whole blocks of so many tokens, and equally many are routed from each;
-            None: from the whole context.
+            None: that of router_kwargs, if there is one, else from the whole context.
 
     Raises:
         TypeError: an argument has the wrong type, such as a string for a number.
@@ -84,7 +84,7 @@ class ConditionalRoutedCrossAttention(nn.Module):
         self.kv_router = CoordinateDescentRouter(
             dim,
             num_routing_tokens=num_sets,
-            # the block size of the queries' router, if any, stands in router_kwargs
+            # router_kwargs may hold a block size for the queries' router, and for this one if it has none of its own
             **router | ({} if route_block_size is None else {"route_block_size": route_block_size}),
         )
         self.heavy_attn = Attention(dim, dim_head=dim_head, heads=heads, multiply_keys_by_score=multiply_keys_by_score)
@@ -99,9 +99,18 @@ class ConditionalRoutedCrossAttention(nn.Module):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """mask (b, n) and context_mask (b, j) bool, True = valid -> (b, n, dim).
+        """Attend.
 
-        num_tokens_q, num_tokens_kv: in place of the constructor's.
+        Args:
+            x: (b, n, dim).
+            context: (b, j, dim).
+            num_tokens_q: budget in place of the constructor's.
+            num_tokens_kv: budget in place of the constructor's.
+            mask: (b, n) bool, True = valid; None: all.
+            context_mask: (b, j) bool, True = valid; None: all.
+
+        Returns:
+            (b, n, dim).
         """
         check_tokens("x", x, self.dim)
         check_tokens("context", context, self.dim)

@@ -108,19 +108,25 @@ class ConditionalRoutedFeedForward(nn.Module):
         sample_index: Tensor | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route]:
-        """x (b, n, dim), mask (b, n) bool, True = valid -> (b, n, dim), with return_route and the routing.
+        """Both branches.
 
-        num_heavy_tokens: in place of the constructor's. sample_index (b,) int64: the samples' numbers, for random
-        routing. With routing="causal" padding has to stand at the end, and a mask is refused.
+        Args:
+            x: (b, n, dim).
+            mask: (b, n) bool, True = valid; None: all. Refused with routing="causal", where padding has to be at the
+                end.
+            num_heavy_tokens: budget in place of the constructor's.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            return_route: whether to return the routing too.
+
+        Returns:
+            (b, n, dim); with return_route a tuple of this and the `Route`.
         """
         check_tokens("x", x, self.dim)
         num_tokens = budget("num_heavy_tokens", num_heavy_tokens, self.num_heavy_tokens)
         x = self.norm(x)
         if isinstance(self.router, CausalRouter):
             if mask is not None:
-                raise ValueError(
-                    "mask: causal routing has none; let the padding stand at the end, where nothing sees it"
-                )
+                raise ValueError("mask: causal routing takes none; put the padding at the end, where no token sees it")
             route = self.router.admit(x, (self.router.at_once(num_tokens),), sample_index=sample_index)[0]
         else:
             check_mask("mask", mask, x.shape[:2], x)

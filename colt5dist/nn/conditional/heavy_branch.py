@@ -1,4 +1,4 @@
-"""The heavy branch of conditional attention: routed queries attend to routed keys/values and return to their places."""
+"""The heavy branch of conditional attention: from routed tokens back to their positions in the sequence."""
 
 import torch
 from torch import Tensor
@@ -26,11 +26,21 @@ def attend_routed(
     multiply_queries_by_score: bool = False,
     angles: Tensor | None = None,
 ) -> Tensor:
-    """Outputs (b, m, dim) of the routed queries of x (b, n, dim), times their scores, over the routed sets of context
-    (b, j, dim).
+    """Outputs of the routed queries over the routed sets of the context, times the queries' scores.
 
-    query has one route, key_value as many as there are sets. Where all of the context is taken, it stands for every
-    set without being repeated. angles (n, head dimension): rotary angles of all positions, of x and context alike.
+    Where all of the context is taken, every set reads it without a copy.
+
+    Args:
+        attention: the attention layer.
+        x: (b, n, dim).
+        context: (b, j, dim).
+        query: routing of x, one route.
+        key_value: routing of the context, one route for each set.
+        multiply_queries_by_score: whether the queries are multiplied by their scores, too.
+        angles: (n, head dimension), rotary angles of all positions, of x and context alike.
+
+    Returns:
+        (b, m, dim).
     """
     indices_q = None if query.indices is None else query.indices.squeeze(1)
     indices_kv = key_value.indices
@@ -61,8 +71,18 @@ def attend_routed(
 def put_back(
     x: Tensor, heavy: Tensor, query: Route, *, light: Tensor | None = None, null_token: Tensor | None = None
 ) -> Tensor:
-    """The heavy outputs (b, m, dim) at their positions in x (b, n, dim), the null token (dim,) or 0 elsewhere, and the
-    light branch (b, n, dim) added."""
+    """The heavy outputs at their positions in the sequence, with the light branch added.
+
+    Args:
+        x: (b, n, dim), the sequence.
+        heavy: (b, m, dim), the outputs of the routed queries.
+        query: routing of the queries.
+        light: (b, n, dim), output of the light branch; None: there is none.
+        null_token: (dim,), heavy output of the other tokens; None: 0.
+
+    Returns:
+        (b, n, dim).
+    """
     if query.indices is None:
         out = heavy if light is None else light + heavy
         # the null token is unused here and must still have a gradient: see CoordinateDescentRouter._scores

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attention import Attention
@@ -48,7 +49,7 @@ class ConditionalRoutedImageAttention(nn.Module):
             of 0.
         use_flash_attn: changes nothing: PyTorch's fused kernels serve wherever the shapes allow. Kept from the
             signature of colt5-attention.
-        channel_first: whether the channels stand before height and width.
+        channel_first: whether the channels come before height and width.
         routing: "map": the budgets are of the whole map. "patch": of each patch, and positions attend within their
             patch, as in colt5-attention.
 
@@ -121,9 +122,16 @@ class ConditionalRoutedImageAttention(nn.Module):
         num_heavy_tokens_kv: int | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """mask (b, height, width) bool, True = valid: masked positions are neither attended to nor routed.
+        """Attend.
 
-        num_heavy_tokens_q, num_heavy_tokens_kv: in place of the constructor's.
+        Args:
+            x: (b, height, width, dim), or (b, dim, height, width) with channel_first.
+            num_heavy_tokens_q: budget in place of the constructor's.
+            num_heavy_tokens_kv: budget in place of the constructor's.
+            mask: (b, height, width) bool, True = valid: masked positions are neither attended to nor routed.
+
+        Returns:
+            The shape of x.
         """
         check_tensor("x", x)
         x = x.movedim(1, -1) if self.channel_first and x.dim() == 4 else x
@@ -173,11 +181,10 @@ class ConditionalRoutedImageAttention(nn.Module):
     def _cut(self, x: Tensor) -> Tensor:
         """(b, height, width, dim) -> the patches of all samples, (b * patches, positions of a patch, dim)."""
         size = self.light_window_size
-        x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
-        return x.flatten(3, 4).flatten(0, 2)
+        return rearrange(x, "b (h i) (w j) d -> (b h w) (i j) d", i=size, j=size)
 
     def _join(self, patches: Tensor, height: int, width: int) -> Tensor:
         """The way back from `_cut`."""
         size = self.light_window_size
-        x = patches.unflatten(1, (size, size)).unflatten(0, (-1, height // size, width // size))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        sizes = {"h": height // size, "w": width // size, "i": size, "j": size}
+        return rearrange(patches, "(b h w) (i j) d -> b (h i) (w j) d", **sizes)

@@ -1,10 +1,11 @@
-"""Routing that looks at no later token: windows admit tokens by what the windows before them were like."""
+"""Routing that looks at no later token: a window admits tokens by a threshold from the windows before it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from colt5dist.nn.routing.kept_routing import keep_value, routing_decision
@@ -19,9 +20,12 @@ _SMALLEST_SCORE = 1e-30
 class Admission(NamedTuple):
     """How the windows admit the tokens of one group of routes.
 
-    num_tokens: of a window, those that reach the threshold in the mean; num_places: the most that a window admits.
-    after_window: only later windows read what is admitted, so that the window itself takes part in its threshold, and
-    the last window, which nobody reads, admits nothing; otherwise the first window, which has no past, admits nothing.
+    Args:
+        num_tokens: tokens of a window that reach the threshold in the mean.
+        num_places: the most that a window admits.
+        after_window: True: only later windows read what is admitted, so that the window itself takes part in its
+            threshold, and the last window, which nothing reads, admits nothing. False: the first window, which has no
+            earlier one, admits nothing.
     """
 
     num_tokens: int
@@ -61,7 +65,7 @@ class CausalRouter(CoordinateDescentRouter):
         if self.takes_routing_tokens:
             raise ValueError("learned_routing_tokens: windows of one sequence have one router's vectors; leave it out")
         if self.route_block_size is not None:
-            raise ValueError("route_block_size: the sequence lies in windows already; leave it out")
+            raise ValueError("route_block_size: the sequence is cut into windows already; leave it out")
         check_counts(window_size=window_size)
         self.window_size = window_size
 
@@ -91,11 +95,19 @@ class CausalRouter(CoordinateDescentRouter):
         random_route: bool = False,
         sample_index: Tensor | None = None,
     ) -> list[Route]:
-        """One `Route` a group of routes of x (b, n, dim), windows - 1 times num_places wide.
+        """Admit tokens window by window.
 
         A free place is False in the route's mask, has score 0, and a position that no other place has. Where there is
         one window only, a route is one free place. A budget of a whole window or more takes all tokens, score 1.
-        random_route, sample_index: as in `CoordinateDescentRouter.route`.
+
+        Args:
+            x: (b, n, dim), any n.
+            admissions: how each group of routes admits.
+            random_route: whether to admit at random, with scores 1, as a negative control.
+            sample_index: (b,) int64, the samples' numbers, needed for routing="random".
+
+        Returns:
+            A `Route` for each group of routes, with (windows - 1) * num_places places.
         """
         self._check(x, [admission.num_tokens for admission in admissions], None, None)
         length, width = x.shape[1], self.window_size
@@ -130,12 +142,21 @@ class CausalRouter(CoordinateDescentRouter):
     def route_windows(
         self, x: Tensor, budgets: tuple[int, int], *, mask: Tensor, random_route: bool = False
     ) -> list[Route]:
-        """The seed's routing of queries and keys/values, for x (b, windows * w, dim) of whole windows, two or more;
-        mask (b, windows * w), False = padding.
+        """Routes of queries and keys/values as colt5-attention has them, window by window.
 
-        Each window but the first, v of them, routes budgets[0] queries of its own, positions within the window, and
-        budgets[1] keys/values of all windows before it, positions in the sequence: routes of b * v rows. NOT causal: a
-        later token of a window can push an earlier query of it out. The scores of v rows over the sequence are held.
+        Each of the v windows after the first routes queries of its own and keys/values of all windows before it. This
+        is NOT causal: a later token of a window can push an earlier query of it out. v rows of scores of the whole
+        sequence are held in memory.
+
+        Args:
+            x: (b, windows * w, dim), two or more whole windows.
+            budgets: queries that a window routes, and keys/values that it routes for each set.
+            mask: (b, windows * w) bool, False = padding.
+            random_route: whether to route at random, with scores 1, as a negative control.
+
+        Returns:
+            The route of the queries, at positions within the window, and that of the keys/values, at positions in the
+            sequence; both of b * v rows.
         """
         self._check(x, budgets, mask, None)
         batch, length, width = *x.shape[:2], self.window_size
@@ -149,11 +170,11 @@ class CausalRouter(CoordinateDescentRouter):
 
         def by_window(of_tokens: Tensor) -> Tensor:
             """(b, r, n) -> (b * v, r, w)."""
-            return of_tokens.unflatten(-1, (windows, width))[:, :, 1:].transpose(1, 2).flatten(0, 1)
+            return rearrange(of_tokens[..., width:], "b r (v w) -> (b v) r w", w=width)
 
         def by_past(of_tokens: Tensor) -> Tensor:
             """(b, r, n) -> (b * v, r, n)."""
-            return of_tokens.unsqueeze(1).expand(-1, windows - 1, -1, -1).flatten(0, 1)
+            return repeat(of_tokens, "b r n -> (b v) r n", v=windows - 1)
 
         position = torch.arange(length, device=x.device)
         past = position < width * torch.arange(1, windows, device=x.device).unsqueeze(-1)
@@ -165,7 +186,7 @@ class CausalRouter(CoordinateDescentRouter):
         ]
 
     def _route_rows(self, scores: Tensor, budget: int, mask: Tensor, random_route: bool, touch: Tensor | None) -> Route:
-        """The seed's route of rows given by their scores (b, r, n)."""
+        """Route of rows of scores (b, r, n) as in colt5-attention."""
         like = scores.transpose(1, 2)
         length = scores.shape[-1]
         if length <= budget:
@@ -176,8 +197,16 @@ class CausalRouter(CoordinateDescentRouter):
         return self._weigh(like, self._select(scores, budget, mask), soft, mask, touch)
 
     def duals(self, scores: Tensor, admissions: Sequence[Admission], num_decided: int) -> Tensor:
-        """Scores (b, r, n) -> the mean of the dual variable a over each window and those before it, (b, r, windows -
-        1)."""
+        """Mean of the dual variable a over each window and those before it.
+
+        Args:
+            scores: (b, r, n), raw scores.
+            admissions: how each group of routes admits.
+            num_decided: windows to take, all but the last one.
+
+        Returns:
+            (b, r, num_decided).
+        """
         windows = scores[..., : num_decided * self.window_size].unflatten(-1, (num_decided, self.window_size))
         sums = [min(admission.num_tokens * self.fetch_k_ratio, self.window_size) for admission in admissions]
         k: float | Tensor = sums[0]
@@ -205,7 +234,7 @@ class CausalRouter(CoordinateDescentRouter):
         return F.pad(soft, (0, missing) if after_window else (missing, 0))
 
     def places(self, pick_by: Tensor, admission: Admission, num_decided: int) -> tuple[Tensor, Tensor]:
-        """Positions in the sequence (b, r, places) and whether the place is taken (b, r, places)."""
+        """Positions in the sequence (b, r, places) and whether each place is taken (b, r, places) bool."""
         length, width = pick_by.shape[-1], self.window_size
         windows = F.pad(pick_by, (0, (num_decided + 1) * width - length), value=float("-inf"))
         windows = windows.unflatten(-1, (num_decided + 1, width))

@@ -61,7 +61,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (indices,) = ctx.saved_tensors
-        return grads[0], _rows(grads[0], indices).view(*indices.shape, -1), None
+        return grads[0], _rows(grads[0], indices).view(*indices.shape, grads[0].shape[-1]), None
 
 
 class _AddOrFill(torch.autograd.Function):
@@ -72,7 +72,7 @@ class _AddOrFill(torch.autograd.Function):
         ctx.save_for_backward(indices)
         rows = _rows(base, indices) + tokens.flatten(0, 1)
         # what is written into comes straight out of an operator that makes it: where a call that may return its own
-        # argument (`contiguous`, `add_`) stands between, the compiler of PyTorch 2.11 loses every gradient
+        # argument (`contiguous`, `add_`) is between, the compiler of PyTorch 2.11 loses every gradient
         return _copy_into(base.contiguous() + fill, rows, indices)
 
     @staticmethod
@@ -81,7 +81,7 @@ class _AddOrFill(torch.autograd.Function):
         routed = _rows(grads[0], indices)
         elsewhere = grads[0].clone(memory_format=torch.contiguous_format)
         _copy_into(elsewhere, torch.zeros_like(routed), indices)
-        return grads[0], routed.view(*indices.shape, -1), elsewhere.sum((0, 1)), None
+        return grads[0], routed.view(*indices.shape, routed.shape[-1]), elsewhere.sum((0, 1)), None
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
@@ -97,8 +97,17 @@ def gather_positions(table: Tensor, indices: Tensor) -> Tensor:
 
 
 def add_routed(base: Tensor, tokens: Tensor, indices: Tensor, fill: Tensor | None = None) -> Tensor:
-    """base (b, n, d) with tokens (b, m, d) added at indices (b, m), and fill (d,), if there is one, everywhere else; a
-    new tensor of the type of `base`."""
+    """Add routed tokens at their positions, and something else everywhere else.
+
+    Args:
+        base: (b, n, d).
+        tokens: (b, m, d).
+        indices: (b, m) int64, positions of the tokens.
+        fill: (d,), added where no token is; None: nothing.
+
+    Returns:
+        A new tensor (b, n, d) of the type of `base`.
+    """
     tokens = tokens.to(base.dtype)
     return (
         _Add.apply(base, tokens, indices)

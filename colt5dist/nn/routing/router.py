@@ -28,8 +28,11 @@ ROUTINGS = ("learned", "static", "random")
 class RouterReturn(NamedTuple):
     """What `CoordinateDescentRouter` returns; with several routes, r follows the batch dimension.
 
-    indices (b, m) int64 ascending, None where all tokens are taken; scores (b, m); routed_tokens (b, m, d); routed_mask
-    (b, m) bool, None where no mask was given.
+    Args:
+        indices: (b, m) int64 ascending; None where all tokens are taken.
+        scores: (b, m).
+        routed_tokens: (b, m, d).
+        routed_mask: (b, m) bool; None where no mask was given.
     """
 
     indices: Tensor | None
@@ -41,9 +44,12 @@ class RouterReturn(NamedTuple):
 class Route(NamedTuple):
     """The routing of one group of r routes, without the tokens.
 
-    indices (b, r, m) int64 ascending, None where all n tokens are taken; scores (b, r, m), exactly 0 where a masked
-    token had to be picked; mask (b, r, m) bool, None where no mask was given; soft_scores (b, r, n), detached: the
-    soft top-k of every token, or 1 at the routed ones where none was computed.
+    Args:
+        indices: (b, r, m) int64 ascending; None where all n tokens are taken.
+        scores: (b, r, m), exactly 0 where a masked token had to be picked.
+        mask: (b, r, m) bool; None where no mask was given.
+        soft_scores: (b, r, n), detached: the soft top-k of every token, or 1 at the routed ones where none was
+            computed.
     """
 
     indices: Tensor | None
@@ -121,7 +127,7 @@ class CoordinateDescentRouter(nn.Module):
     ) -> None:
         super().__init__()
         check_counts(dim=dim, num_routing_tokens=num_routing_tokens)
-        check_optional_counts(route_block_size=route_block_size)
+        check_optional_counts(route_block_size=route_block_size, triton_checkpoint_segments=triton_checkpoint_segments)
         check_positive(fetch_k_ratio=fetch_k_ratio, cosine_sim_scale=cosine_sim_scale)
         check_optional_not_negative(std=std)
         check_whole(random_seed=random_seed, random_stream=random_stream)
@@ -177,14 +183,26 @@ class CoordinateDescentRouter(nn.Module):
         routing_tokens: Tensor | None = None,
         keep_one_route_dim: bool = False,
     ) -> RouterReturn:
-        """Route `num_tokens` of x (b, n, dim); mask (b, n) bool, True = valid; routing_tokens (b, dim) or (b, r, dim).
+        """Route tokens.
 
-        num_tokens is 1 or more. n <= num_tokens: nothing is routed: indices None, scores 1, x and mask as they are
-        (repeated over several routes). random_route: a negative control, picks at random (from PyTorch's default
-        generator) among the unmasked tokens, scores 1.
+        Args:
+            x: (b, n, dim).
+            num_tokens: how many tokens to route, 1 or more. n <= num_tokens: nothing is routed: indices None, scores 1,
+                x and mask as they are (repeated over several routes).
+            mask: (b, n) bool, True = valid; None: all.
+            random_route: whether to pick at random among the unmasked tokens, from PyTorch's default generator, with
+                scores
+                1: a negative control.
+            routing_tokens: (b, dim) or (b, r, dim), with learned_routing_tokens only.
+            keep_one_route_dim: whether a single route keeps its dimension r = 1.
+
+        Returns:
+            `RouterReturn`.
         """
         if len(self.route_groups) > 1:
-            raise ValueError("a router with several groups is called through `route`, which takes a budget a group")
+            raise ValueError(
+                "a router with several groups is called through `route`, which takes a budget for each group"
+            )
         route = self.route(
             x, budgets=(num_tokens,), mask=mask, random_route=random_route, routing_tokens=routing_tokens
         )[0]
@@ -210,11 +228,25 @@ class CoordinateDescentRouter(nn.Module):
         routing_tokens: Tensor | None = None,
         sample_index: Tensor | None = None,
     ) -> list[Route]:
-        """One `Route` a group of routes; budgets: tokens to route of x (b, n, dim), one number a group.
+        """Route tokens with a budget for each group of routes, without gathering them.
 
-        x is read once and, where all groups route, one soft top-k serves them all. sample_index (b,) int64: the
-        samples' numbers, needed for routing="random". Raises ValueError where a budget is below 1, the mask does not
-        fit x, or routing_tokens are given to a router that has its own, or none.
+        x is read once and, where all groups route, one soft top-k serves them all.
+
+        Args:
+            x: (b, n, dim).
+            budgets: tokens to route, one number for each group.
+            mask: (b, n) bool, True = valid; None: all.
+            random_route: whether to pick at random, with scores 1, as a negative control.
+            routing_tokens: (b, dim) or (b, r, dim), with learned_routing_tokens only.
+            sample_index: (b,) int64, the samples' numbers, needed for routing="random".
+
+        Returns:
+            A `Route` for each group.
+
+        Raises:
+            TypeError: an argument is no tensor, or a budget no whole number.
+            ValueError: a budget is below 1, a tensor does not fit x, or routing_tokens are given to a router that has
+                its own, or are missing.
         """
         self._check(x, budgets, mask, routing_tokens)
         length = x.shape[1]
@@ -243,7 +275,7 @@ class CoordinateDescentRouter(nn.Module):
         """Raise for arguments of `route` that do not fit."""
         check_tokens("x", x, self.dim)
         if len(budgets) != len(self.route_groups):
-            raise ValueError(f"budgets: {len(budgets)} for {len(self.route_groups)} groups of routes; use one a group")
+            raise ValueError(f"budgets: {len(budgets)} for {len(self.route_groups)} groups of routes; use one for each")
         for budget in budgets:
             check_counts(num_tokens=budget)
         check_mask("mask", mask, x.shape[:2], x)

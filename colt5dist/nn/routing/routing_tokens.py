@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.nn.initial import normal_
@@ -33,15 +34,16 @@ def routing_scores(x: Tensor, routing_tokens: Tensor) -> Tensor:
 
     Float32, float64 for float64 arguments, also under autocast.
     """
+    batch, length = x.shape[:2]
     with torch.autocast(x.device.type, enabled=False):
         if routing_tokens.dim() == 2 and x.is_cuda and x.dtype == routing_tokens.dtype and x.dtype.itemsize == 2:
             product = _WideProduct.apply(x.flatten(0, 1), routing_tokens)
-            return product.view(*x.shape[:2], -1).transpose(1, 2).contiguous()
+            return rearrange(product, "(b n) r -> b r n", b=batch, n=length).contiguous()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         x, routing_tokens = x.to(dtype), routing_tokens.to(dtype)
         if routing_tokens.dim() == 2:
             product = x.flatten(0, 1) @ routing_tokens.t()
-            return product.view(*x.shape[:2], -1).transpose(1, 2).contiguous()
+            return rearrange(product, "(b n) r -> b r n", b=batch, n=length).contiguous()
         return routing_tokens @ x.transpose(1, 2)
 
 

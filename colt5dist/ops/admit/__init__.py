@@ -14,7 +14,7 @@ from colt5dist.errors import ConfigError
 __all__ = ["HISTORY", "admission_threshold", "admit_in_order", "admit_next", "num_admitted", "trailing_mean"]
 
 HISTORY = 8
-"""Windows over whose values a threshold is averaged: one window's is noisy, very old ones are another text's."""
+"""Windows over whose values a threshold is averaged: one window's value is noisy, old ones may be of another text."""
 
 
 def trailing_mean(values: Tensor) -> Tensor:

@@ -32,9 +32,17 @@ def _mix(words: Tensor) -> Tensor:
 def counter_uniform(keys: Tensor, num: int, *, stream: int, seed: int) -> Tensor:
     """Uniform numbers in [0, 1): row i is a function of (seed, stream, keys[i]) and the position only.
 
-    keys (b,) int64, any values; `seed` and `stream` integers, taken modulo 2^64. Returns (b, num) float32, multiples of
-    2^-24, so equal numbers occur within long rows. Raises ConfigError where keys are not a vector of int64 or num is
-    negative.
+    Args:
+        keys: (b,) int64, any values.
+        num: numbers in each row, 0 or more.
+        stream: an integer, taken modulo 2^64.
+        seed: an integer, taken modulo 2^64.
+
+    Returns:
+        (b, num) float32, multiples of 2^-24, so equal numbers occur within long rows.
+
+    Raises:
+        ConfigError: keys are not a vector of int64, or num is negative.
     """
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ConfigError(f"keys: {tuple(keys.shape)} of {keys.dtype}; use a vector of int64")

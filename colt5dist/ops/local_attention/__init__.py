@@ -29,20 +29,29 @@ def local_attention(
 ) -> Tensor:
     """softmax(q_i . k_j / sqrt(dim) + bias_{j-i}) v_j over the valid j with |i - j| <= radius.
 
-    q, k, v (batch, heads, n, dim) of one shape and type, any n >= 1; mask (batch, n) bool, True = valid key, None =
-    all; bias (heads, 2 * radius + 1), its entry r for the key at i + r - radius, gets a gradient. Returns the shape and
-    type of q. A masked or too distant key has weight exactly 0 wherever at least one key within the radius is valid;
-    elsewhere the output is finite and without meaning. Positions are the caller's: rotate q and k before. CoLT5's
-    radius is 127 (arXiv 2303.09752, section 3.1).
+    Positions are the caller's: rotate q and k before. CoLT5's radius is 127 (arXiv 2303.09752, section 3.1).
 
-    causal: the sequence lies in windows of `radius` tokens, and i sees the valid j <= i of its own window and of the
-    one before, as the package local-attention has it; without bias, by the implementations reference and windows.
+    Args:
+        q: (batch, heads, n, dim), any n >= 1.
+        k: of the shape and type of q.
+        v: of the shape and type of q.
+        radius: 1 or more.
+        causal: whether the sequence is cut into windows of `radius` tokens, and i sees the valid j <= i of its own
+            window and of the one before, as the package local-attention has it; without bias, by the implementations
+            reference and windows.
+        mask: (batch, n) bool, True = valid key; None: all.
+        bias: (heads, 2 * radius + 1), its entry r for the key at i + r - radius; gets a gradient. None: 0.
+        implementation: "reference" (the package local-attention), "windows" (PyTorch's fused kernels over windows; no
+            bias), "triton" (CUDA tensors, CPU tensors under TRITON_INTERPRET=1; float32 and 16-bit, heads of up to
+            256), or "auto": triton for CUDA tensors that it takes, else windows for CUDA tensors without bias, else the
+            reference.
 
-    implementation: "reference" (the package local-attention), "windows" (PyTorch's fused kernels over windows; no
-    bias), "triton" (CUDA tensors, CPU tensors under TRITON_INTERPRET=1; float32 and 16-bit, heads of up to 256), or
-    "auto": triton for CUDA tensors that it takes, else windows for CUDA tensors without bias, else the reference.
+    Returns:
+        The shape and type of q. A masked or too distant key has weight exactly 0 wherever at least one key within the
+        radius is valid; elsewhere the output is finite and without meaning.
 
-    Raises ValueError where the shapes or types do not fit, radius < 1, or the implementation cannot serve.
+    Raises:
+        ValueError: the shapes or types do not fit, radius < 1, or the implementation cannot serve.
     """
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
@@ -58,6 +67,9 @@ def local_attention(
         raise ValueError(f"bias: {tuple(bias.shape)}; use {(q.shape[1], 2 * radius + 1)}, a number a head and distance")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: {implementation!r}; use one of {', '.join(IMPLEMENTATIONS)}")
+    if q.numel() == 0:
+        empty = q + k + v
+        return empty if bias is None else empty + 0.0 * bias.sum()
     obstacle = _obstacle_to_triton(q)
     if implementation == "auto":
         implementation = "reference" if not q.is_cuda else "triton" if obstacle is None and not causal else "windows"

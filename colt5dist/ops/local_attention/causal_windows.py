@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -9,11 +10,10 @@ def local_attention_causal_windows(q: Tensor, k: Tensor, v: Tensor, *, radius: i
     """Shapes as in `local_attention`; keys and values are copied twice, once for each window that sees them."""
     batch, n = q.shape[0], q.shape[2]
     padding = -n % radius
-    num_windows = (n + padding) // radius
 
     def windows(x: Tensor) -> Tensor:
         """(batch, heads, n, dim) -> (batch, windows, heads, radius, dim)."""
-        return F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, radius)).transpose(1, 2)
+        return rearrange(F.pad(x, (0, 0, 0, padding)), "b h (v w) d -> b v h w d", w=radius)
 
     def with_the_one_before(x: Tensor) -> Tensor:
         """(batch, heads, n, dim) -> (batch * windows, heads, 2 * radius, dim)."""
@@ -27,7 +27,7 @@ def local_attention_causal_windows(q: Tensor, k: Tensor, v: Tensor, *, radius: i
         with_the_one_before(v),
         attn_mask=_allowed(batch, n, radius, mask, q.device),
     )
-    out = out.unflatten(0, (batch, num_windows)).transpose(1, 2).flatten(2, 3)
+    out = rearrange(out, "(b v) h w d -> b h (v w) d", b=batch)
     return out[:, :, :n]
 
 

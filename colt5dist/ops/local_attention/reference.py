@@ -23,7 +23,7 @@ def local_attention_reference(
         mask = torch.ones((q.shape[0], q.shape[-2]), dtype=torch.bool, device=q.device)
     window_bias = None
     if bias is not None:
-        # (heads, window, three windows): the first key lies one window before the first query
+        # (heads, window, three windows): the first key is one window before the first query
         query = torch.arange(radius, device=q.device).unsqueeze(-1)
         key = torch.arange(-radius, 2 * radius, device=q.device)
         window_bias = bias[:, (key - query + radius).clamp(0, 2 * radius)].to(q.dtype)
@@ -31,7 +31,7 @@ def local_attention_reference(
 
 
 def local_attention_causal_reference(q: Tensor, k: Tensor, v: Tensor, *, radius: int, mask: Tensor | None) -> Tensor:
-    """The causal form; the padding that the package adds stands at the end, where no query sees it."""
+    """The causal form; the padding that the package adds is at the end, where no query sees it."""
     return _attend(q, k, v, mask, None, radius, True)
 
 

@@ -44,18 +44,25 @@ register_fake("colt5dist::select_topk", _fake_select, lib=_LIBRARY)
 def select_topk(scores: Tensor, num_tokens: int, mask: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
     """Positions of the `num_tokens` largest scores of each row, ascending.
 
-    scores (..., n) of any floating type, finite where valid; mask (..., n) bool, True = valid. Of equal scores the one
-    at the smaller position is taken first; masked (and -inf or NaN) entries come last of all, those at smaller
-    positions first. Returns (..., num_tokens) int64. No gradient, no host synchronisation, and no sum whose order
-    matters: the result is a function of the values alone. Registered as `colt5dist::select_topk`, for selective
-    activation checkpointing to keep.
+    No gradient, no host synchronisation, and no sum whose order matters: the result is a function of the values alone.
+    Registered as `colt5dist::select_topk`, for selective activation checkpointing to keep.
 
-    implementation: "reference" (PyTorch), "triton" (CUDA tensors; CPU tensors under TRITON_INTERPRET=1; float64, and
-    rows that do not fit into the registers of the whole device, are left to the reference), or "auto": triton for CUDA
-    tensors, else the reference. The results are equal.
+    Args:
+        scores: (..., n) of any floating type, finite where valid. Of equal scores the one at the smaller position is
+            taken first.
+        num_tokens: 0 to n.
+        mask: (..., n) bool, True = valid; None: all. Masked (and -inf or NaN) entries come last of all, those at
+            smaller positions first.
+        implementation: "reference" (PyTorch), "triton" (CUDA tensors; CPU tensors under TRITON_INTERPRET=1; float64,
+            and rows that do not fit into the registers of the whole device, are left to the reference), or "auto":
+            triton for CUDA tensors, else the reference. The results are equal.
 
-    Raises ConfigError where num_tokens is not within 0 .. n, the mask's shape or type is wrong, or the implementation
-    cannot serve.
+    Returns:
+        (..., num_tokens) int64.
+
+    Raises:
+        ConfigError: num_tokens is not within 0 .. n, the mask's shape, type or device is wrong, or the implementation
+            cannot serve.
     """
     if not is_whole_number(num_tokens):
         raise ConfigError(not_whole("num_tokens", num_tokens))

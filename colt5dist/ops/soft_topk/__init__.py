@@ -17,7 +17,7 @@ first, and t = 1 .. T:
 
 `reference.py` is this, with autograd through the iterations.
 
-**The state is one scalar a row.** b_i = -relu(s_i + a) gives s_i + b_i = min(s_i, -a): no vector b is needed.
+**The state is one scalar per row.** b_i = -relu(s_i + a) gives s_i + b_i = min(s_i, -a): no vector b is needed.
 
     a_1 = eps_1 * (log k - log n_valid)                                    since s + b = 0 at first
     a_t = eps_t * (log k - logsumexp_i(min(s_i, -a_{t-1}) / eps_t))        t = 2 .. T
@@ -41,7 +41,7 @@ dL/da_t:
     dL/dk    = sum_{t=1..T} A_t * eps_t / k
 
 Given all a_t and |C_t|, dL/ds is elementwise and the cost linear in T. `checkpoint_segments` = S cuts the T iterations
-into S segments and keeps a_t and |C_t| at their ends only, S scalars of each kind a row; the backward replays what lies
+into S segments and keeps a_t and |C_t| at their ends only, S scalars of each kind per row; the backward replays what is
 between, each segment from the state that ends the one before. It repeats the forward's operations on the forward's
 values, so the gradients are the same to the last bit for every S.
 
@@ -55,7 +55,8 @@ is concave and piecewise linear, F(a') = c + M * u'/u on the piece of a. So Newt
     a <- a + eps * log((k - c) / M)
 
 By concavity it never lands above the root, from whichever side it comes, and from the root's own piece it lands on the
-root. It says nothing where c >= k, and from below it may pass no more than one breakpoint a step. So a bracket is kept,
+root. It says nothing where c >= k, and from below it may pass no more than one breakpoint per step. So a bracket
+is kept,
 at first [eps * (log k - logsumexp(s / eps)), -min s] (nothing clipped; everything clipped); while it is wider than
 4 eps, every other pass goes to its middle, on a scale that is logarithmic far from 0. M is kept as a logarithm, so that
 it cannot underflow.
@@ -67,7 +68,7 @@ m = sum_U y_i g_i / sum_U y_i, the mean gradient of the unclipped mass,
 
 **Arithmetic.** Elementwise in float32, or float64 for float64 scores. Row scalars are float64; between two sums the
 Triton kernels carry them as the sum of two float32, 48 bits. The difference s + a is formed with the scalar split in
-two, so that its sign, which says on which side of a threshold an entry lies, is that of float64. Scores have to stay
+two, so that its sign, which says on which side of a threshold an entry is, is that of float64. Scores have to be
 below about 1e9 * eps, beyond which a cannot resolve eps.
 """
 
@@ -155,11 +156,11 @@ def soft_topk(
             places of its row NaN, forward and backward.
         k: budget of a row, above 0, need not be whole: a number, or a tensor that broadcasts to (...) and gets a
             gradient. Where k >= n_valid every valid weight tends to 1 (is 1 with Newton).
-        mask: (..., n) bool, True = valid. Whatever stands in masked places, weight and gradient there are 0. A row may
+        mask: (..., n) bool, True = valid. Whatever the masked scores are, weight and gradient there are 0. A row may
             have no valid entry.
         eps: temperature of the result, in units of the scores.
-        eps_init, eps_decay: temperature of the first iteration (None: `eps`), and its factor from one iteration to the
-            next, down to `eps`.
+        eps_init: temperature of the first iteration; None: `eps`.
+        eps_decay: factor of the temperature from one iteration to the next, down to `eps`, in (0, 1].
         n_iters: iterations of coordinate descent, T.
         solver: "coordinate_descent", or "newton" for what that converges to. Newton ignores `eps_init`, `eps_decay`,
             `n_iters` and `checkpoint_segments`: it needs none of them.

@@ -5,13 +5,19 @@ from torch import Tensor
 
 
 def soft_topk_reference(scores: Tensor, k: Tensor, mask: Tensor | None, epsilons: list[float]) -> Tensor:
-    """Coordinate descent in the two blocks a (one value a row) and b (one value an element).
+    """Coordinate descent in the two blocks a (one value per row) and b (one value per element).
 
-    scores (..., n) float32 or float64, k (...) float64, mask (..., n) bool with True = valid or None, epsilons
-    the T + 1 temperatures of `epsilon_schedule`. Returns (..., n) in the type of `scores`.
+    Source: Wright 1502.04759 (coordinate descent); Qian et al. 2211.01267, eq. 4-5 (these two updates); CoLT5
+    2303.09752, appendix C (as a router).
 
-    Source: Wright 1502.04759 (coordinate descent); Qian et al. 2211.01267, eq. 4-5 (these two updates);
-    CoLT5 2303.09752, appendix C (as a router).
+    Args:
+        scores: (..., n) float32 or float64.
+        k: (...) float64, the budgets.
+        mask: (..., n) bool, True = valid; None: all.
+        epsilons: the T + 1 temperatures of `epsilon_schedule`.
+
+    Returns:
+        (..., n) in the type of `scores`.
     """
     log_k = k.log().to(scores.dtype).unsqueeze(-1)
     counted = None

@@ -1,4 +1,4 @@
-"""Soft top-k with one scalar of state a row, in PyTorch: for any device, and what the Triton kernels are read against.
+"""Soft top-k with one scalar of state per row, in PyTorch: for any device, and to read the Triton kernels against.
 
 The names are those of the derivation in `colt5dist.ops.soft_topk`. Row scalars are float64 whatever the scores are: an
 element within one float32 ulp of the threshold would otherwise change sides and spoil the gradient.

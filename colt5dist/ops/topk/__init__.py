@@ -15,10 +15,13 @@ __all__ = ["TopkReturn", "topk"]
 
 
 class TopkReturn(NamedTuple):
-    """What `topk` returns, all (..., k) and in the order of falling values; the last two None if not differentiable.
+    """What `topk` returns, all (..., k) and in the order of falling values.
 
-    values of the type of x; indices int64; coor_descent_values in [0, 1], the soft top-k at `indices`; gates, exactly
-    1 (0 at masked entries), which carry the gradient of coor_descent_values.
+    Args:
+        values: of the type of x.
+        indices: int64.
+        coor_descent_values: in [0, 1], the soft top-k at `indices`; None if not differentiable.
+        gates: exactly 1 (0 at masked entries), with the gradient of coor_descent_values; None if not differentiable.
     """
 
     values: Tensor
@@ -39,16 +42,27 @@ def topk(
     fused: bool = False,
     non_differentiable: bool = False,
 ) -> TopkReturn:
-    """The k largest entries of each row of x (..., n), times gates of value 1 that carry the soft top-k's gradient.
+    """The k largest entries of each row, times gates of value 1 that carry the soft top-k's gradient.
 
-    mask (..., n) bool, True = valid. Masked entries are picked only where fewer than k are valid, and their values are
-    0. Of equal entries the one at the smaller position comes first. The soft top-k's budget is k *
-    coor_descent_k_ratio, n at the most; n_iters, eps, eps_init, eps_decay: its own arguments, see `soft_topk`. fused
-    belongs to the seed's signature and changes nothing: CUDA tensors are given to the Triton kernels anyway.
-    non_differentiable: without gates; the gradient is then `torch.topk`'s.
+    Args:
+        x: (..., n), any floating-point type.
+        k: entries to pick from each row, 1 to n. Of equal entries the one at the smaller position comes first.
+        coor_descent_k_ratio: sum of the soft top-k for each picked entry, 1 or more; the sum is n at the most.
+        n_iters: iterations of the soft top-k, see `soft_topk`.
+        eps: final temperature of the soft top-k, above 0, in units of x.
+        eps_init: temperature of the first iteration; None: eps.
+        eps_decay: factor of the temperature from one iteration to the next, in (0, 1].
+        mask: (..., n) bool, True = valid. Masked entries are picked only where fewer than k are valid, and their values
+            are 0.
+        fused: changes nothing: CUDA tensors are given to the Triton kernels anyway. Kept from the signature of
+            colt5-attention.
+        non_differentiable: whether there are no gates; the gradient is then that of `torch.topk`.
 
-    Raises ConfigError where k is not within 1 .. n, coor_descent_k_ratio is below 1, the mask does not fit, or an
-    argument of `soft_topk` is wrong.
+    Returns:
+        `TopkReturn`: values, indices, the soft top-k at the indices, and the gates.
+
+    Raises:
+        ConfigError: an argument has a wrong type or value, or the mask does not fit.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -86,11 +100,11 @@ def topk(
             gates = gates.masked_fill(~valid.gather(-1, order), 0.0)
         values = values * gates
     if valid is not None:
-        # whatever stands in masked places, NaN too
+        # whatever the masked entries are, NaN too
         values = values.masked_fill(~valid.gather(-1, order), 0.0)
     return TopkReturn(values, indices, soft, gates)
 
 
 def _falling(values: Tensor) -> Tensor:
-    """Places of the values (..., k) from the largest to the smallest, equal ones in the order in which they stand."""
+    """Places of the values (..., k) from the largest to the smallest, equal ones in the order of their positions."""
     return torch.sort(values, dim=-1, descending=True, stable=True).indices

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from colt5dist.data.opening import open_sources
+from colt5dist.data.open_shard_sets import open_sources
+from colt5dist.data.order.batch_layout import BatchLayout
 from colt5dist.data.order.mixture import parse_mixture
 from colt5dist.data.order.objectives import MODES
 from colt5dist.data.order.skip import SkipList
@@ -36,7 +37,7 @@ def show_sample(path: str, settings: list[str], number: int, *, world_size: int,
     config = load_config(path, settings)
     if problems := config.batch_problems(world_size):
         raise ConfigError("\n".join(problems))
-    step, place = find_step(config, number)
+    step, position = find_step(config, number)
     entries = config.data.length_schedule
     stage = sum(entry.step <= step for entry in entries)
     lengths = config.stages[stage]
@@ -44,11 +45,12 @@ def show_sample(path: str, settings: list[str], number: int, *, world_size: int,
     samples = Samples(sources, lengths.data, seed=config.seed, stage=stage)
     batch = make_batch(samples, [number])
     planned = samples.planned(number)
-    rank, row = place % world_size, place // world_size
-    size = lengths.micro_batch_size(world_size)
+    layout = BatchLayout(world_size=world_size, micro_batch_size=lengths.micro_batch_size(world_size))
+    place = layout.place(position)
     shards = sources.parts[planned.source]
     lines = [
-        f"sample {number}: step {step}, rank {rank} of {world_size}, micro-batch {row // size}, row {row % size}",
+        f"sample {number}: step {step}, rank {place.rank} of {world_size}, micro-batch {place.micro_batch}, "
+        f"row {place.row}",
         f"objective: {parse_mixture(config.data.mixture).names[int(batch['objective'][0])]}",
         f"shards: {shards.remote.address('') if shards.remote else shards.folder}, epoch {planned.epoch}, "
         f"block {planned.block}, {count(planned.chunk.num_tokens, 'token')} of text",
@@ -78,7 +80,7 @@ def show_sample(path: str, settings: list[str], number: int, *, world_size: int,
 
 
 def find_step(config: RunConfig, number: int) -> tuple[int, int]:
-    """The step that has a sample, and the sample's place in the global batch.
+    """Return the step that has a sample, and the sample's position in the global batch.
 
     Raises:
         ConfigError: data.skip leaves it out, or there is no such number.
@@ -89,8 +91,8 @@ def find_step(config: RunConfig, number: int) -> tuple[int, int]:
     if passed := skip.passed(number, number + 1):
         raise ConfigError(f"--sample: {number} is in data.skip ({passed}); no step has it")
     before = number - sum(stop - first for first, stop in skip.passed(0, number))
-    step, place = divmod(before, config.train.global_batch_size)
-    return step + 1, place
+    step, position = divmod(before, config.train.global_batch_size)
+    return step + 1, position
 
 
 def render(ids: Iterable[int], tokenizer: Tokenizer, first_sentinel: int, colour: bool) -> str:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colt5dist.data.checks import data_problems
+from colt5dist.data.compatibility import data_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import MIXTURES, parse_mixture
 from colt5dist.data.order.objectives import MODES, sample_lengths
-from colt5dist.data.order.philox import Stream, random_bits
+from colt5dist.data.order.random_numbers import Stream, random_bits
 from colt5dist.data.read.batch import make_batch
 from colt5dist.data.read.denoise import denoise
 from colt5dist.data.read.samples import Samples
@@ -23,7 +23,7 @@ VOCABULARY, EOS, PAD = 300, 1, 0
 
 
 def test_names() -> None:
-    """Those of CoLT5's four stand in metrics.jsonl; the others say what differs from the usual."""
+    """The names of CoLT5's four objectives appear in metrics.jsonl; other names say what differs from the usual."""
     assert parse_mixture("colt5").names == ("prefix_lm", "span_3", "span_8", "span_64")
     mixture = parse_mixture(["span_corruption(3, 0.15)", "span_corruption(64,0.5)", "prefix_lm(0.25)", "causal"])
     assert mixture.names == ("span_3", "span_64_rate_0.5", "prefix_lm_rate_0.25", "next_token")
@@ -39,29 +39,29 @@ def test_an_entry_named_twice_counts_twice() -> None:
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ([], "data.mixture: is empty; name some of colt5, ul2, causal, prefix_lm"),
+        ([], "data.mixture: is empty; give some of colt5, ul2, causal, prefix_lm"),
         ("ul3", "data.mixture: 'ul3' is unknown; choose some of colt5"),
         (["span_corruption(3", "0.15)"], "an entry with a comma needs quotes"),
-        (["span_corruption(3)"], "has another number of settings"),
+        (["span_corruption(3)"], "has the wrong number of settings"),
         (["span_corruption(a, b)"], "needs numbers in the brackets"),
         (["span_corruption(0.5, 0.15)"], "give a mean of 1 or more"),
         (["span_corruption(3, 1)"], "a rate above 0 and at most 0.9"),
-        (["prefix_lm(0.7)"], "the rate must be above 0 and at most 0.5"),
+        (["prefix_lm(0.7)"], "the rate (mean share of the suffix) must be above 0 and at most 0.5"),
         (5, "data.mixture: 5 is neither a name nor a list of names"),
     ],
 )
 def test_what_names_no_mixture(mixture: object, message: str) -> None:
-    """Each is a line that names the key."""
+    """Each problem is a line that names the key."""
     problems = DataConfig(mixture=mixture).problems()
     assert problems and any(message in problem for problem in problems)
     assert all(problem.startswith("data.mixture: ") and "\n" not in problem for problem in problems)
 
 
 def test_causal_has_no_input() -> None:
-    """Alone it needs input_length 0; beside others its input is the end token."""
+    """Alone it needs input_length 0; in a mixture its input is the end token."""
     assert DataConfig(mixture="causal", input_length=0).problems() == []
     (problem,) = DataConfig(mixture=["causal"], input_length=512).problems()
-    assert problem.startswith("data.input_length: 512 has no use with data.mixture=causal; set 0")
+    assert problem.startswith("data.input_length: 512 is not used with data.mixture=causal; set 0")
     (problem,) = DataConfig(mixture=["causal", "prefix_lm"], input_length=0).problems()
     assert problem.startswith("data.input_length: 0 is too small")
 
@@ -75,7 +75,7 @@ def test_causal_has_no_input() -> None:
     seed=st.integers(0, 1 << 40),
 )
 def test_ul2(place: int, input_length: int, target_length: int, vocabulary: int, seed: int) -> None:
-    """The input begins with the objective's mode token and has its exact length; the rest gives the text back."""
+    """The input begins with the objective's mode token and has the exact length; the rest gives the text."""
     objective = MIXTURES["ul2"][place]
     lengths = sample_lengths(objective, input_length, target_length)
     tokens = np.random.default_rng(seed).integers(2, vocabulary, lengths.raw_tokens).astype(np.uint16)
@@ -124,7 +124,7 @@ def test_ul2_needs_ids_for_its_modes(make_shards: Callable[..., ShardSet], shard
 
 
 def test_next_token_beside_others(shards: ShardSet) -> None:
-    """Its targets are the text as it stands, its input the end token."""
+    """Its target is the unchanged text, its input the end token."""
     config = DataConfig(input_length=64, target_length=48, mixture=["causal", "prefix_lm"])
     samples = Samples(shards, config, seed=0)
     batch = make_batch(samples, range(60))
@@ -142,7 +142,7 @@ def test_next_token_beside_others(shards: ShardSet) -> None:
     "entries", [["colt5"], ["ul2"], ["prefix_lm", "prefix_lm", "prefix_lm", "span_corruption(8, 0.15)"]]
 )
 def test_shares(make_shards: Callable[..., ShardSet], shards: ShardSet, entries: list[str]) -> None:
-    """The samples of an epoch are divided by weight (chi-square of what is left to the balancing, far below chance)."""
+    """The samples of an epoch are divided by weight (the chi-square is far below that of random draws)."""
     config = DataConfig(input_length=64, target_length=40, mixture=entries)
     samples = Samples(shards, config, seed=1)
     mixture = parse_mixture(entries)

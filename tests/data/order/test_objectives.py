@@ -1,4 +1,4 @@
-"""Lengths of samples: the published table, exactness, and the lowering of the noise."""
+"""Lengths of samples: the published table, exactness, and reduced noise for short targets."""
 
 import pytest
 from hypothesis import given
@@ -54,13 +54,13 @@ def test_colt5_at_4096() -> None:
 def test_spans_fill_the_input_and_fit_the_target(
     input_length: int, target_length: int, rate: float, mean_span: int
 ) -> None:
-    """No target is cut, no input is too long, and one more raw token would not fit."""
+    """No target is truncated, no input is too long, and one more raw token would not fit."""
     objective = Objective("spans", rate, mean_span)
     lengths = sample_lengths(objective, input_length, target_length)
     assert lengths.input_tokens == lengths.raw_tokens - lengths.noise_tokens + lengths.num_spans + 1 <= input_length
     assert lengths.target_tokens == lengths.noise_tokens + lengths.num_spans + 1 <= target_length
     assert 1 <= lengths.num_spans <= min(lengths.noise_tokens, lengths.raw_tokens - lengths.noise_tokens)
-    # a raw token more adds a kept token, or a noise token and at most a sentinel
+    # one more raw token adds a kept token, or a noise token and at most one sentinel
     assert lengths.input_tokens >= input_length - 1
 
 
@@ -74,7 +74,7 @@ def test_prefix_has_the_input_length_in_the_mean(input_length: int, target_lengt
 
 
 def test_notes_name_the_objectives_that_are_lowered() -> None:
-    """A short target_length is said at start, with the share of noise that is left."""
+    """A short target_length is reported at start, with the share of noise that remains."""
     assert not length_notes(DataConfig(input_length=4096, target_length=8190))
     notes = length_notes(DataConfig(input_length=16384, target_length=910))
     assert len(notes) == 4

@@ -1,4 +1,4 @@
-"""The order of samples: every token once an epoch, equal shares, global shuffle, pure functions of (seed, i)."""
+"""The order of samples: every token once per epoch, equal shares, global shuffle, pure functions of (seed, i)."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ from colt5dist.data.read.shards import ShardSet
 
 
 def ends_of(lengths: list[int] | np.ndarray) -> np.ndarray:
-    """Ends of documents of given lengths."""
+    """Ends of documents with given lengths."""
     return np.cumsum(np.asarray(lengths, dtype=np.int64))
 
 
 def show_counts(plan: Plan, epoch_start: int, num_samples: int, num_tokens: int) -> np.ndarray:
-    """How often each token of the set is shown by a stretch of samples."""
+    """How often each token of the set is shown by a range of samples."""
     shown = np.zeros(num_tokens, dtype=np.int64)
     for number in range(epoch_start, epoch_start + num_samples):
         chunk = plan.sample(number).chunk
@@ -39,7 +39,7 @@ def show_counts(plan: Plan, epoch_start: int, num_samples: int, num_tokens: int)
     seed=st.integers(0, 1000),
 )
 def test_an_epoch_shows_every_token_once(lengths: list[int], raw_lengths: list[int], seed: int) -> None:
-    """Up to less than a sample a block; and pieces stay inside documents."""
+    """Except for less than one sample per block; and pieces stay inside documents."""
     ends = ends_of(lengths)
     plan = Plan(ends, raw_lengths, seed=seed)
     first = 0
@@ -62,7 +62,7 @@ def test_an_epoch_shows_every_token_once(lengths: list[int], raw_lengths: list[i
 
 
 def test_an_epoch_of_ten_thousand_documents() -> None:
-    """Every token once but for less than a sample a block, which here is less than one token in a hundred."""
+    """Every token once, except for less than one sample per block, here less than one token in a hundred."""
     rng = np.random.default_rng(0)
     ends = ends_of(np.maximum(rng.lognormal(np.log(300), 1.0, 10_000), 1).astype(np.int64))
     plan = Plan(ends, [500, 700, 600, 650], seed=0)
@@ -73,7 +73,7 @@ def test_an_epoch_of_ten_thousand_documents() -> None:
 
 
 def test_long_documents_are_cut_into_consecutive_chunks() -> None:
-    """A long document alone in its row, tails and short ones joined with end tokens between."""
+    """A long document fills a row alone; tails and short documents are joined with end tokens between them."""
     blocks = Blocks(ends_of([25, 7, 10, 4]), 1000, (10,))
     assert blocks.num_blocks == 1 and blocks.counts.tolist() == [[3 + 1]]
     layout = blocks.layout(0, 0)
@@ -93,7 +93,7 @@ def test_long_documents_are_cut_into_consecutive_chunks() -> None:
 
 
 def test_blocks_end_at_documents_where_they_can() -> None:
-    """Short documents are never cut by a block; a document longer than a block goes on in the next one."""
+    """Short documents are never split by a block; a document longer than a block continues in the next one."""
     rng = np.random.default_rng(0)
     ends = ends_of(rng.integers(1, 50, 2000))
     blocks = Blocks(ends, 1000, (20,))
@@ -105,14 +105,14 @@ def test_blocks_end_at_documents_where_they_can() -> None:
     last_pieces = [long.layout(block, 0) for block in range(long.num_blocks)]
     ended = [bool(layout.chunk(layout.num_chunks - 1, layout.num_offsets - 1).ended[-1]) for layout in last_pieces]
     assert ended == [False] * 9 + [True]
-    # what Blocks counts for all blocks at once is what a layout has
+    # the counts of Blocks for all blocks at once are those of the layouts
     for cut in (blocks, long):
         for block in range(cut.num_blocks):
             assert cut.layout(block, 0).num_chunks == cut.counts[block, 0]
 
 
 def test_short_documents_can_be_left_out() -> None:
-    """min_document_tokens goes by the whole document, not by its part in a block."""
+    """min_document_tokens applies to the whole document, not to its part in a block."""
     lengths = [5, 5000, 9, 10, 11, 3] * 10
     ends = ends_of(lengths)
     plan = Plan(ends, [8, 13], seed=1, min_document_tokens=10)
@@ -137,14 +137,14 @@ def test_objectives_share_the_samples_equally() -> None:
     counts = np.bincount([plan.sample(number).objective for number in range(num_samples)], minlength=4)
     assert num_samples > 30_000
     assert np.abs(counts / num_samples - 0.25).max() < 0.005
-    # and so has any stretch of the run, as a random draw would
+    # and so has any range of the run, as with random draws
     stretch = np.bincount([plan.sample(number).objective for number in range(2000, 4000)], minlength=4)
     assert np.abs(stretch - 500).max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
 
 
 @pytest.mark.parametrize("num_documents", [3, 10, 40])
 def test_small_sets_balance_over_the_epochs(num_documents: int) -> None:
-    """Where an epoch has too few blocks for equal shares, the next epochs make up for it."""
+    """Where an epoch has too few blocks for equal shares, the next epochs compensate."""
     plan = Plan(ends_of([900] * num_documents), [100, 250, 120, 150], seed=0)
     num_samples = sum(plan.epoch_samples(epoch) for epoch in range(20))
     counts = np.bincount([plan.sample(number).objective for number in range(num_samples)], minlength=4)
@@ -152,7 +152,7 @@ def test_small_sets_balance_over_the_epochs(num_documents: int) -> None:
 
 
 def test_a_single_block_shows_all_objectives_in_turn() -> None:
-    """A set of one short document gives another objective every epoch, in a short sample."""
+    """A set of one short document gives a short sample with another objective in every epoch."""
     plan = Plan(ends_of([50]), [400, 500, 600, 700], seed=0)
     samples = [plan.sample(number) for number in range(8)]
     assert Counter(sample.objective for sample in samples) == {0: 2, 1: 2, 2: 2, 3: 2}
@@ -160,7 +160,7 @@ def test_a_single_block_shows_all_objectives_in_turn() -> None:
 
 
 def test_neighbours_in_order_are_not_neighbours_in_the_set() -> None:
-    """A stretch of a batch's size comes from all over a window; windows are spread over the set."""
+    """A range as long as a batch comes from all parts of a window; windows are spread over the set."""
     ends = ends_of(np.random.default_rng(3).integers(100, 3000, 40_000))
     plan = Plan(ends, [500, 600], seed=0)
     blocks = np.array([plan.sample(number).block for number in range(4096)])
@@ -174,7 +174,7 @@ def test_neighbours_in_order_are_not_neighbours_in_the_set() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    """Another epoch or seed is another order, and the same one is the same."""
+    """Another epoch or seed gives another order; the same ones give the same order."""
     ends = ends_of([3000] * 40)
 
     def order(seed: int, first: int) -> list[tuple[int, ...]]:
@@ -188,7 +188,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_any_sample_is_found_at_once() -> None:
-    """Sample i is the same whatever was asked before, also many epochs on, beyond the repetition of the deals."""
+    """Sample i is the same whatever was asked before, also after many epochs, beyond the repetition of the deals."""
     ends = ends_of([70, 900, 30, 450, 800, 20, 610])
     walked = Plan(ends, [40, 55, 70], seed=4)
     total = sum(walked.epoch_samples(epoch) for epoch in range(DEALS + 3))
@@ -208,7 +208,7 @@ def test_any_sample_is_found_at_once() -> None:
 
 
 def test_blocks_are_sized_for_the_input() -> None:
-    """About 64 samples a block, fewer for long inputs and small sets, at least 8 unless the set is smaller."""
+    """About 64 samples per block, fewer for long inputs and small sets, at least 8 unless the set is smaller."""
     assert block_tokens(4805, 1 << 40) == 64 * 4805
     assert block_tokens(76888, 1 << 40) == 32 * 76888
     assert block_tokens(4805, 10**6) == 10**6 // 16
@@ -216,7 +216,7 @@ def test_blocks_are_sized_for_the_input() -> None:
 
 
 def test_plan_of_ten_million_documents() -> None:
-    """Planning, and the first sample far into the run, take a moment and little memory."""
+    """Planning, and the first sample far into the run, take little time and memory."""
     script = """
 import numpy, re, time
 from pathlib import Path
@@ -234,7 +234,7 @@ print(time.process_time() - start, (peak_kib() - before) / 1024)
 
 
 def test_a_sample_depends_on_seed_and_number_alone(shards: ShardSet) -> None:
-    """Order of access, and a fresh start, change nothing; another seed does."""
+    """The order of access and a new start change nothing; another seed does."""
     config = DataConfig(input_length=64, target_length=32)
 
     def read(seed: int, numbers: list[int]) -> dict[int, tuple[list[int], list[int]]]:
@@ -252,7 +252,7 @@ def test_a_sample_depends_on_seed_and_number_alone(shards: ShardSet) -> None:
 
 
 def test_every_sample_has_a_mask_of_its_own(shards: ShardSet) -> None:
-    """Samples of one objective are corrupted at different places; a text is at others in the next epoch."""
+    """Samples of one objective are corrupted at different positions; a text changes positions in the next epoch."""
     samples = Samples(shards, DataConfig(input_length=64, target_length=32), seed=1)
     masks = []
     for number in range(400):

@@ -22,7 +22,7 @@ from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import TokenReader
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.errors import ConfigError
 
 MakeText = Callable[[random.Random, int], str]
@@ -55,7 +55,7 @@ def texts(make_text: MakeText) -> list[str]:
 
 @pytest.fixture(scope="module")
 def inputs(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same documents in files of all kinds, a part each."""
+    """The same documents, divided among files of all kinds."""
     folder = tmp_path_factory.mktemp("inputs")
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
     (folder / "a.jsonl").write_bytes(b"".join(lines[:60]))
@@ -89,7 +89,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_kinds_of_files(texts: list[str], undisturbed: Path) -> None:
-    """Each document of each file once; a folder stands for the files of known kinds below it."""
+    """Each document of each file once; a folder means the files of known kinds below it."""
     assert all_texts(undisturbed) == sorted(texts)
 
 
@@ -107,7 +107,7 @@ def items(path: Path, offset: int = 0, line: int = 0) -> list[Item]:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
 def test_reading_goes_on_anywhere(inputs: Path, name: str) -> None:
-    """From the place of any item come the items after it."""
+    """Reading from the place of any item gives the items after it."""
     whole = items(inputs / name)
     for number in (0, 1, 16, 17, 18, 40, len(whole) - 1):
         place = whole[number]
@@ -117,7 +117,7 @@ def test_reading_goes_on_anywhere(inputs: Path, name: str) -> None:
 
 @pytest.mark.parametrize("cut", [3, 100, 5000, -1])
 def test_a_zst_file_that_breaks_off(inputs: Path, tmp_path: Path, cut: int) -> None:
-    """Is a problem after the last whole line, never taken for whole."""
+    """It is a problem after the last complete line, and is never accepted as complete."""
     (tmp_path / "c.jsonl.zst").write_bytes((inputs / "c.jsonl.zst").read_bytes()[:cut])
     found = items(tmp_path / "c.jsonl.zst")
     assert found[-1].problem == "unreadable" and all(item.text for item in found[:-1])
@@ -150,7 +150,7 @@ def test_parquet_without_pyarrow(inputs: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_duplicates_and_short_documents(texts: list[str], tmp_path: Path) -> None:
-    """The first of equal texts stays; what the settings leave out is told, and is no error."""
+    """The first of equal texts is kept; what the settings leave out is reported and is not an error."""
     lines = [*texts[:50], *texts[:20], "short", *texts[40:60], "short"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
     changes = {"input": [str(tmp_path / "in.jsonl")], "strict": True, "min_document_tokens": 10, "deduplicate": True}
@@ -164,7 +164,7 @@ def test_duplicates_and_short_documents(texts: list[str], tmp_path: Path) -> Non
 
 
 def test_a_tokenizer_from_the_inputs(inputs: Path, texts: list[str], tmp_path: Path) -> None:
-    """The same one every time, with the wanted number of ids; every text comes back."""
+    """The same tokenizer every time, with the requested number of ids; every text is recovered."""
     for name, workers in (("one", 0), ("two", 2)):
         prepare(config(inputs, tmp_path / name, train_tokenizer=400, workers=workers))
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -219,9 +219,9 @@ def test_killed_with_workers(texts: list[str], tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_named(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And does not hang the others; a new start goes on."""
-    # so that when it is killed, most of the texts have not been given to it
-    monkeypatch.setattr("colt5dist.data.prepare.encoding.BATCH_TEXTS", 1)
+    """The other processes do not hang; a new start resumes."""
+    # so that most texts were not sent to the worker when it is killed
+    monkeypatch.setattr("colt5dist.data.prepare.tokenize_texts.BATCH_TEXTS", 1)
 
     others = psutil.Process().children()  # of other tests
 

@@ -23,7 +23,7 @@ from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.read.shards import open_shards
-from colt5dist.data.read.stream import TokenReader
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.errors import ConfigError
 from colt5dist.files import locked
 
@@ -79,7 +79,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing disturbed."""
+    """The folder of a run without interruption."""
     output = tmp_path_factory.mktemp("undisturbed") / "shards"
     prepare(config(inputs, output))
     return output
@@ -105,7 +105,7 @@ def test_all_documents_are_there(inputs: Path, undisturbed: Path) -> None:
             begin = end
     cut = [text for text in found if text == "a document before the cut"]
     assert len(cut) == 3
-    # the cut file gives what stands before the cut, which is the beginning of a.jsonl again
+    # the truncated file gives the text before its end, which is the beginning of a.jsonl again
     assert set(found) - set(cut) == set(expected) and len(found) >= len(expected) + 3
     names = set(hashes(undisturbed))
     assert names == {
@@ -134,7 +134,7 @@ def test_errors_are_counted_by_kind(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_strict_stops_at_the_first_error(inputs: Path, tmp_path: Path) -> None:
-    """The error names file and line; without --strict the same folder goes on."""
+    """The error names file and line; without --strict the same folder is resumed."""
     with pytest.raises(ConfigError, match=r"a\.jsonl:6: is not JSON"):
         prepare(config(inputs, tmp_path / "shards", strict=True))
     assert not (tmp_path / "shards").exists()
@@ -142,7 +142,7 @@ def test_strict_stops_at_the_first_error(inputs: Path, tmp_path: Path) -> None:
 
 
 def killed(work: Callable[[], object], arm: Callable[[Callable[[], None]], object]) -> bool:
-    """Run `work` in a process of its own, where what `arm` sets up may kill it; whether it was killed."""
+    """Run `work` in a separate process, which a trap set by `arm` may kill; return whether it was killed."""
 
     def child() -> None:
         arm(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -157,7 +157,7 @@ def killed(work: Callable[[], object], arm: Callable[[Callable[[], None]], objec
 
 @pytest.mark.parametrize("step", [40, 150, 400])
 def test_killed_and_started_again(inputs: Path, undisturbed: Path, tmp_path: Path, step: int) -> None:
-    """Killed after every so many calls that bring bytes to the disk, the result is that of an undisturbed run."""
+    """Killed after every few calls that write to disk, the result is that of a run without interruption."""
     output = tmp_path / "shards"
     kills = 0
 
@@ -172,7 +172,7 @@ def test_killed_and_started_again(inputs: Path, undisturbed: Path, tmp_path: Pat
 
         os.fsync = counted  # type: ignore[assignment]
 
-    # the state is saved after every document; each start gets a little further, as the end must be reached in one go
+    # the state is saved after every document; each start gets a little further, since the end is not divided
     while killed(lambda: prepare(config(inputs, output, commit_seconds=0)), arm):
         assert not output.exists()
         kills += 1
@@ -183,7 +183,7 @@ def test_killed_and_started_again(inputs: Path, undisturbed: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("place", ["validation manifest", "manifest", "rename", "after"])
 def test_killed_at_the_end(inputs: Path, undisturbed: Path, tmp_path: Path, place: str) -> None:
-    """While the manifests are written and the folder gets its name."""
+    """While the manifests are written and the folder is renamed."""
     output = tmp_path / "shards"
 
     def arm(kill: Callable[[], None]) -> None:
@@ -213,7 +213,7 @@ def test_killed_at_the_end(inputs: Path, undisturbed: Path, tmp_path: Path, plac
 
 
 def test_a_tokenizer_file(inputs: Path, tmp_path: Path) -> None:
-    """The ids are the tokenizer's, and its copy lies with the shards."""
+    """The ids are the tokenizer's, and a copy of it is with the shards."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -231,7 +231,7 @@ def test_a_tokenizer_file(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_inputs_are_named(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Each is one line with the argument and the mend, and leaves nothing behind."""
+    """Each is one line with the argument and how to fix it, and leaves no files behind."""
     for name in ("table.pdf", "table.parquet.gz", "other/table.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"PAR1")
@@ -240,17 +240,20 @@ def test_wrong_inputs_are_named(inputs: Path, undisturbed: Path, tmp_path: Path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep this")
     wrong: list[tuple[dict[str, object], str]] = [
-        ({"input": [str(tmp_path / "*.none")]}, r"--input: .* matches no file; name text or jsonl files"),
-        ({"input": [str(tmp_path / "m*")]}, r"--input: .* matches no file; give its files, as .*\*\.txt"),
-        ({"input": [str(tmp_path / "other")]}, r"--input: .* holds no file of a kind that is read \(\.txt, .*\)"),
+        ({"input": [str(tmp_path / "*.none")]}, r"--input: .* matches no file; give text or jsonl files"),
+        ({"input": [str(tmp_path / "m*")]}, r"--input: .* matches no file; give its files, for instance as .*\*\.txt"),
+        ({"input": [str(tmp_path / "other")]}, r"--input: .* holds no file of a supported kind \(\.txt, .*\)"),
         ({"input": [str(tmp_path / "*.pdf")]}, r"--input: .*table\.pdf is a \.pdf file; give text, jsonl or parquet"),
         ({"input": [str(tmp_path / "*.gz")]}, r"--input: .*table\.parquet\.gz is a compressed parquet file"),
-        ({"tokenizer": tmp_path / "t.json", "train_tokenizer": 300}, "--train-tokenizer: makes a tokenizer, --token"),
+        (
+            {"tokenizer": tmp_path / "t.json", "train_tokenizer": 300},
+            "--train-tokenizer: cannot be used with --tokenizer",
+        ),
         ({"train_tokenizer": 258}, "--train-tokenizer: 258 ids are too few; give 259 or more"),
         ({"workers": -1}, "--workers: -1 is negative"),
         (
             {"input": [str(tmp_path / "*.jsonl")]},
-            r"--input: 1 files hold no document; left out, no text under 'text': 1",
+            r"--input: no document in 1 file; left out, no text under 'text': 1",
         ),
         ({"tokenizer": tmp_path / "none.json"}, r"none\.json: cannot be read"),
         ({"validation_fraction": 0.0}, "--validation-fraction: 0.0 is out of range"),
@@ -270,7 +273,7 @@ def test_wrong_inputs_are_named(inputs: Path, undisturbed: Path, tmp_path: Path)
 
 
 def test_begun_work_is_not_mixed_with_other_work(inputs: Path, tmp_path: Path) -> None:
-    """Other settings do not go on from a partial folder, and two processes do not write one."""
+    """Other settings do not resume a partial folder, and two processes do not write the same one."""
     with pytest.raises(ConfigError):
         prepare(config(inputs, tmp_path / "shards", strict=True, commit_seconds=0))
     with pytest.raises(ConfigError, match="was begun with other inputs or settings"):
@@ -293,12 +296,12 @@ def test_inputs_are_listed_once_in_one_order(inputs: Path) -> None:
 
 
 def test_problem_lines_without_places() -> None:
-    """A finished folder knows how many were left out, but not where."""
+    """A finished folder stores how many were left out, but not where."""
     assert Problems(counts={"empty": 3}).lines() == ["left out, empty: 3"]
 
 
 def test_other_text_of_the_same_name_and_size_is_other_work(inputs: Path, tmp_path: Path) -> None:
-    """What a finished folder was made from is told by content, not by names and sizes."""
+    """The inputs of a finished folder are recognized by content, not only by names and sizes."""
     text = tmp_path / "x.txt"
     text.write_text("a" * 20_000)
     prepare(config(inputs, tmp_path / "shards", input=[str(text)]))
@@ -308,7 +311,7 @@ def test_other_text_of_the_same_name_and_size_is_other_work(inputs: Path, tmp_pa
 
 
 def test_shards_among_the_inputs_are_no_text(inputs: Path, tmp_path: Path) -> None:
-    """The same command twice, with the output inside the pattern, and the shards of another tokenizer beside it."""
+    """The same command twice, with its output and the shards of another tokenizer inside the pattern."""
     (tmp_path / "a.txt").write_text("some text " * 5000)
     everything = [str(tmp_path / "**" / "*")]
     one = prepare(config(inputs, tmp_path / "one", input=everything))
@@ -318,7 +321,7 @@ def test_shards_among_the_inputs_are_no_text(inputs: Path, tmp_path: Path) -> No
 
 
 def test_links_and_archives(inputs: Path, tmp_path: Path) -> None:
-    """A link that leads back does not double a file; an archive is refused; zeros mean a binary file."""
+    """A link to a file that is read already adds nothing; an archive is refused; zero bytes mean a binary file."""
     (tmp_path / "a.txt").write_text("some text " * 5000)
     (tmp_path / "zeros.txt").write_text("some\0text")
     (tmp_path / "loop").symlink_to(tmp_path)
@@ -332,7 +335,7 @@ def test_links_and_archives(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_utf_8(inputs: Path, tmp_path: Path) -> None:
-    """It is read, and printed where something is wrong with it."""
+    """It is read, and printed if it has a problem."""
     folder = os.fsencode(tmp_path / "in")
     os.mkdir(folder)
     for name, content in ((b"caf\xe9.txt", b"some text " * 5000), (b"bad\xe9.txt", b"\xff")):
@@ -362,7 +365,7 @@ def test_output_that_cannot_be_renamed_to(inputs: Path) -> None:
 
 
 def test_strict_goes_on_from_nothing_that_left_documents_out(inputs: Path, tmp_path: Path) -> None:
-    """Neither from a state that was saved without it, nor by giving a finished folder its name."""
+    """Neither from a state that was saved without --strict, nor by renaming a finished partial folder."""
 
     def stop(done: int, total: int, writer: CorpusWriter) -> None:
         raise KeyboardInterrupt
@@ -379,12 +382,12 @@ def test_strict_goes_on_from_nothing_that_left_documents_out(inputs: Path, tmp_p
         prepare(config(inputs, tmp_path / "shards", input=bad, strict=True))
 
 
-def test_a_strict_stop_is_mended_as_its_message_says(inputs: Path, tmp_path: Path) -> None:
-    """The file mended and the begun folder deleted, the same command works."""
+def test_a_strict_stop_is_fixed_as_its_message_says(inputs: Path, tmp_path: Path) -> None:
+    """After fixing the file and deleting the partial folder, the same command works."""
     text = tmp_path / "in.jsonl"
     text.write_text('{"text": "one"}\n{"text": \n')
     strict = config(inputs, tmp_path / "shards", input=[str(text)], strict=True, commit_seconds=0)
-    with pytest.raises(ConfigError, match=r"in\.jsonl:2: is not JSON; mend the file and delete .*/shards\.partial"):
+    with pytest.raises(ConfigError, match=r"in\.jsonl:2: is not JSON; fix the file and delete .*/shards\.partial"):
         prepare(strict)
     text.write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(ConfigError, match="was begun with other inputs"):
@@ -394,7 +397,7 @@ def test_a_strict_stop_is_mended_as_its_message_says(inputs: Path, tmp_path: Pat
 
 
 def test_what_an_unsaved_start_left_is_not_taken_over(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """A start that was killed before it saved its state may have been of other inputs, and have written more."""
+    """A start that was killed before it saved its state may have had other inputs and written more."""
     (tmp_path / "shards.partial/validation").mkdir(parents=True)
     for name in ("lock", "000007.tar", "waiting-0", "validation/000003.tar"):
         (tmp_path / "shards.partial" / name).write_text("old")
@@ -403,7 +406,7 @@ def test_what_an_unsaved_start_left_is_not_taken_over(inputs: Path, undisturbed:
 
 
 def test_the_name_of_the_begun_folder_is_taken(inputs: Path, tmp_path: Path) -> None:
-    """A folder that is not ours is neither emptied nor made part of the result."""
+    """A folder that prepare did not make is neither emptied nor used."""
     (tmp_path / "shards.partial").mkdir()
     (tmp_path / "shards.partial/notes.txt").write_text("keep this")
     with pytest.raises(ConfigError, match=r"shards\.partial is needed, and holds something else"):
@@ -419,7 +422,7 @@ def test_a_single_token_leaves_nothing_behind(inputs: Path, tmp_path: Path) -> N
 
 
 def test_output_that_is_a_link(inputs: Path, tmp_path: Path) -> None:
-    """The shards come to where it leads."""
+    """The shards are written to its target."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     prepare(config(inputs, tmp_path / "link", input=[str(inputs / "sub/*.txt")]))
@@ -427,7 +430,7 @@ def test_output_that_is_a_link(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_output_that_is_a_mount_point(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused before anything is written, not when the finished folder cannot get its name."""
+    """It is refused before anything is written, not when the finished folder cannot be renamed."""
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "disk")
     with pytest.raises(ConfigError, match=r"--output: .*/disk cannot be made by renaming"):
         prepare(config(inputs, tmp_path / "disk"))
@@ -435,7 +438,7 @@ def test_output_that_is_a_mount_point(inputs: Path, tmp_path: Path, monkeypatch:
 
 
 def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe, an empty pattern, shards, a compressed archive, a folder that cannot be entered: each with its mend."""
+    """A pipe, an empty pattern, shards, an archive, a folder without permission: each message says how to fix it."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/manifest.json").write_text('{\n "format": "colt5dist shards",\n')
@@ -446,12 +449,12 @@ def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "closed/a.txt").write_text("text")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for pattern, message in [
-        (str(tmp_path / "pipe"), "matches no file, .*/pipe is a pipe or device; write what it gives to a file"),
-        ("", "--input: '' is an empty pattern; name text or jsonl files"),
-        (str(tmp_path / "shards/*"), "matches only shards; name the text that they were made from"),
+        (str(tmp_path / "pipe"), "matches no file, .*/pipe is a pipe or device; write its output to a file"),
+        ("", "--input: '' is an empty pattern; give text or jsonl files"),
+        (str(tmp_path / "shards/*"), "matches only shards; give the text that they were made from"),
         (str(tmp_path / "*.GZ"), r"a\.tar\.GZ is a \.tar file"),
         (str(tmp_path / "*.tgz"), r"b\.tgz is a \.tgz file"),
-        (str(tmp_path / "nowhere"), "matches no file; name text or jsonl files"),
+        (str(tmp_path / "nowhere"), "matches no file; give text or jsonl files"),
     ]:
         with pytest.raises(ConfigError, match=message):
             find_inputs([pattern])
@@ -463,12 +466,12 @@ def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.Monke
         return look(path, **settings)
 
     monkeypatch.setattr("colt5dist.data.prepare.inputs.os.stat", refuse)
-    with pytest.raises(ConfigError, match=r"--input: .*closed/a\.txt cannot be read \(Permission denied\); mend"):
+    with pytest.raises(ConfigError, match=r"--input: .*closed/a\.txt cannot be read \(Permission denied\); fix"):
         find_inputs([str(tmp_path / "closed/*")])
 
 
 def test_the_progress_is_told_now_and_then(inputs: Path, tmp_path: Path) -> None:
-    """Not after every one of many documents."""
+    """The progress is reported at most ten times per second."""
     (tmp_path / "many.jsonl").write_text('{"text": "a document"}\n' * 3000)
     told: list[int] = []
     many = config(inputs, tmp_path / "shards", input=[str(tmp_path / "many.jsonl")])

@@ -1,4 +1,4 @@
-"""Forty kinds of damage to a folder of shards: each is named or does no harm, and none changes a sample silently."""
+"""Forty kinds of damage to a folder of shards: each is reported or harmless, and none changes a sample silently."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from colt5dist.data.manifest import read_manifest
 from colt5dist.data.read.batch import Batch, make_batch
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import DamagedShardError, UnreadableShardError
+from colt5dist.data.read.token_reader import DamagedShardError, UnreadableShardError
 from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
 
@@ -33,27 +33,27 @@ def flip(path: Path, place: int, bit: int = 4) -> None:
 
 
 def overwrite(path: Path, place: int, content: bytes) -> None:
-    """Write over a part of a file."""
+    """Overwrite a part of a file."""
     whole = bytearray(path.read_bytes())
     whole[place : place + len(content)] = content
     path.write_bytes(whole)
 
 
 def truncate(path: Path, size: int) -> None:
-    """Keep the first bytes; a negative size takes so many away."""
+    """Keep the first bytes; a negative size removes that number of bytes."""
     content = path.read_bytes()
     path.write_bytes(content[:size])
 
 
 def swap(first: Path, second: Path) -> None:
-    """Give each the other's content."""
+    """Exchange the contents of two files."""
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
 
 
 def swap_members(folder: Path) -> None:
-    """Exchange the first two members of a shard byte by byte as far as both go."""
+    """Exchange the first two members of a shard, byte by byte up to the length of the shorter."""
     rows = open_shards(folder).index.members[:2]
     path = folder / "000000.tar"
     content = path.read_bytes()
@@ -138,7 +138,7 @@ def samplings(batch: Batch) -> Samplings:
 
 @pytest.fixture(scope="module")
 def sound(shards: ShardSet) -> Samplings:
-    """What the samples are without damage."""
+    """The samples without damage."""
     return samplings(make_batch(Samples(shards, CONFIG, seed=2), range(NUM_SAMPLES)))
 
 
@@ -150,7 +150,7 @@ def copy(shards: ShardSet, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_no_damage_is_silent(copy: Path, sound: Samplings, damage: str) -> None:
-    """Refused at start, or named and replaced, or without any effect; `verify` names it in every case."""
+    """Refused at start, or reported and replaced, or without any effect; `verify` reports it in every case."""
     inflict, kind = DAMAGE[damage]
     inflict(copy)
     if kind == "start":
@@ -172,7 +172,7 @@ def test_no_damage_is_silent(copy: Path, sound: Samplings, damage: str) -> None:
 
 
 def test_a_damaged_sample_is_replaced_by_the_next(copy: Path, shards: ShardSet, sound: Samplings) -> None:
-    """By its text, under the number and the mask of its own; whatever the order in which samples are made."""
+    """By the text of the next sample, with its own number and mask, whatever the order in which samples are made."""
     flip(copy / "000000.tar", 100_001)
     opened = open_shards(copy)
     forward = Samples(opened, CONFIG, seed=2)
@@ -184,12 +184,12 @@ def test_a_damaged_sample_is_replaced_by_the_next(copy: Path, shards: ShardSet, 
         alone = samplings(make_batch(Samples(opened, CONFIG, seed=2), [number]))
         assert alone[number] == found[number]
         replacement = next(n for n in range(number + 1, NUM_SAMPLES + 1) if n not in changed)
-        text, planned = forward._sound_text(number)[1], forward.planned(replacement)
+        text, planned = forward._undamaged_text(number)[1], forward.planned(replacement)
         assert np.array_equal(text, forward._readers[0].read_chunk(planned.chunk))
 
 
 def test_the_run_stops_after_so_many_bad_records(copy: Path) -> None:
-    """Each record counts once; the one too many is the error."""
+    """Each record counts once; the first above the limit is the error."""
     opened = open_shards(copy)
     members = opened.index.members
     for number in range(3):
@@ -208,7 +208,7 @@ def test_the_run_stops_after_so_many_bad_records(copy: Path) -> None:
 
 
 def test_what_cannot_be_read_is_not_replaced(copy: Path) -> None:
-    """A shard that is gone later, or a disk that fails, is no damaged record: the run stops."""
+    """A shard that disappears later, or a failing disk, is not a damaged record: the run stops."""
     samples = Samples(open_shards(copy), CONFIG, seed=2)
     for path in copy.glob("*.tar"):
         path.unlink()
@@ -217,7 +217,7 @@ def test_what_cannot_be_read_is_not_replaced(copy: Path) -> None:
 
 
 def test_verify_is_content_with_what_is_whole(shards: ShardSet) -> None:
-    """And says how much it read."""
+    """And reports how much it read."""
     verified = verify(shards.folder, workers=2)
     assert verified.damage == [] and verified.notes == []
     sizes = [entry.bytes for part in (shards, shards.validation) for entry in part.manifest.shards]
@@ -225,7 +225,7 @@ def test_verify_is_content_with_what_is_whole(shards: ShardSet) -> None:
 
 
 def test_verify_names_the_record(copy: Path) -> None:
-    """A damaged token is told by shard, place and record; a second one elsewhere, too."""
+    """A damaged token is reported with shard, place and record, and so is a second one elsewhere."""
     flip(copy / "000000.tar", 100_001)
     flip(copy / "validation/000000.tar", 5_001)
     verified = verify(copy, workers=2)
@@ -237,7 +237,7 @@ def test_verify_names_the_record(copy: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret.tar", "/etc/secret.tar", "a/../../secret.tar", ""])
 @pytest.mark.parametrize("kind", ["shards", "index"])
 def test_a_manifest_cannot_name_files_outside_its_folder(copy: Path, kind: str, name: str) -> None:
-    """Its checksum is right: whoever made the shards has written it."""
+    """Its checksum is right, so the one who made the shards wrote it."""
     manifest = read_manifest(copy)
     first, *rest = getattr(manifest, kind)
     replace(manifest, **{kind: (replace(first, file=name), *rest)}).write(copy)

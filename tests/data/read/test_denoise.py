@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colt5dist.data.order.objectives import Objective, sample_lengths, span_counts
-from colt5dist.data.order.philox import Draws, Stream, below, permutation, random_bits, subset
+from colt5dist.data.order.random_numbers import Draws, Stream, below, permutation, random_bits, subset
 from colt5dist.data.read.denoise import denoise, random_part_ends
 
 EOS, FIRST_SENTINEL, PAD = 1, 1000, 0
@@ -18,7 +18,7 @@ EOS, FIRST_SENTINEL, PAD = 1, 1000, 0
 def run(
     tokens: np.ndarray, objective: Objective, seed: int, input_length: int, target_length: int
 ) -> tuple[list[int], list[int]]:
-    """Inputs and targets of one sample; checks that nothing is written behind them."""
+    """Inputs and targets of one sample; checks that nothing is written after their ends."""
     inputs, targets = np.full(input_length, PAD), np.full(target_length, PAD)
     num_inputs, num_targets = denoise(
         tokens,
@@ -58,7 +58,7 @@ def split_at_sentinels(ids: list[int]) -> tuple[list[int], list[list[int]]]:
 def test_span_corruption(
     input_length: int, target_length: int, rate: float, mean_span: int, shorter: float, seed: int
 ) -> None:
-    """Inputs and targets together are the text; noise and sentinels are as many as the lengths say."""
+    """Inputs and targets together are the text; the numbers of noise tokens and sentinels are those of the lengths."""
     objective = Objective("spans", rate, mean_span)
     lengths = sample_lengths(objective, input_length, target_length)
     full = shorter < 0.5
@@ -84,7 +84,7 @@ def test_span_corruption(
 @settings(max_examples=80, deadline=None)
 @given(input_length=st.integers(16, 2000), target_length=st.integers(4, 3000), seed=st.integers(0, 1 << 40))
 def test_prefix_lm(input_length: int, target_length: int, seed: int) -> None:
-    """The targets are the end of the text, the inputs what stands before it, as much as they hold."""
+    """The targets are the end of the text; the inputs are the text before it, as much as fits."""
     objective = Objective("prefix", 0.5, None)
     lengths = sample_lengths(objective, input_length, target_length)
     tokens = np.random.default_rng(seed).integers(2, FIRST_SENTINEL, lengths.raw_tokens).astype(np.uint16)
@@ -99,7 +99,7 @@ def test_prefix_lm(input_length: int, target_length: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("rate", "mean_span", "raw_tokens"), [(0.3, 1, 10), (0.4, 2, 10), (0.25, 3, 12)])
 def test_masks_are_uniform(rate: float, mean_span: int, raw_tokens: int) -> None:
-    """Every mask with n noise tokens in s spans comes equally often (chi-square, 5 standard deviations)."""
+    """Every mask with n noise tokens in s spans is equally frequent (chi-square, 5 standard deviations)."""
     objective = Objective("spans", rate, mean_span)
     num_noise, num_spans = span_counts(raw_tokens, objective, 100)
     num_masks = comb(num_noise - 1, num_spans - 1) * comb(raw_tokens - num_noise - 1, num_spans - 1)
@@ -113,7 +113,7 @@ def test_masks_are_uniform(rate: float, mean_span: int, raw_tokens: int) -> None
 
 
 def test_suffixes_are_uniform() -> None:
-    """Every suffix length of prefix-LM comes equally often."""
+    """Every suffix length of prefix-LM is equally frequent."""
     objective = Objective("prefix", 0.5, None)
     tokens = np.arange(2, 14)
     lengths = [len(run(tokens, objective, seed, 100, 9)[1]) - 1 for seed in range(4000)]
@@ -124,14 +124,14 @@ def test_suffixes_are_uniform() -> None:
 @settings(deadline=None)
 @given(total=st.integers(1, 500), seed=st.integers(0, 1 << 60), data=st.data())
 def test_random_part_ends(total: int, seed: int, data: st.DataObject) -> None:
-    """A composition has positive parts that add up."""
+    """The parts are positive and add up to the total."""
     ends = random_part_ends(random_bits(seed, 1, Stream.DENOISE), total, data.draw(st.integers(1, total)))
     assert ends[-1] == total and np.diff(ends, prepend=0).min() >= 1
 
 
 @pytest.mark.parametrize(("size", "count"), [(6, 2), (6, 4), (5, 5), (5, 0)])
 def test_subsets_are_uniform(size: int, count: int) -> None:
-    """Every subset comes equally often."""
+    """Every subset is equally frequent."""
     bits = random_bits(5, 0, Stream.DENOISE)
     counts = Counter(tuple(subset(bits, size, count).tolist()) for _ in range(300 * comb(size, count)))
     assert len(counts) == comb(size, count)
@@ -142,7 +142,7 @@ def test_subsets_are_uniform(size: int, count: int) -> None:
 @settings(deadline=None)
 @given(size=st.integers(0, 400), seed=st.integers(0, 1 << 60), data=st.data())
 def test_subsets_of_draws_are_those_of_the_loop(size: int, seed: int, data: st.DataObject) -> None:
-    """In one go and draw after draw: the same subset, and the same numbers used up."""
+    """Both ways to draw give the same subset and use up the same numbers."""
     count = data.draw(st.integers(0, size))
     loop, draws = random_bits(seed, 1, Stream.DENOISE), Draws().restart(seed, 1, Stream.DENOISE)
     for _ in range(2):
@@ -151,7 +151,7 @@ def test_subsets_of_draws_are_those_of_the_loop(size: int, seed: int, data: st.D
 
 
 def test_random_numbers_are_the_same_everywhere() -> None:
-    """The draws are fixed by Philox alone; a change of them would change the samples of every run."""
+    """The numbers depend only on Philox; changing them would change the samples of every run."""
     assert random_bits(1, 2, Stream.DENOISE, 3).random_raw(2).tolist() == [13637179162896307606, 3186157565435691869]
     assert permutation(random_bits(1, 2, Stream.DEAL), 6).tolist() == [5, 1, 0, 4, 2, 3]
     assert subset(random_bits(1, 2, Stream.DENOISE), 10, 4).tolist() == [1, 4, 6, 8]

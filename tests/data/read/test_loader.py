@@ -1,4 +1,4 @@
-"""Batches: the same samples on any number of ranks and workers, masks and shifts right, workers that obey no signal."""
+"""Batches: the same samples on any number of ranks and workers, right masks and shifts, workers that ignore signals."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from colt5dist.data.read.held_out import held_out_batches, unigram_entropy
 from colt5dist.data.read.loader import DataWorkerError, training_batches
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import DamagedShardError, TokenReader
+from colt5dist.data.read.token_reader import DamagedShardError, TokenReader
 
 GLOBAL_BATCH, STEPS = 8, 3
 Row = tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -34,7 +34,7 @@ def config(num_workers: int = 0, **settings: Any) -> DataConfig:
 
 
 def rows(batch: Batch) -> list[Row]:
-    """Each sample of a batch, as something to compare."""
+    """Each sample of a batch, in a form that can be compared."""
     columns = (batch["input_ids"], batch["decoder_input_ids"], batch["target_ids"])
     return [
         (
@@ -78,7 +78,7 @@ def read_run(
             step = next(rank)
             assert [len(batch["sample_index"]) for batch in step] == [micro_batch_size] * len(step)
             per_rank.append([row for batch in step for row in rows(batch)])
-        # rank r has samples r, r + world size, ...
+        # rank r has samples r, r + world_size, ...
         samples += [row for group in zip(*per_rank, strict=True) for row in group]
     for rank in ranks:
         rank.close()
@@ -110,7 +110,7 @@ def undisturbed(shards: ShardSet) -> list[Row]:
 def test_any_world_size_gives_the_same_samples(
     shards: ShardSet, undisturbed: list[Row], world_size: int, num_workers: int, micro_batch_size: int
 ) -> None:
-    """World size, workers and micro-batches do not enter, and neither does a resume after any step."""
+    """World size, workers, micro-batches, and a resume after any step do not change the samples."""
     assert [row[0] for row in undisturbed] == list(range(GLOBAL_BATCH * STEPS))
     run = read_run(
         shards,
@@ -158,7 +158,7 @@ def test_batches_are_what_the_model_takes(shards: ShardSet) -> None:
 
 
 def test_short_rows_are_the_exception(shards: ShardSet) -> None:
-    """Span corruption fills every input exactly; prefix-LM in the mean."""
+    """Span corruption fills every input exactly, prefix-LM on average."""
     batch = make_batch(Samples(shards, config(), seed=1), range(400))
     lengths = batch["input_mask"].sum(dim=1)
     prefix = batch["objective"] == 0
@@ -169,7 +169,7 @@ def test_short_rows_are_the_exception(shards: ShardSet) -> None:
 
 
 def test_the_loader_leaves_the_random_state_alone(shards: ShardSet) -> None:
-    """The trainer's own generator is not drawn from."""
+    """The random generator of the trainer is not used."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
     read_run(shards, world_size=1, num_workers=1, micro_batch_size=8, first_sample=0, steps=1)
@@ -178,7 +178,7 @@ def test_the_loader_leaves_the_random_state_alone(shards: ShardSet) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damage_reaches_the_trainer_as_one_line(shards: ShardSet, tmp_path: Path, num_workers: int) -> None:
-    """A damaged record stops the run with the error that names it, also from a worker."""
+    """A damaged record stops the run with an error that names it, also in a worker."""
     copy = open_shards(shutil.copytree(shards.folder, tmp_path / "copy"))
     for entry in copy.manifest.shards:
         content = bytearray((copy.folder / entry.file).read_bytes())
@@ -192,7 +192,7 @@ def test_damage_reaches_the_trainer_as_one_line(shards: ShardSet, tmp_path: Path
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_held_out_samples(shards: ShardSet, world_size: int) -> None:
-    """The same samples for every world size, equally many batches a rank, the objectives in equal parts."""
+    """The same samples for every world size, equally many batches per rank, equal shares of the objectives."""
     per_rank = [
         held_out_batches(shards, config(), num_samples=20, micro_batch_size=3, rank=rank, world_size=world_size)
         for rank in range(world_size)
@@ -260,7 +260,7 @@ raise SystemExit(3) if sys.argv[2] == "exit" else RuntimeError("a fault while th
 
 @pytest.mark.parametrize(("how", "status"), [("exit", 3), ("raise", 1)])
 def test_workers_ignore_signals_and_end_with_the_trainer(shards: ShardSet, how: str, status: int) -> None:
-    """SIGTERM to the whole group leaves them reading; a process that ends with them alive does not hang."""
+    """They keep reading after SIGTERM to the whole group; a process that exits while they run does not hang."""
     process = subprocess.Popen(
         [sys.executable, "-c", WORKERS, str(shards.folder), how],
         stdout=subprocess.PIPE,
@@ -297,7 +297,7 @@ def test_a_killed_worker_is_a_named_error(shards: ShardSet) -> None:
     (worker,) = set(psutil.Process().children()) - set(others)
     worker.kill()
     time.sleep(0.2)
-    with pytest.raises(DataWorkerError, match=r"a reader process of rank 0 ended \(.*\); if it was killed for want of"):
+    with pytest.raises(DataWorkerError, match=r"a reader process of rank 0 ended \(.*\); if it was killed because"):
         for _ in range(100):
             next(batches)
 

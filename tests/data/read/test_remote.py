@@ -1,4 +1,4 @@
-"""Shards behind an address: fetched once, compared with their hashes, kept within bounds. The server is a local one."""
+"""Shards at an address (a local server): downloaded once, compared with their hashes, in a cache of limited size."""
 
 import http.server
 import multiprocessing
@@ -16,7 +16,7 @@ from colt5dist.data.read.batch import make_batch
 from colt5dist.data.read.remote import SCHEMES, is_remote
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import DamagedShardError, TokenReader, UnreadableShardError
+from colt5dist.data.read.token_reader import DamagedShardError, TokenReader, UnreadableShardError
 from colt5dist.errors import ConfigError
 
 fsspec = pytest.importorskip("fsspec")
@@ -26,7 +26,7 @@ CONFIG = DataConfig(input_length=256, target_length=128)
 
 
 class Server:
-    """Serves a folder, counts what is asked for, and fails when it is told to."""
+    """Serves a folder, counts the requests, and fails when a test sets it to."""
 
     def __init__(self, folder: Path) -> None:
         server = self
@@ -80,7 +80,7 @@ class Server:
         self._server.server_close()
 
     def fetched(self) -> list[str]:
-        """The shards that were asked for."""
+        """The shards that were requested."""
         return [path for path in self.asked if path.endswith(".tar")]
 
 
@@ -95,7 +95,7 @@ def server(shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_same_samples(shards: ShardSet, server: Server) -> None:
-    """As from the folder; each shard is fetched once, also when the set is opened again."""
+    """The samples are those from the folder; each shard is downloaded once, even if the set is opened again."""
     expected = make_batch(Samples(shards, CONFIG, seed=1), range(60))
     for _ in range(2):
         remote = open_shards(server.address)
@@ -110,7 +110,7 @@ def test_the_same_samples(shards: ShardSet, server: Server) -> None:
 
 
 def test_the_cache_is_bounded(shards: ShardSet, server: Server, tmp_path: Path) -> None:
-    """The shard that was unused for the longest time goes first; what is open stays readable."""
+    """The shard that was unused for the longest time is removed first; an open one can still be read."""
     sizes = [entry.bytes for entry in shards.manifest.shards]
     assert len(sizes) >= 3
     remote = open_shards(server.address, cache_bytes=2 * max(sizes))
@@ -124,7 +124,7 @@ def test_the_cache_is_bounded(shards: ShardSet, server: Server, tmp_path: Path) 
 
 
 def test_a_set_beyond_the_cache_is_read_by_members(shards: ShardSet, server: Server, tmp_path: Path) -> None:
-    """The same samples; nothing is fetched whole, nothing twice, and nothing is left on the disk."""
+    """The samples are the same; no shard is downloaded whole, no part twice, and nothing is kept on disk."""
     expected = make_batch(Samples(shards, CONFIG, seed=1), range(60))
     found = make_batch(Samples(open_shards(server.address, cache_bytes=1000), CONFIG, seed=1), range(60))
     assert all(np.array_equal(found[name], expected[name]) for name in expected)  # type: ignore[literal-required]
@@ -133,7 +133,7 @@ def test_a_set_beyond_the_cache_is_read_by_members(shards: ShardSet, server: Ser
 
 
 def test_a_part_that_comes_damaged_is_asked_for_again(shards: ShardSet, server: Server) -> None:
-    """So that a network's fault changes no sample; a server's failure is waited for; what stays damaged is named."""
+    """A network error changes no sample; a failed request is repeated; permanent damage is reported."""
     remote = open_shards(server.address, cache_bytes=1000)
     expected = TokenReader(shards, cache_bytes=1).read(0, shards.num_tokens)
     server.flips, server.failures = 1, 2
@@ -145,7 +145,7 @@ def test_a_part_that_comes_damaged_is_asked_for_again(shards: ShardSet, server: 
 
 
 def test_a_server_without_ranges_is_named(server: Server) -> None:
-    """With what to change; the whole file is not fetched for every part."""
+    """The error says which setting to change; the whole file is not downloaded for every part."""
     remote = open_shards(server.address, cache_bytes=1000)
     server.has_ranges = False
     with pytest.raises(UnreadableShardError, match=r"sends whole files only; raise data\.cache_gb"):
@@ -157,7 +157,7 @@ def test_a_server_without_ranges_is_named(server: Server) -> None:
 def test_any_file_system_of_fsspec(
     shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
 ) -> None:
-    """Beside http one that, as s3:// and gs://, is no server's: the same tokens, by members and by shards."""
+    """A file system without a server gives the same tokens, by members and by shards."""
     monkeypatch.setenv("COLT5DIST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SCHEMES, "memory", "fsspec")
     fsspec.filesystem("memory").put(str(shards.folder), "/shards", recursive=True)
@@ -167,7 +167,7 @@ def test_any_file_system_of_fsspec(
 
 
 def test_failures_that_pass_are_waited_for(server: Server) -> None:
-    """A server that is down for a moment costs a moment."""
+    """A short failure of the server only delays the download."""
     remote = open_shards(server.address)
     server.failures = 3
     assert len(TokenReader(remote, cache_bytes=1).read(0, 100)) == 100
@@ -175,7 +175,7 @@ def test_failures_that_pass_are_waited_for(server: Server) -> None:
 
 
 def test_failures_that_stay_are_named(server: Server) -> None:
-    """With the address; so is a shard whose bytes are others."""
+    """The error names the address; so does that for a shard with wrong bytes."""
     remote = open_shards(server.address)
     server.failures = 1000
     with pytest.raises(UnreadableShardError, match=r"http://127.*000000\.tar: at byte 0: cannot be read"):
@@ -199,13 +199,13 @@ def test_what_is_missing_is_found_at_the_start(shards: ShardSet, server: Server)
 
 
 def fetch(address: str, results: "multiprocessing.Queue[int]") -> None:
-    """Read everything; run in a process of its own."""
+    """Read everything; run in a separate process."""
     remote = open_shards(address)
     results.put(int(TokenReader(remote, cache_bytes=1).read(0, remote.num_tokens).astype(np.int64).sum()))
 
 
 def test_several_processes_share_the_cache(shards: ShardSet, server: Server) -> None:
-    """At the same time; nobody sees a part of a shard, and each is fetched once."""
+    """At the same time; no process sees an incomplete shard, and each shard is downloaded once."""
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[int] = context.Queue()
     processes = [context.Process(target=fetch, args=(server.address, results)) for _ in range(3)]
@@ -224,18 +224,18 @@ def test_several_processes_share_the_cache(shards: ShardSet, server: Server) -> 
 )
 def test_other_addresses_are_refused(path: str, tmp_path: Path) -> None:
     """No shell, no chains; before anything is opened."""
-    with pytest.raises(ConfigError, match=r"is no address that is read; give a folder, or one of http, https, s3, gs"):
+    with pytest.raises(ConfigError, match=r"is not a supported address; give a folder, or one of http, https, s3, gs"):
         is_remote(path)
     assert not os.listdir(tmp_path)
 
 
 def test_folders_are_no_addresses() -> None:
-    """Whatever their names."""
+    """Whatever their names are."""
     assert not any(map(is_remote, ("shards", "/data/a:b", "./http", "C:/shards")))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what to install."""
+    """The error says what to install."""
     monkeypatch.setattr("colt5dist.data.read.remote.find_spec", lambda name: None if name == "s3fs" else name)
     with pytest.raises(ConfigError, match="needs the package s3fs; pip install s3fs"):
         is_remote("s3://bucket/shards")

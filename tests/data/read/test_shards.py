@@ -12,10 +12,10 @@ import tokenizers
 import webdataset
 from tokenizers import models, trainers
 
-from colt5dist.data.members import member_key, tar_header, tar_member
 from colt5dist.data.order.plan import Plan
 from colt5dist.data.read.shards import ShardSet, open_shards
-from colt5dist.data.read.stream import DamagedShardError, TokenReader
+from colt5dist.data.read.token_reader import DamagedShardError, TokenReader
+from colt5dist.data.tar_members import member_key, tar_header, tar_member
 from colt5dist.data.tokenizer import JsonTokenizer
 from colt5dist.errors import ConfigError
 
@@ -28,7 +28,7 @@ def read_documents(shards: ShardSet) -> list[str]:
 
 
 def test_documents_come_back(shards: ShardSet, documents: list[str]) -> None:
-    """Each document is in one of the two sets, whole."""
+    """Each document is complete in one of the two sets."""
     training, held_out = read_documents(shards), read_documents(shards.validation)
     assert len(shards.manifest.shards) > 1
     assert sorted(training + held_out) == sorted(documents)
@@ -43,7 +43,7 @@ def test_training_never_sees_a_held_out_document(shards: ShardSet, documents: li
 
 
 def test_copies_land_on_one_side(make_shards: Callable[..., ShardSet]) -> None:
-    """Whatever comes twice is held out twice, or not at all; also the text that is held out because one must be."""
+    """All copies of a text are held out, or none is; also of the text that is held out because at least one must be."""
     for fraction in (1e-9, 0.3):
         texts = [f"text number {number}" for number in range(40)] * 2
         shards = make_shards(texts, validation_fraction=fraction)
@@ -53,7 +53,7 @@ def test_copies_land_on_one_side(make_shards: Callable[..., ShardSet]) -> None:
 
 
 def test_the_split_does_not_depend_on_the_order(make_shards: Callable[..., ShardSet], documents: list[str]) -> None:
-    """The same documents are held out whatever comes first, also when only the smallest hash decides."""
+    """The same documents are held out in any order of the documents, also when only the smallest hash decides."""
     for fraction in (1e-9, 0.05):
         forward = make_shards(documents[:50], validation_fraction=fraction)
         backward = make_shards(documents[49::-1], validation_fraction=fraction)
@@ -62,7 +62,7 @@ def test_the_split_does_not_depend_on_the_order(make_shards: Callable[..., Shard
 
 
 def test_one_document_is_cut(make_shards: Callable[..., ShardSet]) -> None:
-    """The end of an only document is held out."""
+    """The end of a single document is held out."""
     text = "".join(chr(65 + number % 26) for number in range(30_000))
     shards = make_shards([text])
     (training,), (held_out,) = read_documents(shards), read_documents(shards.validation)
@@ -72,7 +72,7 @@ def test_one_document_is_cut(make_shards: Callable[..., ShardSet]) -> None:
 
 
 def test_training_keeps_a_document(make_shards: Callable[..., ShardSet]) -> None:
-    """Two documents are one for each side, whatever their hashes are."""
+    """Of two documents, each set gets one, whatever their hashes are."""
     for number in range(8):
         shards = make_shards([f"a {number}", f"b {number}"], validation_fraction=0.5)
         assert shards.num_documents == shards.validation.num_documents == 1
@@ -165,7 +165,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_found_at_the_start(copy: Path, damage: str) -> None:
-    """Each is one line that names the file."""
+    """Each error is one line that names the file."""
     inflict, message = DAMAGE[damage]
     inflict(copy)
     with pytest.raises(ConfigError, match=message) as error:
@@ -175,7 +175,7 @@ def test_damage_found_at_the_start(copy: Path, damage: str) -> None:
 
 def test_a_held_out_set_is_not_trained_on(shards: ShardSet) -> None:
     """The validation folder given as data.shards is an error."""
-    with pytest.raises(ConfigError, match="held-out documents; give the folder above"):
+    with pytest.raises(ConfigError, match="held-out documents; give its parent folder"):
         open_shards(shards.folder / "validation")
 
 
@@ -191,7 +191,7 @@ def test_a_foreign_tokenizer_is_named(make_shards: Callable[..., ShardSet], tmp_
 
 
 def overwrite(path: Path, place: int, content: bytes) -> None:
-    """Write over a part of a file."""
+    """Overwrite a part of a file."""
     with open(path, "r+b") as file:
         file.seek(place)
         file.write(content)
@@ -222,7 +222,7 @@ READ_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", READ_DAMAGE)
 def test_damage_found_when_read(copy: Path, damage: str) -> None:
-    """No damaged token is handed out; the error names the shard and the place."""
+    """No damaged token is returned; the error names the shard and the place."""
     shards = open_shards(copy)
     inflict, message = READ_DAMAGE[damage]
     inflict(copy)
@@ -232,7 +232,7 @@ def test_damage_found_when_read(copy: Path, damage: str) -> None:
 
 
 def test_every_member_is_checked(copy: Path) -> None:
-    """Wherever a bit of a stored token flips, it is found."""
+    """A flipped bit in any stored token is found."""
     shards = open_shards(copy)
     rng = np.random.default_rng(0)
     for member in rng.integers(0, len(shards.index.members), 10).tolist():
@@ -251,7 +251,7 @@ def test_every_member_is_checked(copy: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 512, 262_148, 8**7])
 def test_the_known_header_is_webdatasets(size: int) -> None:
-    """What a member's header is compared with is what webdataset writes."""
+    """The header that members are compared with is the one that webdataset writes."""
     for member in (0, 7, 123_456, 9_999_999_999):
         assert tar_header(member, size) == tar_member(member_key(member), bytes(size))[:512]
 
@@ -275,7 +275,7 @@ def test_a_header_of_another_writer_is_parsed(shards: ShardSet, copy: Path) -> N
 
 
 def test_pieces_are_joined_alike(shards: ShardSet) -> None:
-    """One by one and all at once."""
+    """One by one and all at once give the same text."""
     reader = TokenReader(shards, cache_bytes=1 << 24)
     plan = Plan(shards.index.document_ends, [900, 6000], seed=0)
     for number in range(60):

@@ -1,4 +1,4 @@
-"""Several shard sets: shares by weight, every set in its own order, and samples that may be passed over."""
+"""Several shard sets: shares by weight, every set in its own order, and samples that are left out."""
 
 import random
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from colt5dist.data.config import DataConfig, SourceConfig
-from colt5dist.data.opening import open_sources
+from colt5dist.data.open_shard_sets import open_sources
 from colt5dist.data.order.skip import SkipList
 from colt5dist.data.read.batch import make_batch
 from colt5dist.data.read.held_out import held_out_batches
@@ -40,7 +40,7 @@ def config(sets: list[ShardSet], weights: list[float]) -> DataConfig:
 
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), seed=st.integers(0, 1 << 31))
 def test_interleave(weights: list[float], seed: int) -> None:
-    """Each set has its share of every round, and gives its samples one after the other, each once."""
+    """Each set has its share of every round, and its samples come in order, each once."""
     counts = shares(weights)
     assert sum(counts) == ROUND and min(counts) >= 1
     exact = np.array(weights) / sum(weights) * ROUND
@@ -80,7 +80,7 @@ def test_passes_over_each_set(three: list[ShardSet]) -> None:
 
 
 def test_the_fingerprint_knows_sets_and_weights(three: list[ShardSet]) -> None:
-    """One set keeps its own; equal proportions are equal."""
+    """One set keeps its own fingerprint; equal proportions give equal ones."""
     assert open_sources(config(three[:1], [3])).fingerprint == three[0].fingerprint
     prints = {open_sources(config(three, list(weights))).fingerprint for weights in ((1, 2, 5), (2, 4, 10), (1, 2, 6))}
     prints.add(open_sources(config(three[::-1], [5, 2, 1])).fingerprint)
@@ -88,7 +88,7 @@ def test_the_fingerprint_knows_sets_and_weights(three: list[ShardSet]) -> None:
 
 
 def test_wrong_sources_are_named(three: list[ShardSet], make_shards: Callable[..., ShardSet], tmp_path: Path) -> None:
-    """Each with its place in the list."""
+    """Each error names the entry of the list."""
     tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a")).save(str(tmp_path / "t.json"))
     other = make_shards(["a", "b", "a b a"], tokenizer=JsonTokenizer(tmp_path / "t.json"))
     with pytest.raises(ConfigError, match=r"data\.sources\[1\]\.shards: .* was made with another tokenizer than"):
@@ -103,7 +103,7 @@ def test_wrong_sources_are_named(three: list[ShardSet], make_shards: Callable[..
     begin=st.integers(0, 200),
 )
 def test_skip_list(ranges: list[tuple[int, int]], batch: int, begin: int) -> None:
-    """Global batches go on over the ranges; nothing else is left out, and what is passed is told."""
+    """Global batches continue after the ranges; nothing else is left out, and left-out ranges are reported."""
     skip = SkipList([[first, first + length] for first, length in ranges])
     skipped = {number for first, length in ranges for number in range(first, first + length)}
     expected = [number for number in range(begin, 2000) if number not in skipped]

@@ -1,8 +1,8 @@
-"""Attention layers against attention written out; against the peer's: test_parity_parts.py."""
+"""Attention layers against attention written out; against colt5-attention: test_parity_parts.py."""
 
 import pytest
 import torch
-from colt5_attention import transformer_block as peer
+from colt5_attention import transformer_block as reference
 
 from colt5dist.nn.attention.attend import attend
 from colt5dist.nn.attention.attention import Attention
@@ -37,11 +37,11 @@ def test_attend_refuses_a_mask_with_causal():
         attend(x, x, x, mask=torch.ones(1, 3, dtype=torch.bool), causal=True)
 
 
-def test_rotary_embedding_is_the_peers_and_relative():
-    torch.testing.assert_close(RotaryEmbedding(HEAD_DIM)(20), peer.RotaryEmbedding(HEAD_DIM)(20))
+def test_rotary_embedding_is_that_of_colt5_attention_and_relative():
+    torch.testing.assert_close(RotaryEmbedding(HEAD_DIM)(20), reference.RotaryEmbedding(HEAD_DIM)(20))
     angles = RotaryEmbedding(HEAD_DIM)(20, dtype=torch.float64)
     x = random(2, 3, 20, HEAD_DIM)
-    torch.testing.assert_close(apply_rotary(x, angles), peer.apply_rotary_pos_emb(angles, x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(apply_rotary(x, angles), reference.apply_rotary_pos_emb(angles, x), rtol=0, atol=1e-14)
     q, k = (apply_rotary(random(1, HEAD_DIM, seed=s).expand(20, -1), angles) for s in (1, 2))
     products = q @ k.t()
     torch.testing.assert_close(products[3, 1], products[17, 15])

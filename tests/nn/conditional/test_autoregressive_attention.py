@@ -281,7 +281,7 @@ def test_bfloat16_autocast_trains_a_step():
         (lambda: attention(num_admitted_kv=0), "num_admitted_kv"),
         (lambda: attention(router_kwargs={"learned_routing_tokens": True}), "learned_routing_tokens"),
         (lambda: attention(router_kwargs={"route_block_size": 4}), "route_block_size"),
-        (lambda: attention()(tokens(), num_heavy_tokens_q=0), "num_tokens"),
+        (lambda: attention()(tokens(), num_heavy_tokens_q=0), "num_heavy_tokens_q"),
         (lambda: attention(routing="window")(tokens(), return_route=True), "return_route"),
         (lambda: feed_forward(routing="window"), "routing"),
         (lambda: feed_forward()(tokens(), torch.ones(2, 77, dtype=torch.bool)), "mask"),

@@ -1,6 +1,6 @@
-"""The autoregressive layer with routing="window" equals its peer in colt5-attention; where it differs, how."""
+"""The autoregressive layer with routing="window" equals the one of colt5-attention; where it differs, how."""
 
-import colt5_attention as peer
+import colt5_attention as reference
 import pytest
 import torch
 
@@ -33,12 +33,12 @@ def build(budgets, precision, options, **settings):
     torch.manual_seed(0)
     fields = SETTINGS | options | {"num_heavy_tokens_q": budgets[0], "num_heavy_tokens_kv": budgets[1]} | settings
     fields |= {"router_kwargs": {"eps": precision.eps, "n_iters": 8 if precision.eps == 1 else 20}}
-    return Layer(D, routing="window", **fields), peer.ConditionalRoutedAutoregressiveAttention(D, **fields)
+    return Layer(D, routing="window", **fields), reference.ConditionalRoutedAutoregressiveAttention(D, **fields)
 
 
 @pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS.keys())
 @pytest.mark.parametrize("options", ONE_AND_ALL, ids=option_id)
-def test_equals_the_peer(assert_parity, precision, options, budgets):
+def test_equals_colt5_attention(assert_parity, precision, options, budgets):
     ours, theirs = build(budgets, precision, options)
     assert_parity(ours, theirs, lambda module, x: module(x), [tokens()], precision)
 
@@ -52,7 +52,7 @@ def test_a_last_window_that_is_not_full(assert_parity, precision, options, n):
 
 @pytest.mark.parametrize("options", ONE_AND_ALL, ids=option_id)
 def test_several_sets_of_keys_and_values(assert_parity, precision, options):
-    # with more than one row of a batch the peer gives all of them the first rows' tokens: one sample, two windows
+    # to several rows of a batch colt5-attention gives the first rows' tokens: one sample, two windows
     ours, theirs = build(BUDGETS["routed"], precision, options, num_routed_kv=2)
     assert_parity(ours, theirs, lambda module, x: module(x), [tokens(1, 2 * WINDOW)], precision)
 
@@ -60,12 +60,12 @@ def test_several_sets_of_keys_and_values(assert_parity, precision, options):
 def test_a_sequence_of_less_than_a_window_has_local_attention_only(precision):
     ours, theirs = build(BUDGETS["routed"], precision, OFF)
     ours, theirs, x = ours.double(), theirs.double(), tokens(n=5)
-    with pytest.raises(Exception):  # noqa: B017 (whatever the peer happens to raise)
+    with pytest.raises(Exception):  # noqa: B017 (whatever colt5-attention happens to raise)
         theirs(x)
     assert torch.equal(ours(x), ours.light_attn(x))
 
 
-def test_the_peer_and_window_routing_are_not_causal(precision):
+def test_colt5_attention_and_window_routing_are_not_causal(precision):
     ours, theirs = build(BUDGETS["routed"], precision, OFF)
     x = tokens().to(precision.dtype)
     changed = x.clone()

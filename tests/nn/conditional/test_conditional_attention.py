@@ -1,4 +1,4 @@
-"""Conditional attention against a loop over tokens; against the peer's: test_parity.py."""
+"""Conditional attention against a loop over tokens; against colt5-attention: test_parity.py."""
 
 import math
 
@@ -55,7 +55,7 @@ def rotate(vector, position):
     half = HEAD_DIM // 2
     turned = [None] * HEAD_DIM
     for i in range(half):
-        # the angles' frequencies are float32 numbers, as in the peer
+        # the angles' frequencies are float32 numbers, as in colt5-attention
         frequency = (1.0 / 10000 ** (torch.tensor(2.0 * i) / HEAD_DIM)).double().item()
         cosine, sine = math.cos(position * frequency), math.sin(position * frequency)
         turned[i] = vector[i] * cosine - vector[half + i] * sine

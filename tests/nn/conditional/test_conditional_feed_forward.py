@@ -1,4 +1,4 @@
-"""Conditional feed-forward against a loop over tokens; against the peer's: test_parity.py."""
+"""Conditional feed-forward against a loop over tokens; against colt5-attention: test_parity.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whether settings, shards and model fit together; to be asked before a device is touched."""
+"""Checks whether settings, shards and model fit together, before any GPU work starts."""
 
 import numpy as np
 
@@ -8,14 +8,14 @@ from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Sources, as_sources
 from colt5dist.data.sample_lengths import required_sentinels
 
-VOCABULARY_MULTIPLE = 128
+VOCABULARY_MULTIPLE = 128  # of the size that an error message proposes
 
 
 def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: int) -> list[str]:
-    """Everything that does not fit, one line each, the key first.
+    """Return everything that does not fit, one line each, which begins with the key.
 
     Args:
-        config: settings without problems of their own.
+        config: settings that are valid by themselves.
         shards: the opened training set, or several.
         vocab_size: rows of the model's embedding (model.vocab_size).
     """
@@ -27,8 +27,8 @@ def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: in
     if vocab_size < needed:
         padded = -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         problems.append(
-            f"model.vocab_size: {vocab_size} is too small for {sources.tokenizer.vocab_size} ids of the tokenizer of "
-            f"{sources.parts[0].folder}{f', {num_modes} mode tokens' if num_modes else ''} and {num_sentinels} "
+            f"model.vocab_size: {vocab_size} is too small for the {sources.tokenizer.vocab_size} ids of the tokenizer "
+            f"of {sources.parts[0].folder}{f', {num_modes} mode tokens' if num_modes else ''} and {num_sentinels} "
             f"sentinels; set {padded} or more"
         )
     for name, part in (
@@ -39,7 +39,7 @@ def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: in
         longest = int(np.diff(part.index.document_ends, prepend=0).max())
         if longest < config.min_document_tokens:
             problems.append(
-                f"data.min_document_tokens: {config.min_document_tokens} leaves out all {name} documents, of which the "
-                f"longest has {longest} tokens; lower it to {longest} or less"
+                f"data.min_document_tokens: {config.min_document_tokens} leaves out all {name} documents (the longest "
+                f"has {longest} tokens); lower it to {longest} or less"
             )
     return problems

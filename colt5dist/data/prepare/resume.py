@@ -1,7 +1,7 @@
-"""Writes all documents of the inputs to a partial folder of shards, and goes on there after a kill.
+"""Writes all documents of the inputs to a partial folder of shards, and resumes there after a kill.
 
-Now and then everything is brought to the disk and the place in the inputs is written to the state file; a new start
-cuts off what was written later and goes on from there.
+Every few seconds everything is flushed to disk and the position in the inputs is written to the state file. A new start
+cuts off what was written after that and resumes from there.
 """
 
 import json
@@ -15,13 +15,14 @@ from typing import Any
 
 from colt5dist.data.prepare.documents import Item, Problems, read_items
 from colt5dist.data.prepare.duplicates import SeenTexts
-from colt5dist.data.prepare.encoding import Document, Encode
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.inputs import InputFile
 from colt5dist.data.prepare.settings import PrepareConfig
+from colt5dist.data.prepare.tokenize_texts import Document, Encode
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
+from colt5dist.wording import count
 
 STATE_NAME = "state.json"
 LOCK_NAME = "lock"
@@ -42,27 +43,27 @@ def write_shards(
     partial: Path,
     report: Report | None,
 ) -> None:
-    """Write all documents and both manifests to `partial`, going on from the state that is saved there.
+    """Write all documents and both manifests to `partial`, resuming from the state that is saved there.
 
     Args:
         config: the settings.
-        job: what decides the result; an earlier start must have had the same.
+        job: everything that decides the result; an earlier start must have had the same.
         tokenizer: makes the ids.
-        encode: calls it, perhaps in other processes.
+        encode: calls the tokenizer, perhaps in other processes.
         files: the inputs.
-        partial: the folder; its lock is held.
-        report: called up to ten times a second with the bytes of the inputs that are done, all bytes, and the writer.
+        partial: the folder; the caller holds its lock.
+        report: called up to ten times per second with the bytes of the inputs that are done, all bytes, and the writer.
 
     Raises:
-        ConfigError: there is no text, the folder was begun with other inputs or settings, or, where the settings are
-            strict, a document cannot be read.
+        ConfigError: there is no text; the folder was begun with other inputs or settings; or a document cannot be read
+            and the settings are strict.
     """
     state = read_state(partial, job)
     place = state["place"] if state else _start(0)
     problems = Problems(**state["problems"]) if state else Problems()
     check_strict(config.strict, problems, partial)
     if not state:
-        _clear(partial)  # shards of an earlier start that saved no state; they may be of other inputs
+        _clear(partial)  # shards of an earlier start that saved no state; their inputs may have been others
     writer = CorpusWriter(
         partial,
         tokenizer,
@@ -78,7 +79,7 @@ def write_shards(
         write_whole(partial / STATE_NAME, json.dumps(state).encode())
 
     def add(document: Document) -> str:
-        """Add a document; returns the kind of its problem if it has one."""
+        """Add a document; return the kind of its problem, or an empty string."""
         if not len(document.tokens):
             return "empty"
         if len(document.tokens) < config.min_document_tokens:
@@ -100,7 +101,7 @@ def write_shards(
             if config.strict:
                 where = f"{files[number].path}:{item.line}" if item.line else f"{files[number].path}"
                 raise ConfigError(
-                    f"{where}: is {kind}; mend the file and delete {partial}, or leave out --strict to go on"
+                    f"{where}: is {kind}; fix the file and delete {partial}, or continue without --strict"
                 )
         place = {"file": number, "offset": item.offset, "line": item.line} if not item.ends_file else _start(number + 1)
         if time.monotonic() - saved >= config.commit_seconds:
@@ -113,7 +114,7 @@ def write_shards(
     if not writer.num_documents:
         remove(partial)
         left_out = "".join(f"; {line}" for line in problems.lines())
-        raise ConfigError(f"--input: {len(files)} files hold no document{left_out}; name files with text in them")
+        raise ConfigError(f"--input: no document in {count(len(files), 'file')}{left_out}; give files with text")
     save()
     if seen:
         seen.close()
@@ -126,7 +127,7 @@ def write_shards(
 
 
 def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], str | None]]:
-    """Number of the file, item and text of everything from `place` on."""
+    """((number of the file, item), text) of everything from `place` on."""
     for number, file in enumerate(files[place["file"] :], start=place["file"]):
         for item in read_items(file, text_key=text_key, offset=place["offset"], line=place["line"]):
             yield (number, item), item.text
@@ -134,17 +135,21 @@ def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[t
 
 
 def check_strict(strict: bool, problems: Problems, folder: Path) -> None:
-    """ConfigError if an earlier start without --strict left documents out."""
+    """Check that no earlier start without --strict left documents out.
+
+    Raises:
+        ConfigError: one did, and `strict` is True.
+    """
     if strict and problems.counts:
         lines = Problems(counts=problems.counts, examples=problems.examples).lines()
         raise ConfigError(
-            f"--output: {folder} was made without --strict; {'; '.join(lines)}; mend the files and delete "
-            "it, or leave out --strict"
+            f"--output: {folder} was made without --strict; {'; '.join(lines)}; fix the files and delete the folder, "
+            "or leave out --strict"
         )
 
 
 def _clear(partial: Path) -> None:
-    """Remove what an earlier start wrote, but for the lock, which is held, and a tokenizer that was trained for it."""
+    """Remove what an earlier start wrote, except the lock, which is held, and a tokenizer that was trained for it."""
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -153,24 +158,28 @@ def _clear(partial: Path) -> None:
 
 
 def remove(partial: Path) -> None:
-    """Remove a folder in which there is nothing to go on from, the lock last: it tells that the folder is ours."""
+    """Remove a folder from which nothing can be resumed; the lock file last, since it marks the folder as ours."""
     _clear(partial)
     shutil.rmtree(partial)
 
 
 def _start(file: int) -> dict[str, int]:
-    """The place where an input file begins."""
+    """The place at the start of an input file."""
     return {"file": file, "offset": 0, "line": 0}
 
 
 def read_state(partial: Path, job: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an earlier start; None if there is none, ConfigError if it was another work."""
+    """Read the state of an earlier start; None if there is none.
+
+    Raises:
+        ConfigError: the earlier start had another job.
+    """
     try:
         state = json.loads((partial / STATE_NAME).read_bytes())
     except FileNotFoundError:
         return None
     if state["job"] != job:
         raise ConfigError(
-            f"--output: {partial} was begun with other inputs or settings; delete it, or repeat the command of then"
+            f"--output: {partial} was begun with other inputs or settings; delete it, or repeat the earlier command"
         )
     return state

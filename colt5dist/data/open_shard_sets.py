@@ -1,4 +1,4 @@
-"""Opens the shard sets that a configuration names; those of the standard library are made where they are missing."""
+"""Opens the shard sets that a configuration names, and makes those of the standard library where they are missing."""
 
 from pathlib import Path
 
@@ -10,10 +10,13 @@ from colt5dist.errors import ConfigError
 
 
 def open_sources(config: DataConfig) -> Sources:
-    """Open the shard sets of a configuration; the standard library's are made where they are missing.
+    """Open the shard sets of a configuration; those of the standard library are made where they are missing.
+
+    Args:
+        config: names the shard sets, in `shards` or `sources`.
 
     Raises:
-        ConfigError: one is missing or damaged, or they do not go together.
+        ConfigError: one is missing or damaged, or they were made with different tokenizers.
     """
     named = [(source.shards, source.weight) for source in config.sources] or [(config.shards, 1.0)]
     cache_bytes = int(config.cache_gb * 1e9)
@@ -28,7 +31,7 @@ def open_sources(config: DataConfig) -> Sources:
         if part.tokenizer.fingerprint != first:
             raise ConfigError(
                 f"data.sources[{number}].shards: {named[number][0]} was made with another tokenizer than "
-                f"{named[0][0]}; prepare it with the same"
+                f"{named[0][0]}; prepare both with the same tokenizer"
             )
     return Sources(tuple(parts), tuple(weight for _, weight in named))
 

@@ -1,7 +1,7 @@
-"""Reads tokens from the shards: members at the places that the index names.
+"""Reads tokens from shards, with the index that says where each member is.
 
-A member whose tar header is byte for byte what the writer writes is taken as it is; any other goes through webdataset's
-tar parser, which reads what other writers of tar make, and says what is wrong with what is damaged.
+A member whose tar header is, byte for byte, the one that our writer makes is used directly. Any other member goes
+through webdataset's tar parser, which reads what other tar writers make and finds out what is wrong with a damaged one.
 """
 
 import io
@@ -16,34 +16,34 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from colt5dist.data.members import FIELD, member_key, tar_header
 from colt5dist.data.order.blocks import Chunk
 from colt5dist.data.read.shards import ShardSet
+from colt5dist.data.tar_members import FIELD, member_key, tar_header
 from colt5dist.errors import ConfigError
 
 OPEN_FILES = 32
-FEW_PIECES = 16  # are faster joined one by one
-MEND = "copy or prepare the shards again"
+FEW_PIECES = 16  # up to this number, joining pieces one by one is faster
+HOW_TO_FIX = "copy or prepare the shards again"
 
 
 class DamagedShardError(ConfigError):
-    """A part of a shard is not what was written; the message names file, place and mend."""
+    """A part of a shard is not what was written; the message names the file, the place, and how to fix it."""
 
 
 class UnreadableShardError(DamagedShardError):
-    """A shard cannot be read at all just now."""
+    """A shard cannot be read at the moment."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Tokens of the set's axis that are lost."""
+    """A range of damaged tokens on the set's axis."""
 
     start: int
-    """Position of the first."""
+    """Position of the first token."""
     stop: int
-    """Position after the last."""
+    """Position after the last token."""
     message: str
-    """What was found where, and the mend."""
+    """What was found in which place, and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,25 @@ class Member:
     """A member in memory."""
 
     tokens: NDArray[np.integer]
-    """(tokens,) its ids; what is damaged has any value."""
+    """(tokens,) its ids; damaged ones have arbitrary values."""
     damage: tuple[Damage, ...]
-    """The parts of it that must not be used."""
+    """Its damaged parts, which must not be used."""
 
 
 class TokenReader:
-    """Random access to the tokens of a shard set, with the members read last kept in memory."""
+    """Random access to the tokens of a shard set; the members that were used last are kept in memory.
+
+    Args:
+        shards: the shard set.
+        cache_bytes: most bytes of tokens that are kept in memory (at least one member is).
+    """
 
     def __init__(self, shards: ShardSet, *, cache_bytes: int) -> None:
-        """Read from `shards`, keeping at most `cache_bytes` of tokens (one member at least)."""
         self._shards = shards
         self._index = shards.index
         self._dtype = shards.dtype
         self._eos_id = shards.tokenizer.eos_id
-        # where parts of shards are asked for; else files are open
+        # for shards at an address whose members are downloaded one by one; otherwise files are opened
         self._remote = shards.remote if shards.remote and shards.remote.reads_members else None
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -73,7 +77,7 @@ class TokenReader:
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
-        """Tokens start..stop-1 of the set's axis.
+        """Return tokens start..stop-1 of the set's axis, (stop - start,).
 
         Raises:
             DamagedShardError: some of them are not what was written.
@@ -91,7 +95,7 @@ class TokenReader:
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, dtype=self._dtype)])
 
     def read_chunk(self, chunk: Chunk) -> NDArray[np.integer]:
-        """The text of a sample, with end tokens where the chunk has them."""
+        """Return the text of a sample, with an end token after each piece that has one; raises what `read` raises."""
         if len(chunk.starts) == 1 and not chunk.ended[0]:
             return self.read(int(chunk.starts[0]), int(chunk.stops[0]))
         if len(chunk.starts) <= FEW_PIECES:
@@ -99,7 +103,7 @@ class TokenReader:
         return self._join_many(chunk)
 
     def _join_few(self, chunk: Chunk) -> NDArray[np.integer]:
-        """Piece after piece."""
+        """Read the pieces of a chunk one by one."""
         starts, stops, ended = chunk.starts.tolist(), chunk.stops.tolist(), chunk.ended.tolist()
         text = np.empty(sum(stops) - sum(starts) + sum(ended), dtype=self._dtype)
         place = 0
@@ -112,7 +116,7 @@ class TokenReader:
         return text
 
     def _join_many(self, chunk: Chunk) -> NDArray[np.integer]:
-        """All pieces at once; those that touch are read in one go."""
+        """Read the pieces of a chunk together; adjacent ones are read at once."""
         breaks = np.flatnonzero(chunk.starts[1:] != chunk.stops[:-1]) + 1
         starts = chunk.starts[np.concatenate(([0], breaks))]
         stops = chunk.stops[np.concatenate((breaks - 1, [len(chunk.stops) - 1]))]
@@ -126,11 +130,15 @@ class TokenReader:
         return text
 
     def damage_of(self, number: int) -> list[str]:
-        """What is damaged in a member, one line a record; raises UnreadableShardError as `read` does."""
+        """Return the damage of a member, one line per record.
+
+        Raises:
+            UnreadableShardError: the shard cannot be read.
+        """
         return [damage.message for damage in self._member(number).damage]
 
     def _member(self, number: int) -> Member:
-        """A member, from memory or the disk."""
+        """A member from memory, or else from the shard."""
         if number in self._members:
             self._members.move_to_end(number)
             return self._members[number]
@@ -142,10 +150,10 @@ class TokenReader:
         return member
 
     def _load(self, number: int) -> Member:
-        """Read a member, and compare it with the index."""
+        """Read and check a member; download it a second time if it arrives damaged."""
         member = self._read_member(number)
         if member.damage and self._remote:
-            member = self._read_member(number)  # what a network did to it is no damage of the shard
+            member = self._read_member(number)  # the network may have damaged it, not the shard
         return member
 
     def _read_member(self, number: int) -> Member:
@@ -157,7 +165,7 @@ class TokenReader:
         try:
             content = self._read_bytes(shard, int(entry["offset"]), int(entry["size"]))
         except OSError as error:
-            raise UnreadableShardError(f"{place}: cannot be read ({error.strerror or error}); {MEND}") from None
+            raise UnreadableShardError(f"{place}: cannot be read ({error.strerror or error}); {HOW_TO_FIX}") from None
         lengths = self._index.record_lengths(number)
         header = np.concatenate(([len(lengths)], lengths)).astype("<u4").tobytes()
         size = len(header) + int(lengths.sum()) * self._dtype.itemsize
@@ -169,7 +177,7 @@ class TokenReader:
             problem = "has other record lengths than the index"
         start = self._index.member_start(number)
         if problem:
-            lost = Damage(start, start + int(lengths.sum()), f"{place}: {problem}; {MEND}")
+            lost = Damage(start, start + int(lengths.sum()), f"{place}: {problem}; {HOW_TO_FIX}")
             return Member(np.zeros(int(lengths.sum()), dtype=self._dtype), (lost,))
         records = payload[len(header) :]
         damage = []
@@ -179,19 +187,19 @@ class TokenReader:
         ):
             end = begin + length * self._dtype.itemsize
             if zlib.crc32(records[begin:end]) != checksum:
-                message = f"{place}: record {record} of member {member_key(number)} is damaged; {MEND}"
+                message = f"{place}: record {record} of member {member_key(number)} is damaged; {HOW_TO_FIX}"
                 damage.append(Damage(start, start + length, message))
             begin, start = end, start + length
         return Member(np.frombuffer(records, dtype=self._dtype), tuple(damage))
 
     def _read_bytes(self, shard: int, offset: int, size: int) -> bytes:
-        """A part of a shard; raises OSError."""
+        """`size` bytes of a shard from `offset` on; raises OSError."""
         if self._remote:
             return self._remote.read(self._shards.manifest.shards[shard], offset, size)
         return os.pread(self._file(shard).fileno(), size, offset)
 
     def _file(self, shard: int) -> BinaryIO:
-        """The open file of a shard; positions are given with each read, so processes may share it."""
+        """The open file of a shard; every read passes its own offset, so processes can share the file."""
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
@@ -201,12 +209,12 @@ class TokenReader:
 
 
 def _payload(content: bytes, path: str, number: int) -> tuple[memoryview, str]:
-    """What webdataset's parser finds in the bytes of a member, and what is wrong with it."""
+    """(content, problem) of the bytes of a member, from webdataset's parser; the problem is empty if there is none."""
     source = {"stream": io.BytesIO(content), "url": path}
     try:
         samples = list(group_by_keys(tar_file_expander([source])))
     except Exception as error:  # tarfile and webdataset raise many kinds
-        return memoryview(b""), f"is no tar member ({type(error).__name__})"
+        return memoryview(b""), f"is not a tar member ({type(error).__name__})"
     if len(samples) != 1 or samples[0]["__key__"] != member_key(number) or FIELD not in samples[0]:
         return memoryview(b""), f"is not member {member_key(number)}"
     return memoryview(samples[0][FIELD]), ""

@@ -1,4 +1,4 @@
-"""Texts to tokens, in this process or in several, and always in the order of the texts."""
+"""Tokenizes texts in this process or in several; the results have the order of the texts."""
 
 import hashlib
 import os
@@ -21,9 +21,9 @@ from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 
 HASH_BITS = 64
-BATCH_CHARACTERS = 1 << 18  # texts that go to a worker at once: large enough that sending them costs little
+BATCH_CHARACTERS = 1 << 18  # sent to a worker at once: large enough that sending costs little
 BATCH_TEXTS = 256
-BATCHES_AHEAD = 3  # a worker
+BATCHES_AHEAD = 3  # per worker
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,19 @@ class Document:
     """A tokenized text."""
 
     tokens: NDArray[np.integer]
-    """(tokens,) ids; none if the tokenizer has none for the text."""
+    """(tokens,) ids; empty if the tokenizer gives none for the text."""
     hash_value: int
-    """HASH_BITS bits of a hash of the text: decides whether it is held out."""
+    """A hash of the text with HASH_BITS bits, which decides whether it is held out."""
     digest: bytes
-    """A hash that tells texts apart, 16 bytes."""
+    """A hash of the text with 16 bytes, which identifies duplicates."""
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> Document:
     """Tokenize one text.
 
     Raises:
-        ConfigError: the tokenizer has no ids for something in it.
-        UnicodeEncodeError: it holds half of a surrogate pair.
+        ConfigError: the tokenizer has no ids for a part of the text.
+        UnicodeEncodeError: the text contains half of a surrogate pair.
     """
     content = text.encode()
     return Document(
@@ -52,24 +52,28 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Document:
 
 
 def hash_text(content: bytes) -> int:
-    """The hash of a text, as UTF-8, that decides whether it is held out."""
+    """Return the hash of a text (UTF-8) that decides whether it is held out."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=HASH_BITS // 8).digest(), "big")
 
 
 T = TypeVar("T")
 Encode = Callable[[Iterable[tuple[T, str | None]]], Iterator[tuple[T, Document | None]]]
-"""Takes and gives pairs of anything and a text; the text becomes a document, None stays None."""
+"""Maps pairs (anything, text) to pairs (the same, document); a text of None becomes None."""
 
 
 @contextmanager
 def encoder(tokenizer: Tokenizer, num_workers: int) -> Iterator[Encode]:
-    """A function that tokenizes a stream of texts, in `num_workers` processes besides this one (0: in this one).
+    """Provide a function that tokenizes a stream of texts.
 
-    The processes end with this one, however it ends. They should be started before a lock is taken, which they would
-    hold as well.
+    The worker processes end when this process ends, in whatever way. They should be started before a lock is taken,
+    since they would inherit it.
+
+    Args:
+        tokenizer: makes the ids.
+        num_workers: processes besides this one (0: this process tokenizes).
 
     Raises:
-        ConfigError: (the function) a process was killed, or the tokenizer has no ids for something in a text.
+        ConfigError: (from the function) a worker was killed, or the tokenizer has no ids for a part of a text.
     """
     if not num_workers:
         yield lambda pairs: _encode_here(tokenizer, pairs)
@@ -92,7 +96,7 @@ def _encode_here(tokenizer: Tokenizer, pairs: Iterable[tuple[T, str | None]]) ->
 def _encode_ahead(
     executor: ProcessPoolExecutor, pairs: Iterable[tuple[T, str | None]], most_ahead: int
 ) -> Iterator[tuple[T, Document | None]]:
-    """Send batches of texts to the processes, and take the answers in the order in which they were sent."""
+    """Send batches of texts to the workers, and yield the results in the order in which they were sent."""
     ahead: deque[tuple[list[T], Future[list[Document | None]]]] = deque()
     try:
         for batch in _batches(pairs):
@@ -105,7 +109,8 @@ def _encode_ahead(
             yield from zip(items, answer.result(), strict=True)
     except BrokenProcessPool:
         raise ConfigError(
-            "--workers: a worker process was killed, perhaps for want of memory; start again with fewer, it goes on"
+            "--workers: a worker process was killed, perhaps because memory ran out; run the command again with fewer "
+            "workers, and it resumes"
         ) from None
 
 
@@ -126,14 +131,14 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 
 def _begin_worker(tokenizer: Tokenizer) -> None:
-    """Take the tokenizer, leave stopping to the parent, and end when that one is gone."""
+    """Store the tokenizer, ignore Ctrl-C (the parent handles it), and exit when the parent ends."""
     global _tokenizer
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
-    # a killed parent closes nothing that a worker's queue would notice
+    # a worker's queue does not notice that the parent was killed
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
