@@ -240,7 +240,8 @@ class Heartbeat:
 
     def _find_stall(self) -> str:
         """Describe where the ranks are, if this rank has made no progress for too long."""
-        allowed = self._allowed_seconds + (0 if self._ranks.is_first else 10 * self._period)  # rank 0 first: it knows of all ranks
+        # rank 0 reports first, because it knows of all ranks
+        allowed = self._allowed_seconds + (0 if self._ranks.is_first else 10 * self._period)
         if self._beats_without_progress * self._period < allowed:
             return ""
         places = {self._ranks.rank: (self._step, self._place)}
