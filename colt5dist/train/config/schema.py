@@ -416,7 +416,7 @@ class RunConfig:
         ]
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Samples that a device processes at once: train.micro_batch_size, or its share of a step if that is smaller."""
+        """Samples that a device processes at once: train.micro_batch_size, or its share of a step if it is smaller."""
         return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:

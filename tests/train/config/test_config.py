@@ -1,9 +1,8 @@
-"""Settings from files and arguments, and the DeepSpeed configuration derived from them."""
+"""Settings from files and arguments, and DeepSpeed's configuration, which is derived from them."""
 
 from pathlib import Path
 
 import pytest
-
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from colt5dist.errors import ConfigError
@@ -15,7 +14,7 @@ from colt5dist.train.engine.engine import device_problems
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
-    """A configuration from the text of a YAML file."""
+    """Load a configuration from the text of a YAML file."""
     path = tmp_path / "some.yaml"
     path.write_text(text)
     return load_config(path, list(overrides))
@@ -27,7 +26,7 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
     assert config.run_dir == "runs/some"
 
 
-def test_an_included_piece_is_the_base_of_its_section(tmp_path: Path) -> None:
+def test_an_included_file_is_the_base_of_its_section(tmp_path: Path) -> None:
     (tmp_path / "pieces").mkdir()
     (tmp_path / "pieces" / "z.yaml").write_text("stage: 2\noffload: optimizer\n")
     config = load(tmp_path, "include: {zero: pieces/z.yaml}\nzero: {stage: 1}")
@@ -42,7 +41,7 @@ def test_problems_of_file_and_arguments_are_named_together(tmp_path: Path) -> No
     assert second.startswith("zero.stages: no such key; did you mean zero.stage?") and "command line" in second
 
 
-def test_deepspeed_gets_every_number_from_its_one_place(tmp_path: Path) -> None:
+def test_deepspeeds_configuration_is_derived_from_ours(tmp_path: Path) -> None:
     config = load(
         tmp_path,
         "",
@@ -61,7 +60,7 @@ def test_deepspeed_gets_every_number_from_its_one_place(tmp_path: Path) -> None:
     assert "optimizer" not in derived and "scheduler" not in derived
 
 
-def test_no_clipping_is_said_to_deepspeed(tmp_path: Path) -> None:
+def test_no_clipping_is_passed_to_deepspeed(tmp_path: Path) -> None:
     """DeepSpeed's own default is 1.0."""
     config = load(tmp_path, "", "optimizer.gradient_clipping=0")
     assert deepspeed_config(config, world_size=1, on_gpu=False)["gradient_clipping"] == 0.0
