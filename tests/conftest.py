@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other core
 import torch
 
 if not torch.cuda.is_available():
-    # read when a kernel is decorated, so it must stand before the package is imported
+    # read when a kernel is decorated, so it must be set before the package is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis

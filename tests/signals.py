@@ -4,8 +4,8 @@
 
 A way is which process gets which signal: `group` (SIGTERM to the process group), `runner` (SIGTERM to the command
 alone), `rank` (SIGTERM to one rank), `interrupt` (SIGINT to the group: Ctrl-C), `slurm` (SIGUSR1 to every rank: what
-`sbatch --signal=USR1@60` sends before the time limit). Moments: start-up, evaluating, training, saving. After a signal all
-processes must end within 25 s. If training had started, the checkpoint of the last recorded step must be whole,
+`sbatch --signal=USR1@60` sends before the time limit). Moments: start-up, evaluating, training, saving. After a signal
+all processes must end within 25 s. If training had started, the checkpoint of the last recorded step must be whole,
 `status.json` must say so, and the next start must resume from it.
 """
 

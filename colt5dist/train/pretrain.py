@@ -133,7 +133,17 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
 
 
 def report_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: float) -> int:
-    """Print that there is nothing to do; returns the exit status."""
+    """Print that there is nothing to do, and the summary of the finished run.
+
+    Args:
+        run_dir: folder of the run.
+        ranks: place of this rank.
+        state: the trainer's state at the end.
+        entropy: unigram entropy of the held-out tokens, in nats.
+
+    Returns:
+        The exit status, 0.
+    """
     if ranks.is_first:
         print(f"nothing to do: the run is finished; a train.steps above {state.step} would continue it")
         run_directory.write_status_if_free(run_dir, "finished", state.step)
@@ -224,7 +234,7 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
 
 
 def describe_data(config: RunConfig, shards: Sources) -> list[str]:
-    """How often the run reads its text, and a note if that is often."""
+    """Lines on how often the run reads its text, with a note if that is often."""
     num_tokens = tokens_of_run(config, text_tokens_of_sample)
     passes = shards.passes(num_tokens)
     lines = [

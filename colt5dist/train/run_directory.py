@@ -116,7 +116,7 @@ def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str
 
 
 def read_run_id(run_dir: Path) -> str | None:
-    """Read the id that the run's checkpoints carry, which tells them from those of another run.
+    """Read the id that the run's checkpoints carry, which distinguishes them from those of another run.
 
     Returns:
         The id; None before the first start.
@@ -180,7 +180,13 @@ def record_end(run_dir: Path, step: int, stopped: str | None) -> None:
 
 
 def write_status_if_free(run_dir: Path, status: str, step: int) -> None:
-    """Write status.json unless another process uses the folder or it cannot be written."""
+    """Write status.json unless another process uses the folder or it cannot be written.
+
+    Args:
+        run_dir: folder of the run.
+        status: "finished", "stopped" or "failed".
+        step: last step that was done.
+    """
     with suppress(OSError):  # BlockingIOError: another run uses it; others: an archive may be read-only
         if lock_for_life(run_dir / LOCK):
             write_status(run_dir, status, step)

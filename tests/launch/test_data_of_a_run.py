@@ -28,7 +28,7 @@ def state(run_dir: Path, step: int) -> dict[str, object]:
 
 
 def test_lengths_change_in_a_run(run_pretrain: Pretrain, tmp_path: Path) -> None:
-    """Three stages on 1 process, against 2 processes at ZeRO stage 3 that stop between stages and resume as 1 process."""
+    """Three stages on 1 process; on 2 at ZeRO stage 3, stopped between two stages and resumed on 1 at ZeRO stage 1."""
     settings = (SCHEDULE, SKIP, "train.routing_every=1")
     done = run_pretrain(tmp_path / "one", *settings, "train.steps=6", "zero.stage=2")
     records = read_metrics(tmp_path / "one")

@@ -125,7 +125,17 @@ class _OpenFiles:
         self.files.clear()
 
     def read(self, tensor_name: str, part: dict[str, Any], low: int, high: int) -> Any:
-        """Read elements low .. high - 1 of a parameter from the fragment `part`."""
+        """Read a part of a fragment.
+
+        Args:
+            tensor_name: name of the fragment in the file.
+            part: entry of the fragment in the index.
+            low: first element to read, counted in the flattened parameter.
+            high: element after the last.
+
+        Returns:
+            (high - low,) float32 tensor.
+        """
         path = self.folder / part["file"]
         try:
             if path.name not in self.files:

@@ -120,7 +120,7 @@ def memory_advice(config: RunConfig, world_size: int, step: int) -> str:
     size = stage.micro_batch_size(world_size)
     fixes = []
     if size > 1:
-        fixes.append(f"lower train.micro_batch_size (to {size // 2}, say)")
+        fixes.append(f"lower train.micro_batch_size (for instance to {size // 2})")
     if train.activation_checkpointing == "none":
         fixes.append("set train.activation_checkpointing=full_keep_routing")
     if world_size > 1 and zero.stage < 3:

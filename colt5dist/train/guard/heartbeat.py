@@ -226,7 +226,7 @@ class Heartbeat:
                 self._give_up()
 
     def _find_lost(self, seconds: float) -> str:
-        """Name the ranks that reported a failure, or were silent for so many seconds."""
+        """Name the ranks that reported a failure, or were silent for at least `seconds`."""
         limit = max(seconds / self._period, SILENT_BEATS)
         found = []
         for rank, beat in list(self._beats.items()):

@@ -40,7 +40,7 @@ def activation_bytes(config: RunConfig, micro_batch_size: int, *, on_gpu: bool) 
 
 
 def _forward_bytes(config: RunConfig, encoder: int, decoder: int, micro_batch_size: int, on_gpu: bool) -> int:
-    """Bytes that the forward pass of a model with so many encoder and decoder layers keeps."""
+    """Bytes that the forward pass keeps in a model with the given numbers of encoder and decoder layers."""
     config = replace(config, model=replace(config.model, num_encoder_layers=encoder, num_decoder_layers=decoder))
     data = config.data
     dtype = torch.bfloat16 if uses_bf16(config, on_gpu) else torch.float32

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full_disk(folder: Path) -> Iterator[str]:
-    """A run directory whose checkpoints are on a tmpfs with space for one and a half; "-" if mounting is not allowed."""
+    """A run directory with its checkpoints on a tmpfs with space for one and a half; "-" if mounting is not allowed."""
     root = folder / "full" / "checkpoints"
     root.mkdir(parents=True)
     options = ["-t", "tmpfs", "-o", f"size={CHECKPOINT_BYTES * 3 // 2}", "tmpfs", str(root)]

@@ -93,7 +93,7 @@ def test_a_refused_key_of_deepspeed_gets_one_line(key: str) -> None:
 
 
 def test_types_of_the_free_section(tmp_path: Path) -> None:
-    """A whole number may be written as 1.0e+9; true is no number."""
+    """An integer may be written as 1.0e+9; true is not a number."""
     assert deepspeed_problems({"zero_optimization": {"sub_group_size": 1.0e9}, "gradient_predivide_factor": 2}) == []
     for section in ({"steps_per_print": True}, {"zero_optimization": 3}, {"zero_optimization": {"overlap_comm": 1}}):
         (problem,) = deepspeed_problems(section)

@@ -54,7 +54,7 @@ def runs(
 
 
 def test_many_skipped_steps_in_a_row_end_the_run_with_a_diagnosis(runs: Runs) -> None:
-    """Steps 3 to 5 are skipped, 3 are allowed: status 1, one line that says what to type, and a file with the details."""
+    """Steps 3 to 5 are skipped, 3 are allowed: status 1, one line with what to type, and a file with the details."""
     first = runs.starts("given up")[0]
     assert first["status"] == 1 and first["status.json"]["status"] == "failed"
     (line,) = first["errors"].splitlines()
@@ -69,7 +69,7 @@ def test_many_skipped_steps_in_a_row_end_the_run_with_a_diagnosis(runs: Runs) ->
 
 
 def test_a_restart_of_a_run_that_was_given_up_ends_at_the_same_step(runs: Runs) -> None:
-    """The checkpoint of step 4 holds the count of two skipped steps: the next start also ends at step 5, and says so."""
+    """The checkpoint of step 4 holds the count of two skipped steps, so the next start also ends at step 5."""
     first, second, third = runs.starts("given up")
     assert first["checkpoint"] == second["checkpoint"] == "step_00000004"
     assert first["state"] == second["state"] and first["state"]["skipped_in_a_row"] == 2

@@ -82,7 +82,7 @@ def test_a_failed_allocation_says_what_to_lower(tmp_path: Path) -> None:
         torch.empty(2**58, dtype=torch.uint8)
     text = (tmp_path / "failures" / "rank_0.txt").read_text()
     assert "train.micro_batch_size 4, data.input_length 2048, data.target_length 456" in text
-    for fix in ("lower train.micro_batch_size (to 2, say)", "full_keep_routing", "raise zero.stage (to 2)"):
+    for fix in ("lower train.micro_batch_size (for instance to 2)", "full_keep_routing", "raise zero.stage (to 2)"):
         assert fix in text
     assert "Traceback" in text
 

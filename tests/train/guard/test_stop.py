@@ -91,7 +91,7 @@ def test_a_second_interrupt_by_hand_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_has_ended_is_a_request(tmp_path: Path) -> None:
-    """A rank notices that its launcher (here a script of that name) was killed; otherwise it would train on as an orphan."""
+    """A rank notices that its launcher (here a script of that name) was killed; otherwise it would keep training."""
     rank = tmp_path / "rank.py"
     rank.write_text(
         textwrap.dedent(

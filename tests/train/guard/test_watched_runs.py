@@ -76,8 +76,10 @@ def a_step(step: int, timeout: int, *, is_last: bool = False) -> list[list[Any]]
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_heartbeat_is_told_of_every_part_of_a_run(watched: Watched, rank: int) -> None:
-    """The long timeout counts for the first step of a start and of new lengths, while data is opened, and in every save;
-    the short one counts at all other times."""
+    """The long timeout counts for the first step of a start and of new lengths, while data is opened, and in saves.
+
+    The short one counts at all other times.
+    """
     first, second = watched.ranks[rank]["seen"]
     assert first == [
         ["held-out samples", "reading the held-out samples", 1, LONG],

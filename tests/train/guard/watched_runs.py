@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 tests/train/guard/watched_runs.py FOLDER SETTING...
 
 First a run that only the last rank's time limit stops, then the same run to its end. Lengths change at step 3. At last
-a run in which the reader process of the last rank is killed after step 2. Each rank writes its calls, and how its starts
-ended, to FOLDER/rank_N.json.
+a run in which the reader process of the last rank is killed after step 2. Each rank writes its calls, and how its
+starts ended, to FOLDER/rank_N.json.
 """
 
 import json
@@ -75,7 +75,7 @@ def watched(seen: list[list[Any]]) -> Iterator[None]:
 
 @contextmanager
 def clock(minutes_per_step: float) -> Iterator[None]:
-    """Replace the clock of train.max_minutes: it advances on the last rank only, by so many minutes in each step."""
+    """Replace the clock of train.max_minutes: it advances on the last rank only, by `minutes_per_step`."""
     now = [0.0]
     step = Engine.step
 

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 @pytest.mark.parametrize("encoder", ["conditional", "dense"])
 def test_formula_counts_what_pytorch_counts(encoder: str) -> None:
-    """The formula counts local attention with its 2 * radius + 1 keys; the package computes 3 blocks of `radius` keys."""
+    """The formula counts local attention with 2 * radius + 1 keys; the package computes 3 blocks of `radius` keys."""
     config = load_config(CONFIGS / "tiny.yaml", [f"model.encoder={encoder}", "model.light_radius=64"])
     model = build_model(config)
     n, t = config.data.input_length, config.data.target_length
