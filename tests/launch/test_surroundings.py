@@ -81,7 +81,7 @@ def test_nobody_reads_a_pipe_that_does_not_wait(tmp_path: Path) -> None:
         )
         assert process.wait(timeout=100) == 0
         errors.seek(0)
-        assert errors.read().startswith(b"error: standard output cannot be written (nobody reads it)")
+        assert errors.read().startswith(b"error: standard output cannot be written (no process reads it)")
     assert process.stdout is not None
     with process.stdout as pipe:
         assert pipe.read().startswith(b"0" * 100 + b"\n" + b"1" * 100)
@@ -93,7 +93,7 @@ def test_a_report_that_is_lost_is_a_failure(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=trainer_environment())
     assert done.returncode == 1
-    assert done.stderr == "error: standard output cannot be written (No space left on device); a part is lost\n"
+    assert done.stderr == "error: standard output cannot be written (No space left on device); a part of the output is lost\n"
 
 
 def test_an_end_that_cannot_be_written_down(tmp_path: Path, run_pretrain: Pretrain) -> None:
