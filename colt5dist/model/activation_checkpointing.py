@@ -31,9 +31,10 @@ def run_layer(layer: Callable[..., Any], *args: Any, activation_checkpointing: s
     """
     if activation_checkpointing == "none" or not torch.is_grad_enabled():
         return layer(*args)
+    # layers draw no random numbers from PyTorch's generators, whose state a CUDA graph cannot record
+    run = partial(checkpoint, layer, *args, use_reentrant=False, preserve_rng_state=False)
     if activation_checkpointing == "full_keep_routing":
         if torch.compiler.is_compiling():
-            context_fn = partial(create_selective_checkpoint_contexts, compiled_routing_policy)
-            return checkpoint(layer, *args, use_reentrant=False, context_fn=context_fn)
-        return checkpoint(layer, *args, use_reentrant=False, context_fn=keep_routing_decisions)
-    return checkpoint(layer, *args, use_reentrant=False)
+            return run(context_fn=partial(create_selective_checkpoint_contexts, compiled_routing_policy))
+        return run(context_fn=keep_routing_decisions)
+    return run()

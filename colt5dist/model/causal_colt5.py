@@ -10,7 +10,7 @@ from colt5dist.model.config import CoLT5Config
 from colt5dist.model.layer_settings import attention_settings, feed_forward_settings, head_settings, router_settings
 from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
 from colt5dist.model.vocabulary_loss import VocabularyLoss
-from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.checks import check_sample_index
 from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutoregressiveBlock
 from colt5dist.nn.conditional.autoregressive_decoding import BlockState, block_step, read_block
@@ -47,9 +47,9 @@ class CausalLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotary_angles: Tensor, sample_index: Tensor | None, collect_routing: bool
+        self, x: Tensor, rotary_angles: Rotation, sample_index: Tensor | None, collect_routing: bool
     ) -> tuple[Tensor, LayerRouting | None]:
-        """x (b, t, d_model), rotary_angles (t, head_dim), sample_index (b,) int64.
+        """x (b, t, d_model), rotary_angles of t positions, sample_index (b,) int64.
 
         Returns x and, if asked for, the routing.
         """
@@ -140,7 +140,7 @@ class CausalCoLT5(nn.Module):
         check_ids("decoder_input_ids", decoder_input_ids)
         check_sample_index(sample_index, decoder_input_ids, "decoder_input_ids")
         x = self.embedding(decoder_input_ids)
-        angles = self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        angles = self.rotary.rotation(x.shape[1], device=x.device, dtype=x.dtype)
         routing: list[LayerRouting] = []
         for layer in self.layers:
             x, layer_routing = run_layer(

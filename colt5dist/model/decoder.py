@@ -6,7 +6,7 @@ from colt5dist.model.activation_checkpointing import run_layer
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.layer_settings import dense_attention_settings, dense_feed_forward_settings, weight_settings
 from colt5dist.nn.attention.multi_query import MultiQueryAttention
-from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.attention.self_attention import SelfAttention
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
@@ -27,11 +27,13 @@ class DecoderLayer(nn.Module):
         )
         self.feed_forward = FeedForward(config.d_model, **dense_feed_forward_settings(config, num_layers))
 
-    def forward(self, x: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
-        """x (b, t, d_model), encoder_states (b, n, d_model), encoder_mask (b, n) bool, rotary_angles (t, head_dim)."""
-        x = x + self.self_attention(x, rotary_angles=rotary_angles)
-        x = x + self.cross_attention(x, encoder_states, mask=encoder_mask)
-        return x + self.feed_forward(x)
+    def forward(
+        self, x: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None, rotary_angles: Rotation
+    ) -> Tensor:
+        """x (b, t, d_model), encoder_states (b, n, d_model), encoder_mask (b, n) bool, rotary_angles of t positions."""
+        x = self.self_attention(x, rotary_angles=rotary_angles, residual=True)
+        x = self.cross_attention(x, encoder_states, mask=encoder_mask, residual=True)
+        return self.feed_forward(x, residual=True)
 
 
 class Decoder(nn.Module):
@@ -50,7 +52,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, encoder_states: Tensor, *, encoder_mask: Tensor | None) -> Tensor:
         """encoder_states (b, n, d_model), encoder_mask (b, n) bool, True = valid."""
-        angles = self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        angles = self.rotary.rotation(x.shape[1], device=x.device, dtype=x.dtype)
         for layer in self.layers:
             x = run_layer(
                 layer,

@@ -13,7 +13,7 @@ from colt5dist.model.layer_settings import (
     router_settings,
 )
 from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
-from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype
+from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.attention.self_attention import SelfAttention
 from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
@@ -29,7 +29,6 @@ class ConditionalEncoderLayer(nn.Module):
 
     def __init__(self, config: CoLT5Config, *, layer_number: int, seed: int) -> None:
         super().__init__()
-        self.config = config
         num_layers = config.num_encoder_layers
         # a layer's three routers draw from three streams: queries, keys/values, feed-forward
         stream = 3 * layer_number
@@ -56,7 +55,8 @@ class ConditionalEncoderLayer(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None,
-        rotary_angles: Tensor,
+        budgets: tuple[int, int, int],
+        rotary_angles: Rotation,
         sample_index: Tensor | None,
         collect_routing: bool,
     ) -> tuple[Tensor, LayerRouting | None]:
@@ -65,15 +65,16 @@ class ConditionalEncoderLayer(nn.Module):
         Args:
             x: (b, n, d_model).
             mask: (b, n) bool, True = valid; None: all.
-            rotary_angles: (n, head_dim).
+            budgets: tokens that are routed to the heavy feed-forward, as queries, and as keys/values.
+            rotary_angles: of the n positions.
             sample_index: (b,) int64, the samples' numbers; None without random routing.
             collect_routing: whether to return what the routers did.
 
         Returns:
             x (b, n, d_model), and the routing if collect_routing, else None.
         """
-        num_feed_forward, num_query, num_key_value = self.config.num_routed(x.shape[1])
-        attended, query, key_value = self.attention(
+        num_feed_forward, num_query, num_key_value = budgets
+        x, query, key_value = self.attention(
             x,
             num_heavy_tokens_q=num_query,
             num_heavy_tokens_kv=num_key_value,
@@ -81,12 +82,11 @@ class ConditionalEncoderLayer(nn.Module):
             sample_index=sample_index,
             rotary_angles=rotary_angles,
             return_route=True,
+            residual=True,
         )
-        x = x + attended
-        fed_forward, feed_forward = self.feed_forward(
-            x, mask, num_feed_forward, sample_index=sample_index, return_route=True
+        x, feed_forward = self.feed_forward(
+            x, mask, num_feed_forward, sample_index=sample_index, return_route=True, residual=True
         )
-        x = x + fed_forward
         if not collect_routing:
             return x, None
         return x, LayerRouting(routed_tokens(feed_forward), routed_tokens(query), routed_tokens(key_value))
@@ -101,10 +101,10 @@ class DenseEncoderLayer(nn.Module):
         self.attention = SelfAttention(config.d_model, **dense_attention_settings(config, num_layers))
         self.feed_forward = FeedForward(config.d_model, **dense_feed_forward_settings(config, num_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Tensor) -> Tensor:
-        """x (b, n, d_model), mask (b, n) bool, rotary_angles (n, head_dim) -> (b, n, d_model)."""
-        x = x + self.attention(x, mask=mask, rotary_angles=rotary_angles)
-        return x + self.feed_forward(x)
+    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Rotation) -> Tensor:
+        """x (b, n, d_model), mask (b, n) bool, rotary_angles of n positions -> (b, n, d_model)."""
+        x = self.attention(x, mask=mask, rotary_angles=rotary_angles, residual=True)
+        return self.feed_forward(x, residual=True)
 
 
 class Encoder(nn.Module):
@@ -112,6 +112,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str, seed: int) -> None:
         super().__init__()
+        self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.dense = config.encoder == "dense"
         numbers = range(config.num_encoder_layers)
@@ -127,7 +128,8 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
         """mask (b, n) bool, True = valid; sample_index (b,) int64, for random routing."""
         routing: list[LayerRouting] = []
-        angles = self.rotary(x.shape[1], device=x.device, dtype=angle_dtype(x))
+        angles = self.rotary.rotation(x.shape[1], device=x.device, dtype=x.dtype)
+        budgets = (0, 0, 0) if self.dense else self.config.num_routed(x.shape[1])
         for layer in self.layers:
             if self.dense:
                 x = run_layer(layer, x, mask, angles, activation_checkpointing=self.activation_checkpointing)
@@ -136,6 +138,7 @@ class Encoder(nn.Module):
                 layer,
                 x,
                 mask,
+                budgets,
                 angles,
                 sample_index,
                 collect_routing,

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from colt5dist.nn.initial import normal_
+from colt5dist.ops.cross_entropy import vocabulary_cross_entropy
 
 # logits of one chunk of tokens: 256 MiB in float32
 MAX_CHUNK_LOGITS = 2**26
+# logits that are kept whole: 2 GiB in bf16
+MAX_KEPT_LOGITS = 2**30
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -62,7 +65,9 @@ def _wide(logits: Tensor) -> Tensor:
 class VocabularyLoss(nn.Module):
     """Output embedding (untied, vocab_size x d_model) and the loss of its logits, token by token.
 
-    No tensor of (all tokens, vocabulary) is kept for the backward pass.
+    On GPUs the logits of up to MAX_KEPT_LOGITS / vocab_size targets are kept for the backward pass, in the type of the
+    products. Of more targets, and on CPUs, no tensor of (all tokens, vocabulary) is kept: their logits are computed
+    again.
 
     Args:
         d_model: width of a hidden state.
@@ -72,11 +77,16 @@ class VocabularyLoss(nn.Module):
 
     def __init__(self, d_model: int, vocab_size: int, *, std: float) -> None:
         super().__init__()
+        self.num_ids = vocab_size
         self.weight = nn.Parameter(normal_(torch.empty(vocab_size, d_model), std))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., d_model) -> (..., vocab_size), at least float32; for generation, outside of ZeRO-3."""
         return _wide(hidden @ self.weight.to(hidden.dtype).t())
+
+    def _fits(self, target_ids: Tensor) -> bool:
+        """Whether the logits of all targets are kept for the backward pass."""
+        return target_ids.numel() * self.num_ids <= MAX_KEPT_LOGITS
 
     def forward(self, hidden: Tensor, target_ids: Tensor, target_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Loss of each target.
@@ -96,6 +106,10 @@ class VocabularyLoss(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         with torch.autocast(device, enabled=False):
+            if hidden.is_cuda and hidden.dtype != torch.float64 and self._fits(target_ids):
+                valid = None if target_mask is None else target_mask.flatten()
+                loss, normaliser = vocabulary_cross_entropy(hidden.flatten(0, 1), weight, target_ids.flatten(), valid)
+                return loss.view_as(target_ids), normaliser.square().view_as(target_ids)
             loss, normaliser = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, target_ids.flatten())
             loss, z_loss = loss.view_as(target_ids), normaliser.square().view_as(target_ids)
             if target_mask is None:

@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colt5dist.nn.checks import check_features
-from colt5dist.nn.gated_gelu import gated_gelu
 from colt5dist.nn.linear import Linear
-from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.ops.checks import check_counts, check_optional_counts, check_optional_not_negative, check_positive
+from colt5dist.ops.gated_gelu import gated_gelu
 
 
 class FeedForward(nn.Module):
@@ -57,10 +57,10 @@ class FeedForward(nn.Module):
         self.to_hidden = Linear(dim, hidden_dim * (2 if gated else 1), bias=bias, std=std)
         self.to_out = Linear(hidden_dim, dim, bias=bias, std=output_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim) -> (..., dim)."""
+    def forward(self, x: Tensor, *, residual: bool = False) -> Tensor:
+        """x (..., dim) -> (..., dim); with residual, x is added to the result."""
         check_features("x", x, self.dim)
-        hidden = self.to_hidden(self.norm(x))
-        if self.gated:
-            return self.to_out(gated_gelu(hidden))
-        return self.to_out(F.gelu(hidden))
+        x, normed = norm_branch(self.norm, x, residual=residual)
+        hidden = self.to_hidden(normed)
+        out = self.to_out(gated_gelu(hidden) if self.gated else F.gelu(hidden))
+        return x + out if residual else out

@@ -59,7 +59,7 @@ class LossSums:
         Returns:
             Means and sums over the global batch, the same on all ranks.
         """
-        others = torch.tensor(extra, dtype=torch.float64, device=self._sums.device)
+        others = numbers_on_device(extra, torch.float64, self._sums.device)
         values = sum_over_ranks(torch.cat([self._sums, others, *on_device])).tolist()
         num = len(self.objectives)
         losses, tokens = values[:num], values[num : 2 * num]
@@ -131,7 +131,13 @@ def count_target_tokens(batches: list[Batch], device: torch.device) -> torch.Ten
         A float32 scalar on the device.
     """
     count = sum(int(batch["target_mask"].sum()) for batch in batches)
-    return sum_over_ranks(torch.tensor(float(count), device=device))
+    return sum_over_ranks(numbers_on_device([float(count)], torch.float32, device)).squeeze(0)
+
+
+def numbers_on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers of the host as a tensor on the device, without waiting for the device."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _ratio(total: float, count: float) -> float:

@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "data.max_bad_records",
     "data.cache_gb",
     "train.steps",
+    "train.compile",
     "train.micro_batch_size",
     "train.log_every",
     "train.eval_every",

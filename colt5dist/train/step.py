@@ -100,14 +100,19 @@ class Agreement:
 def forward_and_backward(run: Run, step: int, micro_batches: list[Batch]) -> LocalStep:
     """Run the model over this rank's micro-batches and sum the gradients of their losses."""
     engine = run.engine
+    micro_batches = engine.arrange(micro_batches)
     sums = LossSums(run.objectives, engine.device)
     num_targets = count_target_tokens(micro_batches, engine.device)
     every = run.config.train.routing_every
     routing_due = every > 0 and step % every == 0
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        collect_routing = routing_due and number == len(micro_batches)
         with run.meter.computing():
-            on_device, output = engine.forward_backward(batch, num_targets, collect_routing=routing_due)
+            on_device, output = engine.forward_backward(batch, num_targets, collect_routing=collect_routing)
         sums.add(on_device, output)
+    for line in engine.news:
+        run.monitor.say(line)
+    engine.news.clear()
     routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
     routing = record_routing(run.monitor, step, output.routing, routed_mask)
     return LocalStep(micro_batches=micro_batches, sums=sums, routing_due=routing_due, routing=routing)

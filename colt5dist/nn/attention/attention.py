@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend, merge_heads, split_heads
-from colt5dist.nn.attention.rotary import apply_rotary
+from colt5dist.nn.attention.rotary import Angles, apply_rotary, map_angles
 from colt5dist.nn.checks import check_device, check_features, check_tensor, check_tokens
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         normalized_scores_kv: Tensor | None = None,
         normalized_scores_q: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        rotary_emb: tuple[Angles, Angles] | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         context: Tensor | None,
         normalized_scores_kv: Tensor | None,
         normalized_scores_q: Tensor | None,
-        rotary_emb: tuple[Tensor, Tensor] | None,
+        rotary_emb: tuple[Angles, Angles] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, weighed and rotated; the arguments are those of `forward`.
 
@@ -173,9 +173,12 @@ class Attention(nn.Module):
             scores = self.by_head(scores, num_routes).to(v.dtype).unsqueeze(-1)
             k, v = k * scores if self.multiply_keys_by_score else k, v * scores
         if rotary_emb is not None:
-            q = apply_rotary(q, rotary_emb[0].unsqueeze(-3))
-            angles = rotary_emb[1]
-            k = apply_rotary(k, self.by_head(angles, num_routes) if angles.dim() == 4 else angles.unsqueeze(-3))
+            of_queries, of_keys = rotary_emb
+            q = apply_rotary(q, map_angles(lambda a: a.unsqueeze(-3), of_queries))
+            k = apply_rotary(
+                k,
+                map_angles(lambda a: self.by_head(a, num_routes) if a.dim() == 4 else a.unsqueeze(-3), of_keys),
+            )
         return q, k, v
 
     def null(self, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import merge_heads
 from colt5dist.nn.attention.relative_bias import RelativeBias
-from colt5dist.nn.attention.rotary import rotated_queries_and_keys
+from colt5dist.nn.attention.rotary import Angles, rotated_queries_and_keys
 from colt5dist.nn.checks import check_mask, check_tokens
 from colt5dist.nn.linear import Linear
 from colt5dist.ops.checks import check_counts, check_optional_not_negative
@@ -53,13 +53,13 @@ class LocalSelfAttention(nn.Module):
         if relative_bias:
             self.relative_bias = RelativeBias(heads, radius=radius, std=0.02 if std is None else std)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Angles | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: (b, n, dim).
             mask: (b, n) bool, True = valid; None: all.
-            rotary_angles: (n, dim_head); None: no rotary positions.
+            rotary_angles: of the n positions; None: no rotary positions.
 
         Returns:
             (b, n, dim).

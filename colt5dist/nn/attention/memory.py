@@ -7,6 +7,7 @@ from torch import Tensor
 
 from colt5dist.nn.attention.attend import attend, merge_heads
 from colt5dist.nn.attention.attention import Attention
+from colt5dist.nn.attention.rotary import Angles
 
 
 class MemoryAttention(Attention):
@@ -29,7 +30,7 @@ class MemoryAttention(Attention):
         mask: Tensor | None = None,
         normalized_scores_kv: Tensor | None = None,
         normalized_scores_q: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        rotary_emb: tuple[Angles, Angles] | None = None,
         *,
         num_windows: int | None = None,
         memory_size: int = 0,

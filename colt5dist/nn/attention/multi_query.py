@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from colt5dist.nn.attention.attend import attend
 from colt5dist.nn.checks import check_mask, check_tokens
 from colt5dist.nn.linear import Linear
-from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.ops.checks import check_counts, check_optional_not_negative
 
 
@@ -46,13 +46,14 @@ class MultiQueryAttention(nn.Module):
         self.to_kv = Linear(dim, dim_head * 2, std=std)
         self.to_out = Linear(dim_head * heads, dim, std=output_std)
 
-    def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, residual: bool = False) -> Tensor:
         """Attend.
 
         Args:
             x: (b, i, dim).
             context: (b, n, dim), normalised.
             mask: (b, n) bool, True = valid; None: all. A sample without a valid context token gets 0.
+            residual: whether to add x to the result.
 
         Returns:
             (b, i, dim).
@@ -60,8 +61,10 @@ class MultiQueryAttention(nn.Module):
         check_tokens("x", x, self.dim)
         check_tokens("context", context, self.dim)
         check_mask("mask", mask, context.shape[:2], context, "context")
-        q = self.to_q(self.norm(x))
+        x, normed = norm_branch(self.norm, x, residual=residual)
+        q = self.to_q(normed)
         k, v = self.to_kv(context).unsqueeze(1).chunk(2, dim=-1)
         # the heads are further queries of one head: keys and values are not repeated, and nothing is transposed
         out = attend(rearrange(q, "b i (h d) -> b 1 (i h) d", h=self.heads), k, v, mask=mask)
-        return self.to_out(rearrange(out, "b 1 (i h) d -> b i (h d)", h=self.heads))
+        out = self.to_out(rearrange(out, "b 1 (i h) d -> b i (h d)", h=self.heads))
+        return x + out if residual else out

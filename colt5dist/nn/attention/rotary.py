@@ -1,6 +1,7 @@
 """Rotary positions (Su et al., arXiv 2104.09864)."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -46,13 +47,42 @@ class RotaryEmbedding(nn.Module):
         angles = positions.unsqueeze(-1) * self.frequencies(positions.device).to(positions.dtype)
         return torch.cat((angles, angles), dim=-1)
 
+    def rotation(self, seq_len: int, *, device: torch.device, dtype: torch.dtype) -> "Rotation":
+        """Cosine and sine of the positions 0 .. seq_len - 1 for vectors of a type, computed once for many layers."""
+        angles = self(seq_len, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        return rotation_by(angles, dtype)
+
     def frequencies(self, device: torch.device | None = None) -> Tensor:
         """Angle (dim / 2,) float32 by which each pair turns from one position to the next."""
         exponent = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
         return 1.0 / self.theta**exponent
 
 
-class _Rotation(torch.autograd.Function):
+class Rotation(NamedTuple):
+    """What `apply_rotary` needs of angles: the same for every layer, so that one computation serves all of them."""
+
+    cosine: Tensor
+    """(..., dim / 2)."""
+    sine: Tensor
+    """(..., dim / 2)."""
+
+
+Angles = Tensor | Rotation
+"""Angles (..., dim), whose second half repeats the first, or their cosine and sine."""
+
+
+def rotation_by(angles: Tensor, dtype: torch.dtype) -> Rotation:
+    """Cosine and sine of angles (..., dim), taken in the type of the angles and rounded to `dtype`."""
+    half = angles[..., : angles.shape[-1] // 2]
+    return Rotation(half.cos().to(dtype), half.sin().to(dtype))
+
+
+def map_angles(function: Callable[[Tensor], Tensor], angles: Angles) -> Angles:
+    """Apply a function that moves or repeats rows to angles, or to their cosine and sine."""
+    return Rotation(*map(function, angles)) if isinstance(angles, Rotation) else function(angles)
+
+
+class _Rotate(torch.autograd.Function):
     """The gradient of a rotation is the opposite rotation: nothing of x is kept for the backward pass."""
 
     @staticmethod
@@ -73,21 +103,21 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((turned_first, turned_second), dim=-1)
 
 
-def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn x (..., dim) by angles (..., dim) that broadcast against it; halves of the last dimension are paired.
+def apply_rotary(x: Tensor, angles: Angles) -> Tensor:
+    """Turn x (..., dim) by angles that broadcast against it; halves of the last dimension are paired.
 
     The sine and cosine are taken in the angles' type and rounded to that of x, so that x is never widened.
     """
-    half = angles[..., : angles.shape[-1] // 2]
-    return _Rotation.apply(x, half.cos().to(x.dtype), half.sin().to(x.dtype))
+    cosine, sine = angles if isinstance(angles, Rotation) else rotation_by(angles, x.dtype)
+    return _Rotate.apply(x, cosine.to(x.dtype), sine.to(x.dtype))
 
 
-def rotated_queries_and_keys(qkv: Tensor, angles: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def rotated_queries_and_keys(qkv: Tensor, angles: Angles | None, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one projection, the first two rotated.
 
     Args:
         qkv: (b, n, 3 * heads * dim).
-        angles: (n, dim); None: no rotation.
+        angles: of the n positions; None: no rotation.
         num_heads: heads.
 
     Returns:
@@ -97,7 +127,7 @@ def rotated_queries_and_keys(qkv: Tensor, angles: Tensor | None, num_heads: int)
     if angles is None:
         q, k, v = qkv.unbind(2)
     else:
-        q, k = apply_rotary(qkv[:, :, :2], angles[:, None, None]).unbind(2)
+        q, k = apply_rotary(qkv[:, :, :2], map_angles(lambda a: a[:, None, None], angles)).unbind(2)
         v = qkv[:, :, 2]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -107,7 +137,7 @@ def angle_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def branch_angles(rotary: RotaryEmbedding | None, x: Tensor, given: Tensor | None) -> Tensor | None:
+def branch_angles(rotary: RotaryEmbedding | None, x: Tensor, given: Angles | None) -> Angles | None:
     """Angles of the positions of x (b, n, dim) for a branch with rotary positions; None for one without."""
     if rotary is None or given is not None:
         return None if rotary is None else given

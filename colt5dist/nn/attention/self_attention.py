@@ -4,10 +4,10 @@ layer's."""
 from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend, merge_heads
-from colt5dist.nn.attention.rotary import rotated_queries_and_keys
+from colt5dist.nn.attention.rotary import Angles, rotated_queries_and_keys
 from colt5dist.nn.checks import check_mask, check_tokens
 from colt5dist.nn.linear import Linear
-from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.ops.checks import check_counts, check_optional_not_negative
 
 
@@ -56,18 +56,28 @@ class SelfAttention(nn.Module):
         self.to_qkv = Linear(dim, dim_head * heads * 3, std=std)
         self.to_out = Linear(dim_head * heads, dim, std=output_std)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary_angles: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        rotary_angles: Angles | None = None,
+        residual: bool = False,
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: (b, n, dim).
             mask: (b, n) bool, True = valid; None: all. Not with causal.
-            rotary_angles: (n, dim_head); None: no rotary positions.
+            rotary_angles: of the n positions; None: no rotary positions.
+            residual: whether to add x to the result.
 
         Returns:
             (b, n, dim).
         """
         check_tokens("x", x, self.dim)
         check_mask("mask", mask, x.shape[:2], x)
-        q, k, v = rotated_queries_and_keys(self.to_qkv(self.norm(x)), rotary_angles, self.heads)
-        return self.to_out(merge_heads(attend(q, k, v, mask=mask, causal=self.causal)))
+        x, normed = norm_branch(self.norm, x, residual=residual)
+        q, k, v = rotated_queries_and_keys(self.to_qkv(normed), rotary_angles, self.heads)
+        out = self.to_out(merge_heads(attend(q, k, v, mask=mask, causal=self.causal)))
+        return x + out if residual else out

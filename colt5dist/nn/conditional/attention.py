@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.attention import Attention
 from colt5dist.nn.attention.local import LocalSelfAttention
-from colt5dist.nn.attention.rotary import RotaryEmbedding, branch_angles
+from colt5dist.nn.attention.rotary import Angles, RotaryEmbedding, branch_angles
 from colt5dist.nn.checks import budget, check_mask, check_tokens
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
-from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.nn.routing.router import CoordinateDescentRouter, Route
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
 from colt5dist.ops.checks import check_counts, check_optional_counts, check_optional_not_negative, check_positive
@@ -167,8 +167,9 @@ class ConditionalRoutedAttention(nn.Module):
         num_heavy_tokens_kv: int | None = None,
         mask: Tensor | None = None,
         sample_index: Tensor | None = None,
-        rotary_angles: Tensor | None = None,
+        rotary_angles: Angles | None = None,
         return_route: bool = False,
+        residual: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route]:
         """Attend.
 
@@ -178,9 +179,10 @@ class ConditionalRoutedAttention(nn.Module):
             num_heavy_tokens_kv: budget in place of the constructor's.
             mask: (b, n) bool, True = valid; None: all.
             sample_index: (b,) int64, the samples' numbers, needed for random routing.
-            rotary_angles: (n, head dimension), computed once for a stack of layers whose two branches have one head
+            rotary_angles: of the n positions, computed once for a stack of layers whose two branches have one head
                 dimension; None: computed here, where the layer has rotary positions.
             return_route: whether to return the routing too.
+            residual: whether to add x to the result.
 
         Returns:
             (b, n, dim); with return_route a tuple of this, the queries' and the keys/values' `Route`.
@@ -189,7 +191,7 @@ class ConditionalRoutedAttention(nn.Module):
         check_mask("mask", mask, x.shape[:2], x)
         budget_q = budget("num_heavy_tokens_q", num_heavy_tokens_q, self.num_heavy_tokens_q)
         budget_kv = budget("num_heavy_tokens_kv", num_heavy_tokens_kv, self.num_heavy_tokens_kv)
-        x = self.norm(x)
+        residual_input, x = norm_branch(self.norm, x, residual=residual)
         query, key_value = self.router.route(x, budgets=(budget_q, budget_kv), mask=mask, sample_index=sample_index)
         light = None
         if self.light_attn is not None:
@@ -204,4 +206,5 @@ class ConditionalRoutedAttention(nn.Module):
             angles=branch_angles(self.rotary_emb, x, rotary_angles),
         )
         out = put_back(x, heavy, query, light=light, null_token=self.null_q_token)
+        out = residual_input + out if residual else out
         return (out, query, key_value) if return_route else out

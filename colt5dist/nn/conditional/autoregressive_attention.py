@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.local import LocalSelfAttention
 from colt5dist.nn.attention.memory import MemoryAttention
-from colt5dist.nn.attention.rotary import RotaryEmbedding, angle_dtype, branch_angles
+from colt5dist.nn.attention.rotary import Angles, RotaryEmbedding, angle_dtype, branch_angles, map_angles
 from colt5dist.nn.checks import budget, check_tokens
 from colt5dist.nn.conditional.heavy_branch import check_sets, put_back
 from colt5dist.nn.norm import RMSNorm
@@ -180,7 +180,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         num_heavy_tokens_kv: int | None = None,
         random_route: bool = False,
         sample_index: Tensor | None = None,
-        rotary_angles: Tensor | None = None,
+        rotary_angles: Angles | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route]:
         """Attend.
@@ -191,7 +191,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             num_heavy_tokens_kv: budget in place of the constructor's.
             random_route: whether to route at random, with scores 1, as a negative control.
             sample_index: (b,) int64, the samples' numbers, needed for random routing by the constructor.
-            rotary_angles: (n, head dimension), computed once for a stack of layers; None: computed here.
+            rotary_angles: of the n positions, computed once for a stack of layers; None: computed here.
             return_route: whether to return the routing too, with routing="causal" only.
 
         Returns:
@@ -206,7 +206,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         if self.routing == "window" and x.shape[1] > self.heavy_window_size:
             if return_route:
                 raise ValueError("return_route: windows route rows of their own; use routing='causal', or False")
-            return light + self._by_window(x, (budget_q, budget_kv), random_route, angles)
+            return light + self._by_window(x, (budget_q, budget_kv), random_route)
         query, key_value = self.router.admit(
             x, self.admissions(budget_q, budget_kv), random_route=random_route, sample_index=sample_index
         )
@@ -221,7 +221,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         return self.router.at_once(budget_q), Admission(kept, places, after_window=True)
 
     def _by_admission(
-        self, x: Tensor, light: Tensor, query: Route, key_value: Route, memory_size: int, angles: Tensor | None
+        self, x: Tensor, light: Tensor, query: Route, key_value: Route, memory_size: int, angles: Angles | None
     ) -> Tensor:
         """light (b, n, dim) with the heavy branch of what was admitted added."""
         assert query.indices is not None and query.mask is not None and key_value.indices is not None
@@ -229,7 +229,10 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         indices_q, indices_kv, scores_q = query.indices.squeeze(1), key_value.indices, query.scores.squeeze(1)
         rotary = None
         if angles is not None:
-            rotary = gather_positions(angles, indices_q), gather_positions(angles, indices_kv)
+            rotary = (
+                map_angles(lambda a: gather_positions(a, indices_q), angles),
+                map_angles(lambda a: gather_positions(a, indices_kv), angles),
+            )
         tokens_q, tokens_kv = gather_tokens(x, indices_q), gather_tokens(x, indices_kv)
         weights: dict[str, Any] = {
             "normalized_scores_kv": key_value.scores,
@@ -251,7 +254,7 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
         width = self.heavy_window_size
         return out if self.null_q_token is None else torch.cat((light[:, :width], out[:, width:]), dim=1)
 
-    def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool, angles: Tensor | None) -> Tensor:
+    def _by_window(self, x: Tensor, budgets: tuple[int, int], random_route: bool) -> Tensor:
         """The heavy branch (b, n, dim) as in colt5-attention: a row of tokens for each window but the first."""
         batch, length = x.shape[:2]
         width = self.heavy_window_size
@@ -271,8 +274,8 @@ class ConditionalRoutedAutoregressiveAttention(nn.Module):
             context = gather_tokens(x, rearrange(key_value.indices, "(b v) r m -> b (v r) m", v=windows - 1))
             context = rearrange(context, "b (v r) m d -> (b v) r m d", v=windows - 1)
         rotary = None
-        if angles is not None:
-            angles = self.rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x)) if self.rotary_emb else angles
+        if self.rotary_emb is not None:
+            angles = self.rotary_emb(x.shape[1], device=x.device, dtype=angle_dtype(x))
             of_rows = repeat(angles[width:], "(v w) d -> (b v) w d", w=width, b=batch)
             rotary = (
                 of_rows if query.indices is None else gather_tokens(of_rows, query.indices.squeeze(1)),

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colt5dist.nn.attention.rotary import Angles
 from colt5dist.nn.conditional.autoregressive_attention import ConditionalRoutedAutoregressiveAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
 from colt5dist.nn.routing.router import Route
@@ -131,7 +132,7 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
         num_heavy_ff_tokens: int | None = None,
         *,
         sample_index: Tensor | None = None,
-        rotary_angles: Tensor | None = None,
+        rotary_angles: Angles | None = None,
         return_route: bool = False,
     ) -> Tensor | tuple[Tensor, Route, Route, Route]:
         """Both layers with their residuals.
@@ -142,7 +143,7 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
             num_heavy_attn_tokens_kv: budget in place of the constructor's.
             num_heavy_ff_tokens: budget in place of the constructor's.
             sample_index: (b,) int64, the samples' numbers, needed for random routing.
-            rotary_angles: (n, head dimension), computed once for a stack of layers; None: computed here.
+            rotary_angles: of the n positions, computed once for a stack of layers; None: computed here.
             return_route: whether to return the routing too.
 
         Returns:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from colt5dist.nn.checks import budget, check_mask, check_tokens
 from colt5dist.nn.feed_forward import FeedForward
-from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.nn.routing.causal_router import CausalRouter
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_tokens
 from colt5dist.nn.routing.router import CoordinateDescentRouter, Route
@@ -107,6 +107,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         *,
         sample_index: Tensor | None = None,
         return_route: bool = False,
+        residual: bool = False,
     ) -> Tensor | tuple[Tensor, Route]:
         """Both branches.
 
@@ -117,13 +118,14 @@ class ConditionalRoutedFeedForward(nn.Module):
             num_heavy_tokens: budget in place of the constructor's.
             sample_index: (b,) int64, the samples' numbers, needed for random routing.
             return_route: whether to return the routing too.
+            residual: whether to add x to the result.
 
         Returns:
             (b, n, dim); with return_route a tuple of this and the `Route`.
         """
         check_tokens("x", x, self.dim)
         num_tokens = budget("num_heavy_tokens", num_heavy_tokens, self.num_heavy_tokens)
-        x = self.norm(x)
+        residual_input, x = norm_branch(self.norm, x, residual=residual)
         if isinstance(self.router, CausalRouter):
             if mask is not None:
                 raise ValueError("mask: causal routing takes none; put the padding at the end, where no token sees it")
@@ -139,4 +141,5 @@ class ConditionalRoutedFeedForward(nn.Module):
             indices = route.indices.squeeze(1)
             heavy = self.heavy_ff(gather_tokens(x, indices))
             out = add_routed(out, heavy * scores.to(heavy.dtype), indices)
+        out = residual_input + out if residual else out
         return (out, route) if return_route else out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from colt5dist.nn.attention.attention import Attention
+from colt5dist.nn.attention.rotary import Angles, map_angles
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_positions, gather_tokens
 from colt5dist.nn.routing.router import Route
 from colt5dist.ops.checks import check_counts
@@ -24,7 +25,7 @@ def attend_routed(
     key_value: Route,
     *,
     multiply_queries_by_score: bool = False,
-    angles: Tensor | None = None,
+    angles: Angles | None = None,
 ) -> Tensor:
     """Outputs of the routed queries over the routed sets of the context, times the queries' scores.
 
@@ -37,7 +38,7 @@ def attend_routed(
         query: routing of x, one route.
         key_value: routing of the context, one route for each set.
         multiply_queries_by_score: whether the queries are multiplied by their scores, too.
-        angles: (n, head dimension), rotary angles of all positions, of x and context alike.
+        angles: rotary angles of all n positions, of x and context alike.
 
     Returns:
         (b, m, dim).
@@ -53,8 +54,8 @@ def attend_routed(
     rotary = None
     if angles is not None:
         rotary = (
-            angles if indices_q is None else gather_positions(angles, indices_q),
-            angles if indices_kv is None else gather_positions(angles, indices_kv),
+            angles if indices_q is None else map_angles(lambda a: gather_positions(a, indices_q), angles),
+            angles if indices_kv is None else map_angles(lambda a: gather_positions(a, indices_kv), angles),
         )
     scores_q = query.scores.squeeze(1)
     heavy = attention(

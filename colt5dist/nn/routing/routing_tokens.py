@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from colt5dist.nn.initial import normal_
 
+MOST_JOINED_ROUTES = 4
+
 
 class _WideProduct(torch.autograd.Function):
     """x (t, d) @ weight (r, d)^T for 16-bit arguments on CUDA, summed and returned in float32.
@@ -24,9 +26,23 @@ class _WideProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = _outer(grads[0], weight) if ctx.needs_input_grad[0] else None
         grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
+
+
+def _outer(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad (t, r) float32 @ weight (r, d), in the type of the weight.
+
+    A compiler joins sums of a few products with the operators beside them; a matrix product reads and writes alone.
+    """
+    if not torch.compiler.is_compiling() or weight.shape[0] > MOST_JOINED_ROUTES:
+        return grad.to(weight.dtype) @ weight
+    wide = weight.float()
+    total = grad[:, :1] * wide[0]
+    for route in range(1, weight.shape[0]):
+        total = total + grad[:, route : route + 1] * wide[route]
+    return total.to(weight.dtype)
 
 
 def routing_scores(x: Tensor, routing_tokens: Tensor) -> Tensor:

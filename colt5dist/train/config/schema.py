@@ -29,6 +29,9 @@ class TrainConfig:
     """Precision of the forward and backward pass; auto: bf16 on GPUs, fp32 on CPUs. The optimizer works in fp32."""
     activation_checkpointing: Literal["none", "full", "full_keep_routing"] = "none"
     """What is recomputed in the backward pass: nothing, every layer, or every layer except the routers' decisions."""
+    compile: Literal["auto", "layers", "off"] = "auto"
+    """On GPUs: auto compiles the layers and, at ZeRO stages 1 and 2, records forward and backward of a micro-batch in
+    one CUDA graph; layers only compiles the layers; off does neither. Nothing is compiled on CPUs."""
     z_loss: float = 1e-4
     """Weight of the squared log-normaliser of the output softmax, added to the training loss."""
     log_every: int = 10

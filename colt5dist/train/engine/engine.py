@@ -1,6 +1,7 @@
 """The DeepSpeed engine: model, optimizer and ZeRO behind the four calls that the loop makes."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,11 @@ from colt5dist.data.read.batch import Batch
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.compile import compile_layers, without_compiled_code
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
 from colt5dist.train.engine.flat_gradients import FlatGradients
 from colt5dist.train.engine.gradients import DeepSpeedGradients
+from colt5dist.train.engine.micro_batch_graph import MicroBatchGraphs, arrange
 from colt5dist.train.engine.optimizer import build_optimizer
 from colt5dist.train.losses import training_loss
 
@@ -50,9 +53,14 @@ class Engine:
                 model = build_model(config)
         else:
             model = build_model(config)
+        self._compiled = on_gpu and config.train.compile != "off"
+        if self._compiled:
+            compile_layers(model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optimizer), config=settings
         )
+        self.news: list[str] = []
+        """Lines for the log about what has been compiled; whoever prints them clears the list."""
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
         if flat_gradients is None:
@@ -70,6 +78,26 @@ class Engine:
             self.gradients = DeepSpeedGradients(
                 self.deepspeed, self.stage, clipping=config.optimizer.gradient_clipping, device=device
             )
+
+        self._graphs: MicroBatchGraphs | None = None
+        if flat_gradients and on_gpu and config.train.compile == "auto":
+            self._graphs = MicroBatchGraphs(self._pass, self._dropped_pass, device, self.news.append)
+
+    def _pass(self, batch: Batch, num_targets: torch.Tensor) -> CoLT5Output:
+        """Forward and backward of a micro-batch that is on the device."""
+        output = self.forward(batch)
+        training_loss(output, num_targets, self.z_loss).backward()
+        return CoLT5Output(output.token_loss.detach(), output.z_loss.detach(), ())
+
+    def _dropped_pass(self, batch: Batch, num_targets: torch.Tensor) -> CoLT5Output:
+        """The same, whose gradients go nowhere."""
+        assert isinstance(self.gradients, FlatGradients)
+        with self.gradients.dropped():
+            return self._pass(batch, num_targets)
+
+    def arrange(self, micro_batches: list[Batch]) -> list[Batch]:
+        """A step's micro-batches with their rows in the order in which they run fastest."""
+        return micro_batches if self._graphs is None else arrange(micro_batches)
 
     def change_lengths(self, stage: RunConfig) -> None:
         """Go on with the micro-batches and the share of routed tokens of another stage of the run."""
@@ -108,6 +136,11 @@ class Engine:
         Returns:
             The micro-batch on the device, and the model's output; both may be overwritten by the next call.
         """
+        if self._graphs is not None:
+            try:
+                return self._replay(self._graphs, batch, num_targets, collect_routing)
+            except Exception as error:  # whatever a compiler or a capture may raise
+                self._fall_back(error, batch, num_targets)
         on_device = to_device(batch, self.device)
         with record_function("forward"):
             output = self.forward(on_device, collect_routing=collect_routing)
@@ -116,9 +149,41 @@ class Engine:
             self.backward(loss)
         return on_device, output
 
+    def _replay(
+        self, graphs: MicroBatchGraphs, batch: Batch, num_targets: torch.Tensor, collect_routing: bool
+    ) -> tuple[Batch, CoLT5Output]:
+        """`forward_backward` by CUDA graph."""
+        with record_function("forward and backward"):
+            on_device, output = graphs(batch, num_targets)
+        assert isinstance(self.gradients, FlatGradients)
+        self.gradients.after_micro_batch()
+        self._micro_batch += 1
+        if collect_routing:
+            with torch.no_grad():
+                output = output._replace(routing=self.forward(on_device, collect_routing=True).routing)
+        return on_device, output
+
+    def _fall_back(self, error: Exception, batch: Batch, num_targets: torch.Tensor) -> None:
+        """Go on without CUDA graphs, or if it is the compiler that fails without compiled layers, and say so."""
+        self._graphs = None
+        torch.cuda.empty_cache()
+        failed, instead = "no CUDA graph could be made", "compiled layers are launched one by one"
+        try:
+            self._dropped_pass(to_device(batch, self.device), num_targets)
+        except Exception as again:
+            self._compiled = False
+            error, failed, instead = again, "the layers could not be compiled", "they run as they are"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.news.append(f"note: train.compile: {failed}, {instead}, slower ({type(error).__name__}: {reason})")
+
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
         """Token losses of one micro-batch that is on the device."""
         module = self.module if isinstance(self.gradients, FlatGradients) else self.deepspeed
+        compiled = self._compiled and torch.is_grad_enabled() and not collect_routing
+        with nullcontext() if compiled else without_compiled_code():
+            return self._call(module, batch, collect_routing)
+
+    def _call(self, module: nn.Module, batch: Batch, collect_routing: bool) -> CoLT5Output:
         return module(
             batch["input_ids"],
             batch["decoder_input_ids"],

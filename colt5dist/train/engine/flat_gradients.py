@@ -15,6 +15,7 @@ from it is in `_layouts` alone (tests/train/engine/test_flat_gradients.py probes
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,7 @@ class FlatGradients:
             self._add_hook(name, p)
         self._reduced = False
         self._refused = False
+        self._dropping = False
         self._norm: float | None = None
 
     def _add_hook(self, name: str, p: nn.Parameter) -> None:
@@ -102,7 +104,9 @@ class FlatGradients:
         def take(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             gradient = parameter.grad.view(-1)
-            if self.sums_whole:
+            if self._dropping:
+                pass
+            elif self.sums_whole:
                 accumulate_(target, gradient)
             else:
                 target.copy_(gradient)
@@ -114,6 +118,15 @@ class FlatGradients:
         """Add the gradient of this rank's share of the global loss."""
         loss.backward()
         self.after_micro_batch()
+
+    @contextmanager
+    def dropped(self) -> Iterator[None]:
+        """Within it the gradients of backward passes go nowhere."""
+        self._dropping = True
+        try:
+            yield
+        finally:
+            self._dropping = False
 
     def after_micro_batch(self) -> None:
         """Stage 2 on several ranks: add the micro-batch's gradient, summed over ranks, to this rank's partition."""

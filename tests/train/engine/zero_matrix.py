@@ -1,6 +1,8 @@
 """Trains, saves and loads at ZeRO stages (0123, say) and writes the losses as JSON; started by test_zero_stages.py.
 
-    torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES SETTING...
+    torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES [--flat] SETTING...
+
+With --flat, stages 1 and 2 sum gradients by FlatGradients also on CPUs.
 
 Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
 """
@@ -79,12 +81,14 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
     """Run the matrix."""
     ranks = ranks_from_environment()
     device = initialise_process_group(ranks, 5)
+    flat = True if "--flat" in settings else None
+    settings = [setting for setting in settings if setting != "--flat"]
     results: dict[str, object] = {}
     for stage in stages:
         config = load_config(TINY, [*settings, f"zero.stage={stage}"])
         root = folder / f"stage{stage}"
         if not root.exists():
-            engine = Engine(config, ranks.world_size, device)
+            engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage in (1, 2) else None)
             steps = [train_step(engine, config, step) for step in (1, 2)]
             *spoilt, applied = train_step(engine, config, 3, spoil=True)
             results[f"nan {stage}"] = {"applied": applied, "finite": math.isfinite(spoilt[0])}
@@ -95,7 +99,7 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
     for written in stages:
         for stage in stages:
             config = load_config(TINY, [*settings, f"zero.stage={stage}"])
-            engine = Engine(config, ranks.world_size, device)
+            engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage in (1, 2) else None)
             source = step_folder(folder / f"stage{written}", 3)
             state = load_checkpoint(source, engine)
             refresh_parameters(engine)

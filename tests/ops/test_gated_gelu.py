@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from colt5dist.nn.gated_gelu import gated_gelu
+from colt5dist.ops.gated_gelu import gated_gelu
 
 
 def test_equals_autograd():

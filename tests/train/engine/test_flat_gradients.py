@@ -1,0 +1,52 @@
+"""`FlatGradients` trains as DeepSpeed's own hooks do: ZeRO stages 1 and 2, on one and two CPU processes.
+
+This also probes the semi-private places of DeepSpeed that colt5dist/train/engine/flat_gradients.py relies on.
+"""
+
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("zero_matrix.py")
+TOLERANCE = {"fp32": 2e-5, "bf16": 2e-3}
+"""Relative, of losses and gradient norms; bf16 has 8 bits, and sums are made in another order."""
+
+
+@pytest.fixture(scope="module", params=list(product(("fp32", "bf16"), (1, 2))), ids=str)
+def trained(
+    request: pytest.FixtureRequest,
+    run_ranks: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    micro_settings: tuple[str, ...],
+) -> tuple[str, dict[str, Any]]:
+    """Precision, and the matrix of stages 0 (by DeepSpeed), 1 and 2 (flat)."""
+    precision, processes = request.param
+    folder = tmp_path_factory.mktemp("flat")
+    settings = (*micro_settings, "train.micro_batch_size=2", f"train.precision={precision}")
+    run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "012", "--flat", *settings, processes=processes)
+    return precision, json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_losses_and_norms_are_those_of_deepspeed(trained: tuple[str, dict[str, Any]], stage: int) -> None:
+    """Of two steps, and of two after a skipped one."""
+    precision, results = trained
+    for got, expected in zip(results[f"train {stage}"], results["train 0"], strict=True):
+        assert got == pytest.approx(expected, rel=TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_is_not_finite_is_skipped(trained: tuple[str, dict[str, Any]], stage: int) -> None:
+    assert trained[1][f"nan {stage}"] == {"applied": False, "finite": True}
+
+
+@pytest.mark.parametrize(("written", "stage"), [(0, 1), (0, 2), (1, 2), (2, 1), (1, 0), (2, 0), (1, 1), (2, 2)])
+def test_checkpoints_are_the_same(trained: tuple[str, dict[str, Any]], written: int, stage: int) -> None:
+    """One that DeepSpeed's path wrote goes on on the flat path, and the other way round."""
+    precision, results = trained
+    for got, expected in zip(results[f"load {written} {stage}"], results[f"train {written}"][2:], strict=True):
+        assert got == pytest.approx(expected, rel=TOLERANCE[precision])
