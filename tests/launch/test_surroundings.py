@@ -93,7 +93,8 @@ def test_a_report_that_is_lost_is_a_failure(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=trainer_environment())
     assert done.returncode == 1
-    assert done.stderr == "error: standard output cannot be written (No space left on device); a part of the output is lost\n"
+    reason = "No space left on device"
+    assert done.stderr == f"error: standard output cannot be written ({reason}); a part of the output is lost\n"
 
 
 def test_an_end_that_cannot_be_written_down(tmp_path: Path, run_pretrain: Pretrain) -> None:
