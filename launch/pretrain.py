@@ -1,6 +1,6 @@
 """Pretrain a CoLT5: `deepspeed launch/pretrain.py [--config FILE] [key=value ...]`.
 
-Without arguments the embedded default: a tiny model on the running Python's standard library, on whatever is there.
+Without arguments it trains a tiny model on the running Python's standard library, on all GPUs, or on CPU processes.
 `--print-config` prints the resolved configuration, `--dry-run` also what the run would need.
 """
 
@@ -16,10 +16,10 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a slip as one line, like all wrong input."""
+    """Reports a wrong argument as one line, like all wrong input."""
 
     def error(self, message: str) -> NoReturn:
-        """Print and end with status 2."""
+        """Print one line and exit with status 2."""
         from colt5dist.errors import ConfigError
         from colt5dist.train.ranks import exit_for_wrong_input
 
@@ -27,23 +27,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Options, and the settings as they stand."""
+    """Read the options; the `key=value` settings are returned as text."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="YAML file (default: configs/tiny.yaml)")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
-    """Run; returns the exit status."""
+    """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
-    # imported after the arguments are read, so that --help and a slip in them are answered at once
+    # imported late, so that --help and a wrong argument are answered at once
     from colt5dist.train.guard.launcher import launcher_processes
 
-    launcher_processes()  # remembered before the long imports: it may die in the meantime
+    launcher_processes()  # found before the long imports, because the launcher may end during them
     from colt5dist.errors import ConfigError, SaveError, TrainingFault
     from colt5dist.train.config.load import config_to_yaml, load_config
     from colt5dist.train.ranks import EXIT_SAVE_FAILED, exit_for_wrong_input, ranks_from_environment
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # until there is something to save, Ctrl-C ends the start at once, as SIGTERM does
+    # until there is something to save, Ctrl-C ends the start at once, like SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     outlive_readers()
     sys.exit(main(sys.argv[1:]))

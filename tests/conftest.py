@@ -1,4 +1,4 @@
-"""Settings of all tests: Triton's interpreter where there is no GPU, the skip of tests that need one, fixtures."""
+"""Settings of all tests: Triton's interpreter without a GPU, skipped tests that need one, shared fixtures."""
 
 import importlib.util
 import os
@@ -17,17 +17,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other core
 import torch
 
 if not torch.cuda.is_available():
-    # read when a kernel is decorated, so it must stand before the package is imported
+    # read when a kernel is decorated, so it must be set before the package is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest
 
-# a stall of the machine is no fault; and what fails in one run fails in the next
+# a slow machine is no error; and a failure in one run must occur in the next run too
 hypothesis.settings.register_profile("colt5dist", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("colt5dist")
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINER_VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""Environment variables of processes that train in tests: one thread each, no GPU."""
 sys.path.insert(0, str(ROOT / "tests"))
 
 from forks import ForkServer  # noqa: E402
@@ -59,11 +61,11 @@ MICRO_SETTINGS = (
     "schedule.warmup_steps=4",
     "zero.persistence_threshold=0",
 )
-"""A true CoLT5 of some ten thousand parameters; the threshold makes stage 3 partition even its smallest ones."""
+"""A complete CoLT5 of some ten thousand parameters; the threshold makes stage 3 shard even its smallest ones."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two files at a time where all tests are run; where some are chosen, this process runs them."""
+    """Run two files at a time if all tests are run; selected tests run in this process."""
     chosen = config.option.markexpr or config.option.keyword or config.args_source is config.ArgsSource.ARGS
     return 0 if chosen else min(2, len(os.sched_getaffinity(0)))
 
@@ -80,15 +82,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Torch's random numbers in a test are its own, whichever tests this process ran before."""
+    """Seed PyTorch by the name of the test, so that it does not depend on the tests that ran before."""
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of this session's own: tests build the standard library's shards once and for themselves.
+    """A cache folder for this test session: tests build the standard library's shards once, only for themselves.
 
-    With `pytest -n` its processes share it; building is made for that.
+    With `pytest -n` all processes share it; building is safe for that.
     """
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
@@ -98,13 +100,13 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_text(rng: random.Random, num_bytes: int) -> str:
-    """Words of random letters, `num_bytes` long."""
+    """Make words of random letters, `num_bytes` long in all."""
     text = " ".join("".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(num_bytes // 2 + 1))
     return text[:num_bytes]
 
 
 def write_short_texts(folder: Path, num_documents: int) -> Path:
-    """Shards of documents of which each gives the micro model about one sample; the same ones on every machine."""
+    """Write shards of documents that give the micro model about one sample each; equal on every machine."""
     from colt5dist.data.prepare.held_out_split import CorpusWriter
     from colt5dist.data.tokenizer import ByteTokenizer
 
@@ -118,7 +120,7 @@ def write_short_texts(folder: Path, num_documents: int) -> Path:
 
 @pytest.fixture(scope="session")
 def short_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such shards."""
+    """Folder of the shards that `write_short_texts` writes."""
     return write_short_texts(tmp_path_factory.mktemp("short-texts") / "shards", 150)
 
 
@@ -135,7 +137,7 @@ def micro_settings() -> tuple[str, ...]:
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of launch/ as a module."""
+    """Load a script of launch/ as a module."""
     spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -153,8 +155,8 @@ Pretrain = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def trainer_environment() -> dict[str, str]:
-    """What the processes that train inherit: one thread each, no GPU, no interpreter of kernels."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    """Environment of processes that train in tests: `TRAINER_VARIABLES`, and no interpreter for Triton's kernels."""
+    environment = {**os.environ, **TRAINER_VARIABLES}
     environment.pop("TRITON_INTERPRET", None)
     return environment
 
@@ -164,7 +166,7 @@ Fork = Callable[[Path, Sequence[str], int], subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def fork(shard_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
-    """Run a script on some ranks that are forks of one process."""
+    """Function that runs a script on several ranks, which are forks of one process."""
     server = ForkServer(trainer_environment())
 
     def run(script: Path, arguments: Sequence[str], processes: int) -> subprocess.CompletedProcess[str]:
@@ -179,9 +181,9 @@ def fork(shard_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def run_pretrain(fork: Fork) -> Pretrain:
-    """Run launch/pretrain.py on the micro model, as forks of one process or with a real launcher.
+    """Function that runs launch/pretrain.py on the micro model, as forks of one process or with a real launcher.
 
-    `launcher`: forks, python, deepspeed or torchrun; forks where no launcher and nothing of the start is looked at.
+    Its `launcher` is forks, python, deepspeed or torchrun; forks are enough unless a test is about the start itself.
     """
 
     def launch(
@@ -214,7 +216,7 @@ def run_pretrain(fork: Fork) -> Pretrain:
 
 @pytest.fixture(scope="session")
 def run_ranks(fork: Fork) -> Callable[..., str]:
-    """Run a script of the tests on some CPU processes; it has to succeed; gives what it printed."""
+    """Function that runs a script of the tests on several CPU processes; it must succeed; returns its output."""
 
     def run(script: Path, *arguments: str, processes: int) -> str:
         done = fork(script, arguments, processes)
@@ -225,7 +227,7 @@ def run_ranks(fork: Fork) -> Callable[..., str]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on, of this test process's own, below those that the kernel gives to others."""
+    """Find a free TCP port in a range of this test process, below the ports that the kernel assigns."""
     import socket
 
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -236,4 +238,4 @@ def free_port() -> int:
             with suppress(OSError):
                 probe.bind(("", port))
                 return port
-    raise RuntimeError("200 ports are all in use")
+    raise RuntimeError("no free port among 200")

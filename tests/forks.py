@@ -1,4 +1,4 @@
-"""Ranks as forks of one process that has imported everything: a start takes a second or two, a launcher's ten.
+"""Ranks as forks of one process that has imported everything: a start takes one or two seconds instead of ten.
 
 python tests/forks.py      # a line of JSON on stdin starts some ranks, a line on stdout has their exit statuses
 """
@@ -16,10 +16,10 @@ TIMEOUT_SECONDS = 300
 
 
 class ForkServer:
-    """The process that is forked, seen from the one that asks for it.
+    """Controls the process that is forked.
 
     Args:
-        environment: of the ranks; torch and Triton read parts of it when they are imported.
+        environment: environment of the ranks; PyTorch and Triton read parts of it when they are imported.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
@@ -28,13 +28,13 @@ class ForkServer:
         self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
     def run(self, script: Path, arguments: Sequence[str], processes: int, port: int, output: Path) -> list[int]:
-        """A script on some ranks, or without the variables of a launcher if it is one.
+        """Run a script on several ranks; a single rank gets no variables of a launcher.
 
         Args:
             script: what each rank runs.
-            arguments: of the script.
+            arguments: arguments of the script.
             processes: number of ranks.
-            port: that they meet on.
+            port: port on which they connect.
             output: folder for `stdout` and `stderr`.
 
         Returns:
@@ -48,11 +48,11 @@ class ForkServer:
             print(json.dumps(request), file=self._process.stdin, flush=True)
             answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the process that is forked has ended with status {self._process.wait()}")
+            raise RuntimeError(f"the process that is forked ended with status {self._process.wait()}")
         return json.loads(answer)
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -60,7 +60,15 @@ class ForkServer:
 
 
 def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
-    """In a new fork: run a script there, and end."""
+    """Run a script in a new fork, and exit.
+
+    Args:
+        place: variables that a launcher sets.
+        script: the script.
+        arguments: its arguments.
+        stdout: file for its standard output.
+        stderr: file for its standard error.
+    """
     import runpy
     import threading
     import traceback
@@ -70,7 +78,7 @@ def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str]
     for descriptor, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), descriptor)
     os.environ.update({key: str(value) for key, value in place.items()})
-    if "OMP_NUM_THREADS" in os.environ:  # which may have changed since torch read it; the number decides the last bits
+    if "OMP_NUM_THREADS" in os.environ:  # torch may have read another number; it affects the last bits
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
@@ -83,7 +91,7 @@ def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str]
     except BaseException:
         traceback.print_exc()
     finally:
-        for thread in threading.enumerate():  # as an interpreter does that ends
+        for thread in threading.enumerate():  # as Python does when it exits
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
         sys.stdout.flush()
@@ -91,13 +99,13 @@ def become_rank(place: dict[str, object], script: Path, arguments: Sequence[str]
 
 
 def rank_places(processes: int, port: int) -> list[dict[str, object]]:
-    """The variables that a launcher gives each rank."""
+    """Return the variables that a launcher sets for each rank."""
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in range(processes)]
 
 
 def import_everything() -> None:
-    """What a start imports, also what DeepSpeed imports only when an engine is made: that brings torch's compilers."""
+    """Import what a start needs, also what DeepSpeed imports only for an engine, which includes PyTorch's compilers."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     import colt5dist.train.pretrain  # noqa: F401

@@ -1,12 +1,12 @@
-"""Send stop signals to the real `deepspeed` command at random moments, and see that nothing is lost; run by hand.
+"""Send stop signals to the real `deepspeed` command at random moments, and check that nothing is lost; run by hand.
 
     python tests/signals.py --ways group runner --times 20
 
-A way is who gets which signal: `group` (SIGTERM to the process group), `runner` (SIGTERM to the command alone), `rank`
-(SIGTERM to one rank), `interrupt` (SIGINT to the group: Ctrl-C), `slurm` (SIGUSR1 to every rank: what `sbatch
---signal=USR1@60` sends before the end of the time). Moments: start-up, evaluating, training, saving. After a signal
-all processes must end within 25 s; where training had begun, the checkpoint of the last recorded step must be whole and
-`status.json` say so; the next start goes on from it.
+A way is which process gets which signal: `group` (SIGTERM to the process group), `runner` (SIGTERM to the command
+alone), `rank` (SIGTERM to one rank), `interrupt` (SIGINT to the group: Ctrl-C), `slurm` (SIGUSR1 to every rank: what
+`sbatch --signal=USR1@60` sends before the time limit). Moments: start-up, evaluating, training, saving. After a signal
+all processes must end within 25 s. If training had started, the checkpoint of the last recorded step must be whole,
+`status.json` must say so, and the next start must resume from it.
 """
 
 import argparse
@@ -39,24 +39,24 @@ SETTINGS = ("train.steps=1000000", "train.log_every=1", "train.eval_every=5", "c
 
 
 def signal_group(start: Start, number: signal.Signals) -> None:
-    """Signal everything that the terminal, or a supervisor, would."""
+    """Signal the process group, as a terminal or a supervisor does."""
     os.killpg(start.processes[0].pid, number)
 
 
 def wait_for_end(start: Start, allowed: float) -> float:
-    """Seconds until all processes have ended."""
+    """Wait until all processes have ended; returns the seconds."""
     begin = time.monotonic()
     _, alive = psutil.wait_procs(start.processes, timeout=allowed)
     for process in alive:
         process.kill()
-    assert not alive, f"{alive} still live {allowed} s after the signal; see {start.log}"
+    assert not alive, f"{alive} are still running {allowed} s after the signal; see {start.log}"
     return time.monotonic() - begin
 
 
 def one_signal(
     run_dir: Path, log: Path, way: str, moment: str, rng: random.Random, settings: Sequence[str], *, processes: int
 ) -> dict[str, object]:
-    """Start, signal at the moment, and check; returns what was seen."""
+    """Start, send the signal at the moment, and check; returns what was observed."""
     log.touch()
     (run_dir / "status.json").unlink(missing_ok=True)
     expected = newest_whole(run_dir)
@@ -64,14 +64,14 @@ def one_signal(
     if moment == "start-up":
         time.sleep(rng.uniform(0, 8))
     else:
-        wait_for_line(start, "samples a step")  # all is built: the first evaluation, or the first step, comes
+        wait_for_line(start, "samples per step")  # the model is built; the first evaluation or step follows
         if moment != "evaluating" or expected:
             wait_for_line(start, "step ")
         if moment == "saving":
             wait_for_save(start, run_dir, rng)
         elif moment == "training":
             time.sleep(rng.uniform(0, 5))
-    began = "going on from" in log.read_text() or "samples a step" in log.read_text()
+    began = "resuming from" in log.read_text() or "samples per step" in log.read_text()
     WAYS[way](start)
     seconds = wait_for_end(start, ALLOWED_SECONDS)
     printed = log.read_text()
@@ -79,7 +79,7 @@ def one_signal(
     assert printed.count("Traceback") <= (way == "interrupt"), f"see {log}"
     assert not (run_dir / "failures").exists(), f"see {run_dir / 'failures'}"
     if expected:
-        assert f"{expected}\n" in printed or not began, f"did not go on from {expected}; see {log}"
+        assert f"{expected}\n" in printed or not began, f"did not resume from {expected}; see {log}"
     newest = newest_whole(run_dir)
     step = int(newest.split("_")[1]) if newest else 0
     status = json.loads((run_dir / "status.json").read_text()) if (run_dir / "status.json").exists() else None
@@ -87,7 +87,7 @@ def one_signal(
         assert status and status["status"] == "stopped" and status["step"] == step, f"{status}, {newest}; see {log}"
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == list(range(1, step + 1)), f"steps are lost; see {log}"
-    else:  # nothing had begun: what was there before is as it was
+    else:  # training had not started: nothing changed
         assert newest == expected
     return {"way": way, "moment": moment, "began": began, "seconds": round(seconds, 1), "step": step, "status": status}
 

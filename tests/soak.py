@@ -1,18 +1,18 @@
-"""Train for hours and see that resident memory stays flat and that no step is lost; run by hand.
+"""Train for hours and check that resident memory stays flat and that no step is lost; run by hand.
 
     python tests/soak.py --minutes 125 --output runs/soak [--config FILE] [key=value ...]
 
 Every 2 seconds the resident memory of the trainer and its data workers is appended to OUTPUT/memory.csv: anonymous and
-shared memory of all of them, where a page that they share counts once, and the trainer's mapped files.
-At the end it prints a table, draws OUTPUT/memory.png where matplotlib is installed, and ends with 0 if everything held.
+shared memory of all of them, where a shared page counts once, and the trainer's mapped files. At the end it prints a
+table, draws OUTPUT/memory.png if matplotlib is installed, and ends with status 0 if all checks passed.
 
-Within each step memory rises from a floor, the same to 0.2 %, to peaks a tenth above it. What must stay flat is the
-floor (the 10th percentile of a tenth of the run), where a leak shows, and the peaks (the 90th), where a heap that falls
-to pieces does. The median lies between the two and moves with the share of its time that a step spends at either, which
-depends on what else the machine does; it is printed only.
+Within each step memory rises from a floor, constant to 0.2 %, to peaks a tenth above it. The floor (the 10th percentile
+of a tenth of the run) must stay flat, because it shows a leak; and so must the peaks (the 90th percentile), because
+they show a fragmented heap. The median is between the two and depends on how long a step stays near either, and so on
+other work of the machine; it is only printed.
 
-The allocator's heap may take longer than the default warm-up to find its size (36 minutes with one thread); the plot
-shows when it has, and --warm-up-minutes says so.
+The allocator's heap may need longer than the default warm-up to reach its size (36 minutes with one thread). The plot
+shows it; then set --warm-up-minutes.
 """
 
 import argparse
@@ -40,9 +40,9 @@ SETTINGS = (
     "checkpoint.every_steps=100",
     "checkpoint.keep_last=2",
 )
-"""Every step is recorded; evaluations and checkpoints come now and then."""
+"""Every step is recorded; evaluations and checkpoints every 100 steps."""
 SAMPLE_SECONDS = 2.0
-"""Shorter than a step, within which memory rises and falls by a tenth: the fewer samples, the less sure the medians."""
+"""Shorter than a step, in which memory rises and falls by a tenth: fewer samples make the percentiles less certain."""
 WINDOWS = 10
 ALLOWED_CHANGE = 0.02
 KINDS = ("floor", "median", "peaks", "largest")
@@ -51,7 +51,7 @@ COLUMNS = ("seconds", "step", "processes", "total_mib", "trainer_mib", "workers_
 
 
 def sample(process: psutil.Process) -> tuple[int, float, float]:
-    """Number of processes, MiB of the trainer, MiB of the processes below it."""
+    """Measure: number of processes, MiB of the trainer, MiB of its child processes."""
     workers = process.children(recursive=True)
     mine = proportional_kib(process.pid, "Pss_Anon", "Pss_Shmem") + mapped_files_kib(process.pid)
     sizes = []
@@ -64,13 +64,13 @@ def sample(process: psutil.Process) -> tuple[int, float, float]:
 
 
 def proportional_kib(pid: int, *names: str) -> int:
-    """Sum of some lines of smaps_rollup, where pages are divided by the number of processes that map them."""
+    """Sum some lines of smaps_rollup, in which a page is divided by the number of processes that map it."""
     lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     return sum(int(line[1]) for line in lines if line[0].rstrip(":") in names)
 
 
 def mapped_files_kib(pid: int) -> int:
-    """Resident pages of mapped files; not divided, for other programs on the machine map the same libraries."""
+    """Resident pages of mapped files; not divided, because other programs on the machine map the same libraries."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return next(int(line[1]) for line in lines if line[0] == "RssFile:")
 
@@ -102,7 +102,7 @@ def watch(process: subprocess.Popen[bytes], run_dir: Path, path: Path) -> int:
 
 
 def last_step(run_dir: Path) -> int:
-    """Step of the last whole line of metrics.jsonl, read from the file's end; 0 before the first."""
+    """Read the step of the last complete line of metrics.jsonl from the file's end; 0 before the first."""
     try:
         with open(run_dir / "metrics.jsonl", "rb") as file:
             file.seek(max(os.fstat(file.fileno()).st_size - 65536, 0))
@@ -113,7 +113,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def windows(rows: Sequence[dict[str, float]], warm_up: float) -> list[dict[str, float]]:
-    """Floor, median, peaks and largest memory in equal parts of the time after the warm-up."""
+    """Compute floor, median, peaks and largest memory in equal parts of the time after the warm-up."""
     rows = [row for row in rows if row["seconds"] >= warm_up]
     size = len(rows) // WINDOWS
     assert size >= 3, f"only {len(rows)} samples after the warm-up; run longer"
@@ -133,7 +133,7 @@ def windows(rows: Sequence[dict[str, float]], warm_up: float) -> list[dict[str, 
 
 
 def problems_of_run(run_dir: Path, exit_status: int) -> list[str]:
-    """What is wrong with the steps, the checkpoints and the end of the run."""
+    """Check the steps, the checkpoints and the end of the run; returns what is wrong."""
     found = []
     steps = [record["step"] for record in read_metrics(run_dir)]
     if not steps or steps != list(range(1, len(steps) + 1)):
@@ -149,7 +149,7 @@ def problems_of_run(run_dir: Path, exit_status: int) -> list[str]:
 
 
 def plot(rows: Sequence[dict[str, float]], path: Path) -> str:
-    """Draw memory over time; returns what became of it."""
+    """Draw memory over time; returns a line about the plot."""
     try:
         import matplotlib
     except ImportError:

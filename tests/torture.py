@@ -1,14 +1,14 @@
-"""Kill a run of two processes again and again, start it again, and compare its losses with an undisturbed run's.
+"""Kill and restart a run of two processes many times, and compare its losses with those of an undisturbed run.
 
     python tests/torture.py --rounds 200          # by hand, long
     python tests/torture.py --minutes 2.4 --seed 1  # as in the tests
 
 At random moments, a third of them while a checkpoint is being written, one rank or both are killed with SIGKILL. Most
-rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds; every
-`--launcher-every`-th round is started by the real `deepspeed` command, of which a rank, launch.py, the command itself,
-or everything is killed. Half of the rounds save in the background. After each kill what is left must end by itself;
-after each start the newest whole checkpoint, found here by other means than the trainer's, must be the one that it goes
-on from. At the end the losses and gradient norms of all steps equal the undisturbed run's to the bit.
+rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds. Every
+`--launcher-every`-th round is started by the real `deepspeed` command; then a rank, launch.py, the command itself, or
+everything is killed. Half of the rounds save in the background. After each kill the remaining processes must end by
+themselves. Each start must resume from the newest whole checkpoint, which this script finds with its own code. At the
+end the losses and gradient norms of all steps must equal the undisturbed run's to the bit.
 """
 
 import argparse
@@ -45,12 +45,12 @@ SETTINGS = (
 )
 NEVER_STEPS = "train.steps=1000000"
 END_SECONDS = 60.0
-"""What is left of a run after a kill must have ended by then."""
+"""Seconds after a kill within which the remaining processes must have ended."""
 START_SECONDS = 180.0
 
 
 def train_on_cpu() -> None:
-    """What the processes that train inherit, in a script of its own; tests set it for as long as they take."""
+    """Set the environment of processes that train, for a script that runs by itself."""
     os.environ.update(trainer_environment())
     os.environ.pop("TRITON_INTERPRET", None)
 
@@ -60,18 +60,20 @@ class Start:
     """A started run."""
 
     processes: list[psutil.Process]
-    """Everything that can be killed: the ranks last, before them what started them."""
+    """Everything that can be killed: first the launcher's processes, last the ranks."""
     log: Path
+    """File with the output of all processes."""
     num_ranks: int = 2
+    """Number of ranks."""
 
     @property
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train."""
+        """The ranks."""
         return self.processes[-self.num_ranks :]
 
 
 def newest_whole(run_dir: Path) -> str | None:
-    """Name of the newest checkpoint whose marker names its files with their sizes."""
+    """Name of the newest checkpoint whose files have the sizes that COMPLETE states."""
     for folder in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
         try:
             files = json.loads((folder / "COMPLETE").read_text())["files"]
@@ -84,7 +86,7 @@ def newest_whole(run_dir: Path) -> str | None:
 
 
 def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
-    """Two ranks that are forks of this process."""
+    """Start two ranks as forks of this process."""
     ranks = []
     for place in rank_places(2, free_port()):
         pid = os.fork()
@@ -95,7 +97,7 @@ def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
 
 
 def launch_ranks(run_dir: Path, log: Path, settings: Sequence[str], *, processes: int = 2) -> Start:
-    """Some ranks under the real `deepspeed` command."""
+    """Start ranks with the real `deepspeed` command."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--master_port", str(free_port())]
     command += [
         "--num_accelerators",
@@ -118,7 +120,7 @@ def launch_ranks(run_dir: Path, log: Path, settings: Sequence[str], *, processes
 
 
 def reap(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Collect ended children; returns the processes that live."""
+    """Collect ended children; returns the processes that are still running."""
     alive = []
     for process in processes:
         with contextlib.suppress(ChildProcessError):
@@ -130,12 +132,12 @@ def reap(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 def wait_for_end(start: Start) -> None:
-    """See that nothing of a start is left, without help."""
-    # ranks whose launcher was killed at once see it when they have imported everything
+    """Check that all processes of a start end by themselves."""
+    # ranks whose launcher was killed early notice it only after all imports
     seconds = END_SECONDS if len(start.processes) == start.num_ranks else START_SECONDS
     deadline = time.monotonic() + seconds
     while alive := reap(start.processes):
-        assert time.monotonic() < deadline, f"{alive} still live {seconds} s after the kill; see {start.log}"
+        assert time.monotonic() < deadline, f"{alive} are still running {seconds} s after the kill; see {start.log}"
         time.sleep(0.05)
 
 
@@ -152,7 +154,7 @@ def wait_for_line(start: Start, words: str) -> str:
 
 
 def wait_for_save(start: Start, run_dir: Path, rng: random.Random) -> bool:
-    """Wait until a checkpoint's temporary folder is there, and then for a random part of a save."""
+    """Wait until a checkpoint's temporary folder exists, and then for a random part of the save."""
     deadline = time.monotonic() + 30
     seen = set((run_dir / "checkpoints").glob(".step_*"))
     while time.monotonic() < deadline and reap(start.ranks):
@@ -163,7 +165,7 @@ def wait_for_save(start: Start, run_dir: Path, rng: random.Random) -> bool:
 
 
 def one_round(run_dir: Path, number: int, rng: random.Random, *, launcher: bool) -> dict[str, object]:
-    """Start, check what it goes on from, and kill; returns what was done."""
+    """Start, check what the run resumes from, and kill; returns what was done."""
     log = run_dir.parent / f"round_{number:04d}.log"
     log.touch()
     expected = newest_whole(run_dir)
@@ -194,15 +196,15 @@ def one_round(run_dir: Path, number: int, rng: random.Random, *, launcher: bool)
         process.kill()
     killed = time.monotonic()
     if moment == "start" and not launcher:
-        # before all have met there is no heartbeat, and train.timeout_minutes is long: a launcher would end the others
+        # without a heartbeat yet, the others would wait for train.timeout_minutes; a launcher would end them
         for process in start.processes:
             process.kill()
     wait_for_end(start)
     ended = time.monotonic()
-    said = re.findall(r"going on from .*/(step_\d+)", log.read_text(errors="replace"))
-    assert not said or said == [expected], f"went on from {said}, the newest whole one is {expected}; see {log}"
+    said = re.findall(r"resuming from .*/(step_\d+)", log.read_text(errors="replace"))
+    assert not said or said == [expected], f"resumed from {said}, the newest whole one is {expected}; see {log}"
     if moment != "start":
-        assert (said or [None]) == [expected], f"went on from {said}, the newest whole one is {expected}; see {log}"
+        assert (said or [None]) == [expected], f"resumed from {said}, the newest whole one is {expected}; see {log}"
     return {
         "round": number,
         "launcher": launcher,
@@ -217,7 +219,7 @@ def one_round(run_dir: Path, number: int, rng: random.Random, *, launcher: bool)
 
 
 def finish(run_dir: Path, steps: int, log: Path) -> list[tuple[object, ...]]:
-    """Run to a last step undisturbed; returns loss, gradient norm and rate of all steps."""
+    """Run to a last step without kills; returns step, loss, gradient norm, rate and tokens of all steps."""
     start = fork_ranks(run_dir, log, [*SETTINGS, f"train.steps={steps}"])
     while reap(start.ranks):
         time.sleep(0.1)
@@ -229,15 +231,15 @@ def finish(run_dir: Path, steps: int, log: Path) -> list[tuple[object, ...]]:
 def main(arguments: Sequence[str]) -> int:
     """Run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="kills")
-    parser.add_argument("--minutes", type=float, help="or: as many as fit")
+    parser.add_argument("--rounds", type=int, help="number of kills")
+    parser.add_argument("--minutes", type=float, help="or: as many kills as fit into this time")
     parser.add_argument("--launcher-every", type=int, default=10, help="0: never the deepspeed command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a new folder, which is kept; else a temporary one")
     options = parser.parse_args(arguments)
     folder = options.output or Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
-    # what loses its parent comes to this process, and can be waited for
+    # orphans become children of this process, which can wait for them
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     import_everything()
     rng = random.Random(options.seed)
@@ -255,7 +257,7 @@ def main(arguments: Sequence[str]) -> int:
     steps = (int(newest.split("_")[1]) if newest else 0) + 2
     disturbed = finish(run_dir, steps, folder / "finish.log")
     undisturbed = finish(folder / "undisturbed", steps, folder / "undisturbed.log")
-    assert [row[0] for row in disturbed] == list(range(1, steps + 1)), "steps are missing or doubled"
+    assert [row[0] for row in disturbed] == list(range(1, steps + 1)), "steps are missing or repeated"
     different = [a[0] for a, b in zip(disturbed, undisturbed, strict=True) if a != b]
     print(f"{rounds} rounds, {steps} steps, {len(different)} of them differ from the undisturbed run")
     if different:

@@ -4,7 +4,7 @@
 
 Each host runs `deepspeed -H hostfile --no_ssh --node_rank R --master_addr A` with one rank over gloo, in one run
 directory. Then host 1 is cut off (its link goes down) or everything on it is killed: host 0 must stop within
-train.timeout_seconds and name the rank and the host that are gone. At last one host goes on from the checkpoint.
+train.timeout_seconds and name the lost rank and host. At last one host resumes from the checkpoint.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import MICRO_SETTINGS  # noqa: E402
+from conftest import MICRO_SETTINGS, trainer_environment  # noqa: E402
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 TIMEOUT_SECONDS = 24
@@ -36,7 +36,7 @@ SETTINGS = (
 
 
 def why_not() -> str:
-    """Why this machine cannot play two hosts; empty if it can."""
+    """Why this machine cannot simulate two hosts; empty if it can."""
     if os.geteuid() != 0:
         return "needs root"
     if shutil.which("ip") is None:
@@ -55,7 +55,7 @@ def ip(*arguments: str) -> None:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[str, str]]:
-    """Two namespaces joined by a cable; yields their names."""
+    """Make two network namespaces with a link between them; yields their names."""
     names = (f"host0x{os.getpid()}", f"host1x{os.getpid()}")
     try:
         for name in names:
@@ -72,10 +72,8 @@ def two_hosts() -> Iterator[tuple[str, str]]:
 
 
 def start_host(number: int, name: str, folder: Path) -> subprocess.Popen[bytes]:
-    """The deepspeed command on one host."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["GLOO_SOCKET_IFNAME"] = "eth0"
-    environment.pop("TRITON_INTERPRET", None)
+    """Start the deepspeed command on one host."""
+    environment = {**trainer_environment(), "GLOO_SOCKET_IFNAME": "eth0"}
     named = f'hostname host-{number} && exec "$@"'
     command = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", named, "sh"]
     command += [str(Path(sys.executable).parent / "deepspeed"), "-q", "-H", str(folder / "hostfile"), "--no_ssh"]
@@ -86,13 +84,13 @@ def start_host(number: int, name: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def steps_done(folder: Path) -> int:
-    """Recorded steps."""
+    """Number of recorded steps."""
     path = folder / "run" / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def wait_for_steps(folder: Path, count: int, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until so many steps are recorded."""
+    """Wait until `count` steps are recorded."""
     deadline = time.monotonic() + 180
     while steps_done(folder) < count:
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes), f"no steps: see {folder}"
@@ -100,7 +98,7 @@ def wait_for_steps(folder: Path, count: int, processes: Sequence[subprocess.Pope
 
 
 def lose_a_host(way: str, folder: Path) -> float:
-    """Train on two hosts, lose one; returns the seconds until the other has stopped by itself."""
+    """Train on two hosts and lose one; returns the seconds until the other one has stopped by itself."""
     folder.mkdir(parents=True)
     (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     with two_hosts() as names:
@@ -120,25 +118,23 @@ def lose_a_host(way: str, folder: Path) -> float:
                     kill_group(process)
                 process.wait()
     status = json.loads((folder / "run" / "status.json").read_text())
-    assert status["status"] == "failed" and "rank 1 on host-1 is gone" in status["reason"], status
-    assert "rank 1 on host-1 is gone" in (folder / "host_0.log").read_text()
+    assert status["status"] == "failed" and "rank 1 on host-1 is lost" in status["reason"], status
+    assert "rank 1 on host-1 is lost" in (folder / "host_0.log").read_text()
     return seconds
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what a host still runs."""
+    """Kill all processes that a host still runs."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def go_on_alone(folder: Path) -> None:
-    """One host goes on from the newest checkpoint to two steps beyond."""
+def resume_alone(folder: Path) -> None:
+    """Resume on one host from the newest checkpoint, and train two more steps."""
     saved = max(int(path.parent.name.split("_")[1]) for path in (folder / "run/checkpoints").glob("step_*/COMPLETE"))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), f"run_dir={folder / 'run'}", *SETTINGS]
     command.append(f"train.steps={saved + 2}")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=trainer_environment(), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0 and f"step_{saved:08d}" in done.stdout, f"{done.stdout}\n{done.stderr}"
     assert steps_done(folder) == saved + 2
 
@@ -155,8 +151,8 @@ def main(arguments: Sequence[str]) -> int:
     folder = options.output or Path(tempfile.mkdtemp(prefix="two-hosts-"))
     for way in options.ways:
         seconds = lose_a_host(way, folder / way)
-        go_on_alone(folder / way)
-        print(f"{way}: host 0 stopped after {seconds:.1f} s and named rank 1 on host-1; one host went on", flush=True)
+        resume_alone(folder / way)
+        print(f"{way}: host 0 stopped after {seconds:.1f} s and named rank 1 on host-1; one host resumed", flush=True)
         assert seconds <= TIMEOUT_SECONDS, f"longer than train.timeout_seconds={TIMEOUT_SECONDS}"
     return 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from colt5dist.benchmark import device_line
-from colt5dist.train.checkpoint import Saver, TrainerState, find_damage, load_checkpoint, read_marker, step_folder
+from colt5dist.train.checkpoint import Saver, TrainerState, find_damage, load_checkpoint, read_complete, step_folder
 from colt5dist.train.checkpoint.commit import wait_for_deletions
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
@@ -75,7 +75,7 @@ def measure_stage(config: RunConfig, folder: Path, device: torch.device, say: Ca
             if asynchronous:
                 measure(f"{kind}, {time_name}: until it is complete", saver.finish)
     newest = step_folder(folder, state.step)
-    figures["bytes"] = float(read_marker(newest).num_bytes)
+    figures["bytes"] = float(read_complete(newest).num_bytes)
 
     def compare() -> None:
         problem = find_damage(newest, ranks)

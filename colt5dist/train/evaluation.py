@@ -1,4 +1,4 @@
-"""The held-out loss: the same samples every time, on every world size."""
+"""The held-out loss: the same samples at every evaluation and for any number of ranks."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from colt5dist.train.report.monitor import Record
 
 
 class CutShortError(Exception):
-    """An evaluation was not finished, on any rank, because the run is to stop."""
+    """An evaluation was not finished, on any rank, because a stop was requested."""
 
 
 def evaluate(
@@ -23,18 +23,21 @@ def evaluate(
     shuffled_inputs: bool = False,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> Record:
-    """Mean held-out loss in nats a token, in all and by objective, and in bits a byte of the target text.
+    """Measure the mean held-out loss; collective.
 
     Args:
-        engine: every rank calls this with equally many batches.
-        batches: this rank's micro-batches.
+        engine: the engine; the model is in training mode again afterwards.
+        batches: this rank's micro-batches; every rank must have equally many.
         objectives: names of the objectives, in the order of `batch["objective"]`.
-        shuffled_inputs: also measure with every input moved on by one sample: the loss of a decoder that reads another
-            document's encoder output. It is far above the loss when the decoder has learnt to read.
-        stop_wanted: asked before each batch; has the same answer on all ranks.
+        shuffled_inputs: also measure with each sample given its neighbour's input: the loss of a decoder that reads
+            another document's encoder output. It is far above the loss once the decoder has learnt to read its input.
+        stop_wanted: called before each batch; must return the same on all ranks.
+
+    Returns:
+        The loss in nats per token, in all and by objective, and in bits per byte of the target text.
 
     Raises:
-        CutShortError: on all ranks, if `stop_wanted`.
+        CutShortError: on all ranks, if `stop_wanted` returns True.
     """
     means = _measure(engine, batches, objectives, stop_wanted)
     record: Record = {"eval/loss": means.loss}
@@ -66,7 +69,7 @@ def _shuffle_inputs(batches: list[Batch]) -> list[Batch]:
     """Give each sample the inputs of the one before it; the first gets those of the last."""
     ids = torch.cat([batch["input_ids"] for batch in batches])
     mask = torch.cat([batch["input_mask"] for batch in batches])
-    valid = torch.cat([batch["sample_index"] for batch in batches]) >= 0  # a filler row has no input to give away
+    valid = torch.cat([batch["sample_index"] for batch in batches]) >= 0  # a filler row has no input to pass on
     ids[valid], mask[valid] = ids[valid].roll(1, dims=0), mask[valid].roll(1, dims=0)
     moved = []
     for batch in batches:

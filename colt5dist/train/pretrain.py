@@ -1,4 +1,4 @@
-"""A pretraining run from its configuration to its last line: the start-up, as a recipe."""
+"""A pretraining run from its configuration to its exit status: the start-up, as a recipe."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
-from colt5dist.train.guard.failures import failures_kept
+from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
 from colt5dist.train.guard.stop import StopReason, StopRequests
 from colt5dist.train.loop import train
@@ -27,12 +27,12 @@ from colt5dist.train.ranks import (
     EXIT_STOPPED,
     Ranks,
     barrier,
+    errors_on_all_ranks,
     finish_process_group,
     gather_host_names,
     initialise_process_group,
-    raise_together,
 )
-from colt5dist.train.report.accounting import step_flops, tokens_of_run
+from colt5dist.train.report.accounting import describe_batch, step_flops, tokens_of_run
 from colt5dist.train.report.meter import Meter
 from colt5dist.train.report.monitor import Monitor
 from colt5dist.train.report.summary import summary
@@ -44,14 +44,18 @@ MANY_PASSES = 4
 
 
 def pretrain(config: RunConfig, ranks: Ranks) -> int:
-    """Run or resume a pretraining run.
+    """Start or resume a pretraining run, and train to its end.
+
+    Args:
+        config: the run.
+        ranks: place of this rank.
 
     Returns:
-        The exit status: 0 finished or stopped on request by file, 75 stopped and to be started again.
+        The exit status: 0 if finished or stopped by the file STOP, 75 if stopped and to be started again.
 
     Raises:
-        ConfigError: wrong input; found before a device is touched, unless the files of a checkpoint show it.
-        SaveError: a checkpoint could not be written, and the run does not go on without it.
+        ConfigError: wrong input; found before a device is touched, unless only a checkpoint's files show it.
+        SaveError: a checkpoint could not be written, and the run must not continue without it.
     """
     check_devices(config, ranks)
     shards = open_run_shards(config)
@@ -61,7 +65,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
     if plan.is_finished(config):
-        return tell_finished(run_dir, ranks, plan.state, entropy)
+        return report_finished(run_dir, ranks, plan.state, entropy)
 
     make_deterministic(config)
     device = initialise_process_group(ranks, config.train.timeout_minutes)
@@ -74,12 +78,12 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         start_seconds=60 * config.train.timeout_minutes,
         timeout_seconds=config.train.timeout_seconds,
     )
-    with heartbeat, failures_kept(config, ranks, hosts, heartbeat.explain):
+    with heartbeat, record_failures(config, ranks, hosts, heartbeat.explain):
         heartbeat.at("comparing hashes", plan.state.step)
-        plan = resume.plan_again(config, shards.fingerprint, shapes, ranks)
-        if plan.is_finished(config):  # by the run that was still in the folder
+        plan = resume.confirm_plan(config, shards.fingerprint, shapes, ranks)
+        if plan.is_finished(config):  # the run before this one finished meanwhile
             finish_process_group()
-            return tell_finished(run_dir, ranks, plan.state, entropy)
+            return report_finished(run_dir, ranks, plan.state, entropy)
         heartbeat.at("building and loading", plan.state.step)
         stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
         engine = Engine(config, ranks.world_size, device)
@@ -87,10 +91,11 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         run_id = run_directory.record_start(run_dir, config, ranks, hosts)
         meter = Meter(device, hosts, step_flops(config))
         monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
+        checkpoints = run_dir / run_directory.CHECKPOINTS
         with monitor:
             notes = [f"note: {note}" for stage in config.stages for note in length_notes(stage.data)]
-            own = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
-            for line in (*plan.notes, *dict.fromkeys(notes), *own):
+            description = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
+            for line in (*plan.notes, *dict.fromkeys(notes), *description):
                 monitor.say(line)
             run = Run(
                 config=config,
@@ -102,7 +107,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 monitor=monitor,
                 meter=meter,
                 stop=stop,
-                saver=Saver(run_dir / "checkpoints", engine, config.checkpoint, run_id=run_id, say=monitor.say),
+                saver=Saver(checkpoints, engine, config.checkpoint, run_id=run_id, say=monitor.say),
                 heartbeat=heartbeat,
             )
             try:
@@ -111,7 +116,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 stop.obeyed("STOP")
                 raise
         if plan.is_finished(config):
-            reason = None  # asked for at the last step
+            reason = None  # the request came at the last step
         if reason in (None, StopReason.FILE):
             stop.obeyed("STOP")
         with heartbeat.patient("ending", plan.state.step):
@@ -122,36 +127,46 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                     summary(run_dir, plan.state, stopped, unigram_entropy=entropy, tokens_per_second=meter.mean_rate),
                     flush=True,
                 )
-            barrier()  # or rank 0 could take for lost who has ended before it
+            barrier()  # otherwise rank 0 could count a rank that exits first as lost
         finish_process_group()
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
 
 
-def tell_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: float) -> int:
-    """Say that there is nothing to do; the exit status."""
+def report_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: float) -> int:
+    """Print that there is nothing to do, and the summary of the finished run.
+
+    Args:
+        run_dir: folder of the run.
+        ranks: place of this rank.
+        state: the trainer's state at the end.
+        entropy: unigram entropy of the held-out tokens, in nats.
+
+    Returns:
+        The exit status, 0.
+    """
     if ranks.is_first:
-        print(f"nothing to do: the run is finished; train.steps above {state.step} would go on")
+        print(f"nothing to do: the run is finished; a train.steps above {state.step} would continue it")
         run_directory.write_status_if_free(run_dir, "finished", state.step)
         print(summary(run_dir, state, None, unigram_entropy=entropy, tokens_per_second=None), flush=True)
     return 0
 
 
 def load_start(plan: resume.StartPlan, engine: Engine) -> None:
-    """Fill the engine from the checkpoint that the start goes on from, if there is one.
+    """Load the checkpoint that the plan names into the engine, if there is one; collective.
+
+    Args:
+        plan: how the run begins.
+        engine: the new engine.
 
     Raises:
-        ConfigError: on all ranks, if some rank could not read its part.
+        ConfigError: on all ranks, if any rank could not read its part.
     """
     checkpoint = plan.resume_from or plan.init_from
-    problem = None
-    if checkpoint:
-        try:
-            load_checkpoint(checkpoint, engine, weights_only=plan.resume_from is None)
-        except ConfigError as error:
-            problem = str(error)
-    raise_together(problem)
-    if checkpoint:
-        refresh_parameters(engine)
+    if checkpoint is None:
+        return
+    with errors_on_all_ranks():
+        load_checkpoint(checkpoint, engine, weights_only=plan.resume_from is None)
+    refresh_parameters(engine)
 
 
 def check_devices(config: RunConfig, ranks: Ranks) -> None:
@@ -166,10 +181,16 @@ def check_devices(config: RunConfig, ranks: Ranks) -> None:
 
 
 def open_run_shards(config: RunConfig) -> Sources:
-    """Open the shards, built first if they are the standard library's.
+    """Open the shards; those of the standard library are built first if necessary.
+
+    Args:
+        config: the run.
+
+    Returns:
+        The shard sets.
 
     Raises:
-        ConfigError: they are missing or damaged, or do not go with the model.
+        ConfigError: they are missing or damaged, or do not fit the model.
     """
     shards = open_sources(config.data)
     problems = data_problems(config.data, shards, config.model.vocab_size)
@@ -179,38 +200,41 @@ def open_run_shards(config: RunConfig) -> Sources:
 
 
 def make_deterministic(config: RunConfig) -> None:
-    """Choose deterministic algorithms where the run asks for them."""
+    """Select deterministic algorithms if the configuration asks for them."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # nothing reads memory before it is written; filling DeepSpeed's buckets took ten times as long as a small step
+        # nothing reads unwritten memory; filling DeepSpeed's buckets would take ten times as long as a small step
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """What this start works with, for the first lines of its log."""
+    """The first lines of the log: model, devices, ZeRO stage and batch.
+
+    Args:
+        config: the run.
+        ranks: place of this rank.
+        engine: the engine of the run.
+        shapes: name and shape of every parameter.
+    """
     number = sum(num_elements(shape) for shape in shapes.values())
-    accumulation = config.gradient_accumulation_steps(ranks.world_size)
     stage = f"ZeRO stage {engine.stage}"
     if engine.stage != config.zero.stage:
         stage += (
-            f" (for zero.stage={config.zero.stage}: DeepSpeed's stage {config.zero.stage} in bf16 trains otherwise)"
+            f" (for zero.stage={config.zero.stage}: DeepSpeed's stage {config.zero.stage} in bf16 trains differently)"
         )
-    batch = (
-        f"{count(config.train.global_batch_size, 'sample')} a step: {count(ranks.world_size, 'device')} x "
-        f"{count(accumulation, 'micro-batch', 'micro-batches')}"
-    )
+    batch = f"{count(config.train.global_batch_size, 'sample')} per step: {describe_batch(config, ranks.world_size)}"
     lengths = f"{config.data.target_length} target tokens each"
     if config.data.input_length:
         lengths = f"{config.data.input_length} input and {lengths}"
     return [
         f"{number:,} parameters, {engine.dtype} on {ranks.world_size} x {engine.device.type}, {stage}",
-        f"{batch} x {config.micro_batch_size(ranks.world_size)}, {lengths}",
+        f"{batch}, {lengths}",
     ]
 
 
 def describe_data(config: RunConfig, shards: Sources) -> list[str]:
-    """How often the run reads its text, and a note where that is often."""
+    """Lines on how often the run reads its text, with a note if that is often."""
     num_tokens = tokens_of_run(config, text_tokens_of_sample)
     passes = shards.passes(num_tokens)
     lines = [
@@ -221,6 +245,6 @@ def describe_data(config: RunConfig, shards: Sources) -> list[str]:
     if max(passes) > MANY_PASSES:
         lines.append(
             f"note: train.steps: some text is read {max(passes):,.0f} times; watch the held-out loss, which rises "
-            "when the model memorises its text: prepare more text, or train fewer steps"
+            "when the model memorises its text; prepare more text, or train fewer steps"
         )
     return lines

@@ -1,10 +1,12 @@
-"""Processes and devices: who this rank is, the process group, and the few collectives that the trainer uses."""
+"""Processes and devices: the place of this rank, the process group, and the collectives that the trainer uses."""
 
 import os
 import socket
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -18,29 +20,38 @@ EXIT_WRONG_INPUT = 2
 EXIT_SAVE_FAILED = 74
 EXIT_STOPPED = 75
 
+LAUNCHER_HINT = "deepspeed and torchrun set such environment variables; unset it to train in one process"
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place of this process among all, as the launcher's environment variables say."""
+    """Place of this process among all, from the launcher's environment variables."""
 
     rank: int
+    """Number of this process among all."""
     local_rank: int
+    """Number of this process among those of its host."""
     world_size: int
+    """Number of processes."""
     local_world_size: int
+    """Number of processes on this host."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for the run."""
+        """Whether this is rank 0, which writes and prints for the run."""
         return self.rank == 0
 
 
 def ranks_from_environment() -> Ranks:
     """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun); without a launcher there is one process.
 
+    Returns:
+        The place of this process.
+
     Raises:
-        ConfigError: if they are no places among so many processes.
+        ConfigError: the variables are not integers, or contradict each other.
     """
     world_size = _environment_integer("WORLD_SIZE", 1, at_least=1)
     local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), "WORLD_SIZE")
@@ -51,36 +62,37 @@ def ranks_from_environment() -> Ranks:
         local_world_size=_environment_integer(local_size, world_size, at_least=1),
     )
     if ranks.rank >= world_size:
-        raise ConfigError(f"RANK={ranks.rank}: not below WORLD_SIZE={world_size}; {_WHO_SETS_THEM}")
+        raise ConfigError(f"RANK={ranks.rank}: not below WORLD_SIZE={world_size}; {LAUNCHER_HINT}")
     if ranks.local_rank >= ranks.local_world_size:
         limit = f"{local_size}={ranks.local_world_size}"
-        raise ConfigError(f"LOCAL_RANK={ranks.local_rank}: not below {limit}; {_WHO_SETS_THEM}")
+        raise ConfigError(f"LOCAL_RANK={ranks.local_rank}: not below {limit}; {LAUNCHER_HINT}")
     return ranks
 
 
-_WHO_SETS_THEM = "deepspeed and torchrun set such environment variables; unset it to train in one process"
-
-
 def _environment_integer(name: str, default: int, *, at_least: int) -> int:
-    """An environment variable that a launcher sets."""
+    """Read an environment variable that a launcher sets."""
     text = os.environ.get(name, str(default))
     try:
         value = int(text)
     except ValueError:
         value = at_least - 1
     if value < at_least:
-        raise ConfigError(f"{name}={text}: not an integer of {at_least} or more; {_WHO_SETS_THEM}")
+        raise ConfigError(f"{name}={text}: not an integer of {at_least} or more; {LAUNCHER_HINT}")
     return value
 
 
 def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.device:
-    """Join the process group through DeepSpeed: NCCL where there are GPUs, gloo otherwise.
+    """Join the process group through DeepSpeed: NCCL if there are GPUs, otherwise gloo.
+
+    Args:
+        ranks: place of this rank.
+        timeout_minutes: timeout of collective operations, and of the start of all processes.
 
     Returns:
         The device of this rank.
 
     Raises:
-        ConfigError: if the launcher's environment variables are incomplete, or some process does not come in time.
+        ConfigError: the launcher's environment variables are incomplete, or a process did not join in time.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -103,14 +115,14 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise ConfigError(
-            f"MASTER_ADDR, MASTER_PORT: {ranks.world_size} processes did not meet at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); see what the other hosts say"
+            f"MASTER_ADDR, MASTER_PORT: {ranks.world_size} processes did not connect at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); see the output of the other hosts"
         ) from error
     return device
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """Change what a collective operation may take, in all process groups, DeepSpeed's included."""
+    """Set the timeout of collective operations in all process groups, including DeepSpeed's."""
     from torch.distributed import distributed_c10d
 
     for group in list(distributed_c10d._world.pg_map):
@@ -118,25 +130,25 @@ def set_collective_timeout(seconds: float) -> None:
 
 
 def finish_process_group() -> None:
-    """Leave the process group; without this gloo sometimes turns a good run into a non-zero exit status."""
+    """Leave the process group; without this gloo sometimes ends a successful run with a non-zero exit status."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Add up a small tensor over all ranks, in place, without waiting for the result on the host."""
+    """Sum a small tensor over all ranks, in place, without waiting for the result on the host; collective."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
-    """The row of every rank, on every rank."""
+    """Gather a row of numbers from every rank, on every rank; collective."""
     mine = torch.tensor(row, dtype=torch.float64, device=device)
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
@@ -144,29 +156,33 @@ def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """The small object of every rank, on every rank."""
+    """Gather a small object from every rank, on every rank; collective."""
     objects: list[T] = [mine] * dist.get_world_size()
     dist.all_gather_object(objects, mine)
     return objects
 
 
 def gather_host_names() -> list[str]:
-    """Host name of every rank, on every rank."""
+    """Gather the host name of every rank, on every rank; collective."""
     return gather_objects(socket.gethostname())
 
 
 def broadcast_from_first(value: object) -> object:
-    """Rank 0's value of a small object, on every rank."""
+    """Return rank 0's value of a small object on every rank; collective."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def raise_together(problem: str | None, kind: type[Exception] = ConfigError) -> None:
-    """Raise the problems of all ranks on all of them, so that none waits for the others.
+    """Raise the problems of all ranks on all of them, so that none waits for the others; collective.
+
+    Args:
+        problem: what is wrong on this rank; None: nothing.
+        kind: type of the exception.
 
     Raises:
-        ConfigError: (or `kind`) if any rank brought a problem.
+        ConfigError: (or `kind`) if any rank has a problem.
     """
     problems = gather_objects(problem)
     found = list(dict.fromkeys(p for p in problems if p))
@@ -177,18 +193,33 @@ def raise_together(problem: str | None, kind: type[Exception] = ConfigError) -> 
         raise error
 
 
-def exit_for_wrong_input(error: ConfigError | SaveError, status: int = EXIT_WRONG_INPUT) -> int:
-    """Report wrong input, or what else ends all ranks alike: rank 0 prints one line a problem, the others give it the
-    time to do so. What another host found alone, or before the ranks could tell each other, its first rank prints.
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Turn a ConfigError inside this context, on any rank, into a ConfigError on all ranks; collective at its end."""
+    problem = None
+    try:
+        yield
+    except ConfigError as error:
+        problem = str(error)
+    raise_together(problem)
 
-    The launcher ends all ranks as soon as one leaves with a non-zero status: without the wait the lines could be lost.
+
+def exit_for_wrong_input(error: ConfigError | SaveError, status: int = EXIT_WRONG_INPUT) -> int:
+    """Report wrong input, or another error that ends all ranks, as one line per problem on stderr.
+
+    Rank 0 prints, and the others wait: the launcher ends all ranks as soon as one exits with a non-zero status, so the
+    lines could be lost without the wait. If only another host found the problem, its first rank prints.
+
+    Args:
+        error: its message has one line per problem.
+        status: the exit status to return.
 
     Returns:
         The exit status.
     """
     try:
         ranks = ranks_from_environment()
-    except ConfigError:  # which may be what is reported; a rank that does not know its number speaks too
+    except ConfigError:  # possibly the reported error; a rank that does not know its number prints too
         ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
     if ranks.is_first or (ranks.local_rank == 0 and not error.known_to_all):
         where = "" if ranks.is_first else f"host {socket.gethostname()}: "
@@ -200,15 +231,15 @@ def exit_for_wrong_input(error: ConfigError | SaveError, status: int = EXIT_WRON
 
 
 def _complete_environment(world_size: int) -> None:
-    """Where variables are missing DeepSpeed would look for MPI; a single process gets them here, with any free port.
+    """Set the launcher's variables for a single process, with any free port; otherwise DeepSpeed would look for MPI.
 
     Raises:
-        ConfigError: if one of several processes lacks them.
+        ConfigError: they are incomplete in one of several processes.
     """
     if world_size > 1:
         missing = [key for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
         if missing:
-            raise ConfigError(f"WORLD_SIZE={world_size}: without {', '.join(missing)}; {_WHO_SETS_THEM}")
+            raise ConfigError(f"WORLD_SIZE={world_size}: {', '.join(missing)} not set; {LAUNCHER_HINT}")
         return
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for key, value in alone.items():
@@ -216,14 +247,14 @@ def _complete_environment(world_size: int) -> None:
 
 
 def _silence_memory_report() -> None:
-    """Keep DeepSpeed's bf16 optimizer from printing the memory it uses, past every log level."""
+    """Keep DeepSpeed's bf16 optimizer from printing its use of memory, which it does at every log level."""
     from deepspeed.runtime import bf16_optimizer
 
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
 
 
 def _skip_shared_memory_op() -> None:
-    """Keep `init_distributed` from compiling a CPU operator for a minute that only DeepSpeed's inference uses."""
+    """Keep `init_distributed` from compiling, for a minute, a CPU operator that only DeepSpeed's inference uses."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""How a start begins: what the run directory holds decides whether a run starts, goes on, or is finished."""
+"""Decides from the content of the run directory whether a run starts anew, resumes, or is finished."""
 
 import os
 import shutil
@@ -16,32 +16,32 @@ from colt5dist.train.checkpoint import (
     checkpoint_folders,
     find_checkpoints,
     find_damage,
-    folders_put_aside,
     json_problem,
     model_problems,
     optimizer_problems,
-    put_damaged_aside,
-    read_marker,
+    read_complete,
     read_state,
+    rename_damaged,
+    renamed_folders,
     size_problem,
     unfinished_folders,
 )
 from colt5dist.train.config.load import ALLOW_FROM_ZERO, config_leaves, saved_leaves
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import num_elements
-from colt5dist.train.ranks import Ranks, broadcast_from_first, raise_together
-from colt5dist.train.report.monitor import read_metrics
-from colt5dist.train.run_directory import RUN_ID, read_run_id
+from colt5dist.train.ranks import Ranks, broadcast_from_first, errors_on_all_ranks, raise_together
+from colt5dist.train.report.monitor import METRICS, TENSORBOARD, read_metrics
+from colt5dist.train.run_directory import CHECKPOINTS, CONFIG, RUN_ID, read_run_id
 
 MAY_CHANGE = (
     "run_dir",
     "resume",
     "resume_allow",
     "init_from",
-    "data.shards",  # its fingerprint is compared
+    "data.shards",  # the fingerprint of the content is compared instead
     "data.sources",  # likewise
     "data.num_workers",
-    "data.skip",  # what was passed over stands in the checkpoints
+    "data.skip",  # the checkpoints record what was left out
     "data.max_bad_records",
     "data.cache_gb",
     "train.steps",
@@ -55,7 +55,7 @@ MAY_CHANGE = (
     "train.timeout_seconds",
     "zero",
     "checkpoint",
-    "health",  # what was rolled back stands in the checkpoints
+    "health",  # the checkpoints record what was rolled back
     "profile",
 )
 """Keys and sections that a resumed run may change without naming them in `resume_allow`."""
@@ -66,13 +66,13 @@ class StartPlan:
     """How the run begins."""
 
     resume_from: Path | None
-    """Checkpoint to go on from."""
+    """Checkpoint to resume from; None: start at step 0."""
     init_from: Path | None
-    """Checkpoint of another run to take the weights from."""
+    """Checkpoint of another run to take the weights from, if any."""
     state: TrainerState
     """State before the first step of this start."""
     notes: tuple[str, ...]
-    """What the user should know about it."""
+    """What the user is told about it."""
 
     def is_finished(self, config: RunConfig) -> bool:
         """Whether the last step is already done."""
@@ -85,39 +85,42 @@ def plan_start(
     shapes: dict[str, tuple[int, ...]],
     damaged: Mapping[Path, Damage] | None = None,
 ) -> StartPlan:
-    """Decide from the run directory how to begin; reads only.
+    """Decide from the run directory how to begin; changes nothing.
 
     Args:
         config: the run.
-        fingerprint: of the shards' manifest.
-        shapes: parameters of the model.
-        damaged: checkpoints that were found damaged though their sizes are right, and what is wrong with them.
+        fingerprint: fingerprint of the shards' manifest.
+        shapes: name and shape of every parameter of the model.
+        damaged: checkpoints that are known to be damaged although their sizes are right, and what is wrong with them.
+
+    Returns:
+        The plan.
 
     Raises:
-        ConfigError: the folder holds another run, or none where one must be, or too little space is left.
+        ConfigError: the folder holds another run, or none although there must be one, or too little space is left.
     """
     run_dir = Path(str(config.run_dir))
-    root = run_dir / "checkpoints"
+    root = run_dir / CHECKPOINTS
     run_id = read_run_id(run_dir)
-    whole, passed_over = _sort_out(root, run_id, damaged or {})
+    whole, passed_over = _sort_checkpoints(root, run_id, damaged or {})
     if not whole:
-        passed_over.update(dict.fromkeys(folders_put_aside(root), "was put aside earlier"))
+        passed_over.update(dict.fromkeys(renamed_folders(root), "was renamed earlier"))
     notes = [f"passed over {folder}: {problem}" for folder, problem in passed_over.items()]
     notes += [
-        f"removed {folder}, which an interrupted save or deletion has left" for folder in unfinished_folders(root)
+        f"removed {folder}, left behind by an interrupted save or deletion" for folder in unfinished_folders(root)
     ]
-    read_metrics(run_dir)  # refuses a damaged line before anything is changed
-    if os.path.isfile(run_dir / "tensorboard"):
-        raise ConfigError(f"run_dir: {run_dir / 'tensorboard'} is a file; move it away, or name another folder")
-    started = os.path.exists(run_dir / "config.yaml") or os.path.exists(run_dir / "metrics.jsonl")
+    read_metrics(run_dir)  # a damaged line must be refused before anything is changed
+    if os.path.isfile(run_dir / TENSORBOARD):
+        raise ConfigError(f"run_dir: {run_dir / TENSORBOARD} is a file; move it away, or choose another folder")
+    started = os.path.exists(run_dir / CONFIG) or os.path.exists(run_dir / METRICS)
     if config.resume == "never" and (started or whole or passed_over):
-        raise ConfigError(f"run_dir: {run_dir} already holds a run; name another folder, or set resume=auto")
+        raise ConfigError(f"run_dir: {run_dir} already holds a run; choose another folder, or set resume=auto")
     if config.resume == "must" and not whole:
-        mend = "put one there, or name another run_dir" if passed_over else "set resume=auto to start anew"
-        raise ConfigError(f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; {mend}")
+        fix = "put one there, or choose another run_dir" if passed_over else "set resume=auto to start anew"
+        raise ConfigError(f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; {fix}")
     if passed_over and not whole and ALLOW_FROM_ZERO not in config.resume_allow:
         raise ConfigError(
-            f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; put a whole one there, name another "
+            f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; put a whole one there, choose another "
             f"run_dir, or start at step 0 beside them with resume_allow=[{ALLOW_FROM_ZERO}]"
         )
     needed = checkpoint_bytes(sum(num_elements(shape) for shape in shapes.values()))
@@ -126,7 +129,7 @@ def plan_start(
         if run_id is None:
             problems.append(
                 f"{run_dir / RUN_ID}: missing beside checkpoints; put it back, or write into it the run_id of "
-                f"{whole[-1] / 'COMPLETE'}: {read_marker(whole[-1]).run_id}"
+                f"{whole[-1] / COMPLETE}: {read_complete(whole[-1]).run_id}"
             )
         problems += _difference_problems(config, run_dir)
         problems += model_problems(whole[-1], shapes) + optimizer_problems(whole[-1], config.optimizer)
@@ -136,7 +139,7 @@ def plan_start(
                 f"{_shards_name(config)} is not what this run was trained on; name the same shards, or another run_dir"
             )
         if not problems:
-            return StartPlan(whole[-1], None, state, (*notes, f"going on from {whole[-1]}"))
+            return StartPlan(whole[-1], None, state, (*notes, f"resuming from {whole[-1]}"))
     init_from = None
     if config.init_from and not whole:
         try:
@@ -153,22 +156,26 @@ def plan_start(
     return StartPlan(None, init_from, TrainerState(data_fingerprint=fingerprint), tuple(notes))
 
 
-def plan_again(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int, ...]], ranks: Ranks) -> StartPlan:
-    """The plan once no other run can change the folder any more, with the newest checkpoint whose hashes are right.
+def confirm_plan(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int, ...]], ranks: Ranks) -> StartPlan:
+    """Make the plan again, now that no other run can change the folder, and check the checkpoint's hashes; collective.
 
-    The run before this one may have written its last checkpoint since the first plan was made. All ranks share the
-    reading: together they read the checkpoint once. One that is damaged is put aside and passed over for the next
-    older one.
+    The run before this one may have written its last checkpoint after the first plan was made. The ranks share the
+    reading: together they read the checkpoint once. A damaged one is renamed and passed over for the next older one.
+
+    Args:
+        config: the run.
+        fingerprint: fingerprint of the shards' manifest.
+        shapes: name and shape of every parameter of the model.
+        ranks: place of this rank.
+
+    Returns:
+        The plan, with the newest checkpoint whose hashes are right.
 
     Raises:
-        ConfigError: on all ranks, if none is left or some rank sees another one than rank 0.
+        ConfigError: on all ranks, if no checkpoint is left, or a rank sees another one than rank 0.
     """
-    refusal, plan = None, StartPlan(None, None, TrainerState(), ())
-    try:
+    with errors_on_all_ranks():
         plan = plan_start(config, fingerprint, shapes)
-    except ConfigError as error:
-        refusal = str(error)
-    raise_together(refusal)
     agree_on_start(plan)
     damaged: dict[Path, Damage] = {}
     notes: list[str] = []
@@ -176,35 +183,33 @@ def plan_again(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int,
         begin = time.perf_counter()
         damage = find_damage(folder, ranks)
         if damage is None:
-            size, seconds = read_marker(folder).num_bytes / 1e9, time.perf_counter() - begin
+            size, seconds = read_complete(folder).num_bytes / 1e9, time.perf_counter() - begin
             notes.append(f"compared the hashes of {folder}: {size:.2f} GB in {seconds:.1f} s")
             break
-        refusal = None
-        if folder == plan.init_from:
-            refusal = f"init_from: {folder} cannot be used: {damage}; name another checkpoint"
-        else:
+        with errors_on_all_ranks():
+            if folder == plan.init_from:
+                raise ConfigError(f"init_from: {folder} cannot be used: {damage}; name another checkpoint")
             damaged[folder] = damage
-            try:
-                plan = plan_start(config, fingerprint, shapes, damaged)
-            except ConfigError as error:
-                refusal = str(error)
-        raise_together(refusal)
+            plan = plan_start(config, fingerprint, shapes, damaged)
         agree_on_start(plan)
     if ranks.is_first:
-        notes += [put_damaged_aside(*found) for found in damaged.items()]  # or the next start would take them for whole
+        # or the next start would take them for whole
+        notes += [rename_damaged(*found) for found in damaged.items()]
     return replace(plan, notes=(*plan.notes, *notes))
 
 
-def _sort_out(root: Path, run_id: str | None, damaged: Mapping[Path, Damage]) -> tuple[list[Path], dict[Path, str]]:
-    """Whole checkpoints of the run, oldest first, and the others with what is wrong with them.
+def _sort_checkpoints(
+    root: Path, run_id: str | None, damaged: Mapping[Path, Damage]
+) -> tuple[list[Path], dict[Path, str]]:
+    """Return the whole checkpoints of the run, lowest step first, and the others with what is wrong with them.
 
-    Of the newest the JSON files are compared with their hashes, because the plan is made of them.
+    The JSON files of the newest are compared with their hashes, because the plan is made from them.
     """
     whole: list[Path] = []
     others: dict[Path, str] = {}
     for folder in reversed(checkpoint_folders(root)):
         damage = damaged.get(folder)
-        problem = damage.what if damage else size_problem(folder, run_id)
+        problem = damage.description if damage else size_problem(folder, run_id)
         if problem is None and not whole:
             problem = json_problem(folder)
         if problem is None:
@@ -227,10 +232,13 @@ def _shards_name(config: RunConfig) -> str:
 
 
 def agree_on_start(plan: StartPlan) -> None:
-    """See that all ranks found the same checkpoint; a file system may show the hosts different ones.
+    """Check that all ranks found the same checkpoint; a file system may show different ones to the hosts; collective.
+
+    Args:
+        plan: the plan of this rank.
 
     Raises:
-        ConfigError: they did not.
+        ConfigError: on all ranks, if they did not.
     """
     mine = (str(plan.resume_from), str(plan.init_from), plan.state.step)
     first = broadcast_from_first(mine)
@@ -240,7 +248,16 @@ def agree_on_start(plan: StartPlan) -> None:
 
 
 def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) -> list[str]:
-    """Whether the disk holds the checkpoints that are kept at once."""
+    """Check that the disk has space for all checkpoints that exist at the same time.
+
+    Args:
+        run_dir: folder of the run; it need not exist.
+        checkpoint_size: bytes of a checkpoint.
+        num_checkpoints: how many more will exist; at least one is assumed.
+
+    Returns:
+        What is wrong, one line; nothing if there is enough space.
+    """
     existing = run_dir.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -256,12 +273,12 @@ def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) ->
 
 
 def _newest(path: Path) -> tuple[Path, list[Path]]:
-    """The checkpoint that `init_from` names: a checkpoint folder, or the newest whole one of a run directory.
+    """Find the checkpoint that `init_from` names: a checkpoint folder, or the newest whole one of a run directory.
 
     Returns:
-        It, and the folders beside it that are not whole.
+        The checkpoint, and the folders beside it that are not whole.
     """
-    for root in (path / "checkpoints", path):
+    for root in (path / CHECKPOINTS, path):
         whole, others = find_checkpoints(root)
         if whole:
             return whole[-1], others
@@ -274,19 +291,19 @@ def _newest(path: Path) -> tuple[Path, list[Path]]:
 
 
 def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
-    """Settings that differ from those the run was started with and may not."""
-    path = run_dir / "config.yaml"
+    """Settings that differ from those the run was started with although they must not."""
+    path = run_dir / CONFIG
     if not path.exists():
-        return [f"{path}: missing beside checkpoints; put it back, or name another run_dir"]
+        return [f"{path}: missing beside checkpoints; put it back, or choose another run_dir"]
     new = config_leaves(config)
-    old = {**config_leaves(RunConfig()), **saved_leaves(path)}  # a key that is newer than the run has its default there
+    old = {**config_leaves(RunConfig()), **saved_leaves(path)}  # the run may lack newer keys: it used their defaults
     allowed = (*MAY_CHANGE, *config.resume_allow)
     found = []
     for key in sorted(old.keys() | new.keys()):
         may = any(key == name or key.startswith(f"{name}.") for name in allowed)
         if old.get(key) != new.get(key) and not may:
             found.append(
-                f"{key}: {new.get(key)} here, {old.get(key)} in the run that is resumed; set it back, name another "
+                f"{key}: {new.get(key)} here, {old.get(key)} in the run that is resumed; set it back, choose another "
                 f"run_dir, or allow it with resume_allow=[{key}]"
             )
     return found

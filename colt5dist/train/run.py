@@ -1,4 +1,4 @@
-"""All that a run works with."""
+"""The parts that a run works with."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,30 @@ from colt5dist.train.report.monitor import Monitor
 
 @dataclass(kw_only=True)
 class Run:
-    """The parts of a run, made once at its start; what changes from step to step is in `state`."""
+    """The parts of a run, made once at its start; only `state` changes from step to step."""
 
     config: RunConfig
+    """Its configuration."""
     run_dir: Path
+    """Its folder."""
     ranks: Ranks
+    """Place of this rank."""
     shards: Sources
+    """The training and held-out text."""
     engine: Engine
+    """Model, optimizer and ZeRO."""
     state: TrainerState
+    """Step, position in the data, and counts."""
     monitor: Monitor
+    """Writes metrics.jsonl, TensorBoard and the console."""
     meter: Meter
+    """Measures time and tokens per step."""
     stop: StopRequests
+    """Collects requests to stop or save."""
     heartbeat: Heartbeat
+    """Detects lost ranks."""
     saver: Saver
+    """Writes checkpoints."""
 
     @property
     def objectives(self) -> tuple[str, ...]:

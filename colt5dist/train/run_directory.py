@@ -1,7 +1,7 @@
-"""The run directory: what a run writes there beside metrics and checkpoints.
+"""The run directory: what a run writes there besides metrics and checkpoints.
 
-In it: `run_id`, `config.yaml` (resolved), `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-`status.json`, `failures/`; and `.lock`, which rank 0 holds for as long as it lives.
+It holds `run_id`, `config.yaml` (resolved), `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
+`status.json`, `failures/`; and `.lock`, which rank 0 holds as long as it is alive.
 """
 
 import json
@@ -27,16 +27,28 @@ from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.ranks import Ranks, broadcast_from_first, raise_together
 
 RUN_ID = "run_id"
-"""File with a random name of the run, drawn at its first start."""
+"""File with a random id of the run, drawn at its first start."""
 LOCK = ".lock"
-"""File that rank 0 locks for as long as it lives."""
+"""File that rank 0 locks as long as it is alive."""
+CONFIG = "config.yaml"
+STATUS = "status.json"
+CHECKPOINTS = "checkpoints"
+FAILURES = "failures"
 
 
 def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Path:
-    """Make the folder, keep other runs out of it until rank 0 ends, and see that all hosts see the same one.
+    """Make the folder, lock it against other runs until rank 0 ends, and check that all hosts see the same one.
+
+    Args:
+        config: the run.
+        ranks: place of this rank.
+        hosts: host name of every rank.
+
+    Returns:
+        The folder.
 
     Raises:
-        ConfigError: it cannot be written, another run is in it, or some host sees another folder.
+        ConfigError: on all ranks, if it cannot be written, another run uses it, or a host sees another folder.
     """
     run_dir = Path(str(config.run_dir))
     problem = None
@@ -44,12 +56,12 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
     mark = run_dir / f".shared-{token}"
     if ranks.is_first:
         try:
-            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             mark.touch()
             if not lock_for_life(run_dir / LOCK):
-                print(f"note: run_dir: {run_dir} has no file locks; see that no other run trains there", flush=True)
+                print(f"note: run_dir: {run_dir} has no file locks; make sure that no other run uses it", flush=True)
         except BlockingIOError:
-            problem = f"run_dir: another process trains in {run_dir}; wait until it has ended, or name another folder"
+            problem = f"run_dir: another process trains in {run_dir}; wait until it ends, or choose another folder"
         except OSError as error:
             problem = f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
     try:
@@ -61,7 +73,7 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
     if not mark.exists():
         problem = (
             f"run_dir: {run_dir} on host {hosts[ranks.rank]} is not the folder that host {hosts[0]} sees; "
-            "choose one on a file system that all hosts share"
+            "choose a folder on a file system that all hosts share"
         )
     try:
         raise_together(problem)
@@ -72,44 +84,57 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
 
 
 def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str]) -> str:
-    """Write config.yaml and environment.json, once nothing can be refused any more; clear what an old start left.
+    """Write config.yaml and environment.json once all checks have passed; remove what an earlier start left behind.
+
+    Args:
+        run_dir: folder of the run.
+        config: the run.
+        ranks: place of this rank.
+        hosts: host name of every rank.
 
     Returns:
-        The run's id, drawn if it has none yet.
+        The id of the run, drawn here at its first start.
 
     Raises:
-        ConfigError: on all ranks, if they cannot be written.
+        ConfigError: on all ranks, if the files cannot be written.
     """
     problem = None
     if ranks.is_first:
         try:
             if read_run_id(run_dir) is None:
                 write_whole(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
-            write_whole(run_dir / "config.yaml", config_to_yaml(config).encode())
+            write_whole(run_dir / CONFIG, config_to_yaml(config).encode())
             write_whole(run_dir / "environment.json", json.dumps(environment(ranks, hosts), indent=1).encode())
-            (run_dir / "status.json").unlink(missing_ok=True)
+            (run_dir / STATUS).unlink(missing_ok=True)
         except OSError as error:
             problem = f"run_dir: {error.filename or run_dir} cannot be written ({error.strerror})"
     raise_together(problem)
     if ranks.is_first:
-        for folder in unfinished_folders(run_dir / "checkpoints"):
+        for folder in unfinished_folders(run_dir / CHECKPOINTS):
             shutil.rmtree(folder, ignore_errors=True)  # a file that cannot be removed is no reason not to train
     return str(broadcast_from_first(read_run_id(run_dir)))
 
 
 def read_run_id(run_dir: Path) -> str | None:
-    """The name that the run's checkpoints bear, so that those of another run are told from them; None before it."""
+    """Read the id that the run's checkpoints carry, which distinguishes them from those of another run.
+
+    Returns:
+        The id; None before the first start.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         return (run_dir / RUN_ID).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"run_dir: {run_dir / RUN_ID} cannot be read ({what}); name another folder") from None
+        raise ConfigError(f"run_dir: {run_dir / RUN_ID} cannot be read ({what}); choose another folder") from None
 
 
 def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
-    """Versions, devices and size of the world, for the record."""
+    """Content of environment.json: versions, devices, number of processes, hosts."""
     packages = ("torch", "triton", "deepspeed", "webdataset", "local-attention", "omegaconf", "numpy")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [
         f"CPU {platform.machine()}, {os.cpu_count()} cores"
@@ -125,35 +150,55 @@ def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, status: str, step: int, reason: str | None = None, *, writer: str = "") -> None:
-    """Say how the run ended: finished, stopped or failed; `writer` names one of several who may say it."""
+    """Write status.json.
+
+    Args:
+        run_dir: folder of the run.
+        status: "finished", "stopped" or "failed".
+        step: last step that was done.
+        reason: why the run stopped or failed.
+        writer: name of this process, if several may write at the same time.
+    """
     content = {"status": status, "step": step, **({"reason": reason} if reason else {})}
-    write_whole(run_dir / "status.json", json.dumps(content).encode(), writer=writer)
+    write_whole(run_dir / STATUS, json.dumps(content).encode(), writer=writer)
 
 
 def record_end(run_dir: Path, step: int, stopped: str | None) -> None:
-    """Say in `status.json` that the run has ended well, and why before its last step; on stderr where that fails."""
+    """Write status.json for a run that ended without an error; print a warning if it cannot be written.
+
+    Args:
+        run_dir: folder of the run.
+        step: last step that was done.
+        stopped: why the run stopped before its last step; None: it is finished.
+    """
     try:
         write_status(run_dir, "stopped" if stopped else "finished", step, stopped)
     except OSError as error:
         whole = f"; the checkpoint of step {step} is whole" if step else ""
-        what = f"{run_dir / 'status.json'} cannot be written ({error.strerror}){whole}"
+        what = f"{run_dir / STATUS} cannot be written ({error.strerror}){whole}"
         print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
 def write_status_if_free(run_dir: Path, status: str, step: int) -> None:
-    """The same for a folder of which this process is not sure to be the only one; what cannot be written is left."""
-    with suppress(OSError):  # BlockingIOError: another run is in it; else an archive may be read-only
+    """Write status.json unless another process uses the folder or it cannot be written.
+
+    Args:
+        run_dir: folder of the run.
+        status: "finished", "stopped" or "failed".
+        step: last step that was done.
+    """
+    with suppress(OSError):  # BlockingIOError: another run uses it; others: an archive may be read-only
         if lock_for_life(run_dir / LOCK):
             write_status(run_dir, status, step)
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # the folder may be on a disk that has become read-only
+    with suppress(OSError):  # the disk may have become read-only
         path.unlink()
 
 
 def _version(package: str) -> str | None:
-    """Version of an installed package; None for one that is found on the path only."""
+    """Version of an installed package; None for one that is only found on the path."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -161,7 +206,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree, where it is one."""
+    """Commit of the source tree; None if it is not a git checkout."""
     command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

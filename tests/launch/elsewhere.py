@@ -1,4 +1,4 @@
-"""launch/pretrain.py started from another folder on each rank, as on hosts that share no file system."""
+"""Starts launch/pretrain.py in another folder on each rank, as on hosts without a shared file system."""
 
 import os
 import runpy

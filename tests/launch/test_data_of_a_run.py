@@ -1,4 +1,4 @@
-"""The data of real runs: a schedule of lengths on any number of processes, samples passed over, damage on one rank."""
+"""The data of complete runs: a length schedule on one or two processes, samples left out, damage on one rank."""
 
 import json
 import shutil
@@ -23,12 +23,12 @@ SKIP = "data.skip=[[9, 12], [40, 44]]"
 
 
 def state(run_dir: Path, step: int) -> dict[str, object]:
-    """The trainer's integers in a checkpoint."""
+    """Read the trainer's integers in a checkpoint."""
     return json.loads((run_dir / f"checkpoints/step_{step:08d}/trainer.json").read_text())["state"]
 
 
 def test_lengths_change_in_a_run(run_pretrain: Pretrain, tmp_path: Path) -> None:
-    """Three stages: 1 process, against 2 at ZeRO stage 3 that are stopped at a boundary and go on as 1 at stage 1."""
+    """Three stages on 1 process; on 2 at ZeRO stage 3, stopped between two stages and resumed on 1 at ZeRO stage 1."""
     settings = (SCHEDULE, SKIP, "train.routing_every=1")
     done = run_pretrain(tmp_path / "one", *settings, "train.steps=6", "zero.stage=2")
     records = read_metrics(tmp_path / "one")
@@ -39,21 +39,21 @@ def test_lengths_change_in_a_run(run_pretrain: Pretrain, tmp_path: Path) -> None
     assert share[2] < share[1] - 0.05  # a quarter of the tokens is routed, not an eighth
     for line in (
         "from step 1 on: 256 input",
-        "from step 3 on: 128 input and 32 target tokens, 1 samples a micro-batch",
+        "from step 3 on: 128 input and 32 target tokens, 1 samples ",
     ):
         assert line in done.stdout
     two = tmp_path / "two"
     run_pretrain(two, *settings, "train.steps=2", "zero.stage=3", "data.num_workers=2", processes=2)
     run_pretrain(two, *settings, "train.steps=6", "zero.stage=1", "train.micro_batch_size=2")
     assert [r["loss"] for r in read_metrics(two)] == pytest.approx([r["loss"] for r in records], rel=2e-5)
-    # 48 samples were used, 7 passed over
+    # 48 samples were used, 7 left out
     assert state(two, 6)["samples_consumed"] == state(tmp_path / "one", 6)["samples_consumed"] == 55
     assert state(two, 6)["skipped_samples"] == [[9, 12], [40, 44]]
 
 
 @pytest.fixture
 def shards(short_texts: Path, tmp_path: Path) -> ShardSet:
-    """Documents of which each gives about one sample, to be damaged."""
+    """A copy of documents that give about one sample each, which a test may damage."""
     return open_shards(shutil.copytree(short_texts, tmp_path / "shards"))
 
 
@@ -73,8 +73,8 @@ def damage_sample(shards: ShardSet, number: int) -> None:
     path.write_bytes(content)
 
 
-def test_damage_that_one_rank_meets(run_pretrain: Pretrain, shards: ShardSet, tmp_path: Path) -> None:
-    """Sample 17 is rank 1's in step 3: both ranks stop after step 2, with a checkpoint; or it is replaced and told."""
+def test_damage_on_one_rank(run_pretrain: Pretrain, shards: ShardSet, tmp_path: Path) -> None:
+    """Rank 1 reads sample 17 in step 3: both ranks stop after step 2 with a checkpoint, or it is replaced and named."""
     damage_sample(shards, 17)
     settings = (f"data.shards={shards.folder}", "train.steps=4", "train.eval_samples=2")
     done = run_pretrain(tmp_path / "stopped", *settings, "data.max_bad_records=0", processes=2, check=False)

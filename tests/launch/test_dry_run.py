@@ -1,4 +1,4 @@
-"""`--dry-run` and `--print-config`: no shards, no GPU, no process group."""
+"""`--dry-run` and `--print-config`, which need no shards, no GPU and no process group."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize(("name", "millions"), [("base", 433), ("large", 1462), ("xl", 5297)])
-def test_parameter_counts_are_the_papers(
+def test_parameter_counts_are_those_of_the_paper(
     name: str, millions: int, pretrain_main: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """CoLT5 2303.09752, table 7."""
@@ -22,13 +22,13 @@ def test_parameter_counts_are_the_papers(
     printed = capsys.readouterr().out
     (count,) = re.findall(r"^parameters: ([\d,]+)$", printed, flags=re.MULTILINE)
     assert int(count.replace(",", "")) / 1e6 == pytest.approx(millions, rel=0.01)
-    for word in ("tokens a step", "FLOPs a step", "ZeRO stage", "checkpoint"):
+    for word in ("tokens per step", "FLOPs per step", "ZeRO stage", "checkpoint"):
         assert word in printed
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_printed_config_is_the_config(path: Path, pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is printed reads back as the same configuration, every key named."""
+    """The output has every key, and loads as the same configuration."""
     assert pretrain_main(["--config", str(path), "--print-config", "seed=7"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     config = load_config(path, ["seed=7"])
@@ -56,7 +56,7 @@ def test_the_last_of_a_repeated_key_wins() -> None:
     assert load_config(CONFIGS / "tiny.yaml", ["train.steps=5", "train.steps=7"]).train.steps == 7
 
 
-def test_flags_and_settings_may_stand_in_any_order(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_and_settings_may_be_in_any_order(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain_main(["seed=3", "--print-config", "--local_rank=0", "train.steps=9"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["seed"], printed["train"]["steps"]) == (3, 9)

@@ -1,4 +1,4 @@
-"""Signals to the real `deepspeed` command, kills at random moments, lost hosts: the short forms of the scripts."""
+"""Signals to the real `deepspeed` command, kills at random moments, lost hosts: short versions of the scripts."""
 
 import os
 import random
@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, TRAINER_VARIABLES
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import signals  # noqa: E402
-import two_hosts  # noqa: E402
+import signals
+import two_hosts
 
 TORTURE_MINUTES = 2.4
-"""Of kills; with the undisturbed run to compare with it takes about three."""
+"""Minutes of kills; with the undisturbed run that it is compared with, the test takes about three."""
 
 
 @pytest.fixture
 def trainer_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the launched processes inherit."""
-    for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
-        monkeypatch.setenv(name, value)
+    """Set the environment that the started processes inherit."""
+    for name in TRAINER_VARIABLES:
+        monkeypatch.setenv(name, TRAINER_VARIABLES[name])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield
 
@@ -46,7 +46,7 @@ def test_a_signal_loses_nothing(
     micro_settings: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
-    """All end within 25 s with the last step in a whole checkpoint; the launcher's echoes change nothing."""
+    """All processes end within 25 s with the last step in a whole checkpoint; repeated signals change nothing."""
     arguments = (tmp_path / "run", tmp_path / "log", way, moment, random.Random(0), micro_settings)
     seen = signals.one_signal(*arguments, processes=processes)
     reason = "launcher is gone" if way == "runner" else "signal"
@@ -54,7 +54,7 @@ def test_a_signal_loses_nothing(
 
 
 def test_kills_at_random_moments_change_no_loss(tmp_path: Path) -> None:
-    """tests/torture.py: the newest whole checkpoint is taken every time, and the losses are the undisturbed run's."""
+    """tests/torture.py: each start resumes from the newest whole checkpoint, and losses equal the undisturbed run's."""
     command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--minutes", str(TORTURE_MINUTES), "--seed", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -70,7 +70,7 @@ def test_kills_at_random_moments_change_no_loss(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(bool(two_hosts.why_not()), reason=two_hosts.why_not() or "-")
 def test_a_host_that_is_cut_off(tmp_path: Path) -> None:
-    """The other stops within train.timeout_seconds and names it; one host goes on."""
+    """The other stops within train.timeout_seconds and names it; one host resumes."""
     seconds = two_hosts.lose_a_host("cut", tmp_path / "cut")
     assert seconds <= two_hosts.TIMEOUT_SECONDS
-    two_hosts.go_on_alone(tmp_path / "cut")
+    two_hosts.resume_alone(tmp_path / "cut")

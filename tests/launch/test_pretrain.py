@@ -1,4 +1,4 @@
-"""The main job end to end, with the real launchers, on CPU processes."""
+"""launch/pretrain.py from start to end, with the real launchers, on CPU processes."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, trainer_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colt5dist.train.checkpoint import find_checkpoints
@@ -26,12 +27,12 @@ CONTRACT_KEYS = (
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Training loss of every step."""
+    """Return the training loss of every step."""
     return [record["loss"] for record in read_metrics(run_dir)]
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    """How the run ended."""
+    """Return how the run ended."""
     return json.loads((run_dir / "status.json").read_text())
 
 
@@ -44,7 +45,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, run_pretrain: Pretrain) 
     return run_dir, done.stdout
 
 
-def test_run_directory_holds_what_is_promised(reference: tuple[Path, str]) -> None:
+def test_files_of_the_run_directory(reference: tuple[Path, str]) -> None:
     run_dir, printed = reference
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "status.json"):
         assert (run_dir / name).exists()
@@ -93,7 +94,7 @@ def test_tensorboard_has_the_same_numbers(reference: tuple[Path, str]) -> None:
     ],
     ids=["stage0-accumulate4", "stage1-accumulate2-workers2", "stage2-full", "stage3-keep-routing", "offload"],
 )
-def test_cuts_stages_and_checkpointing_do_not_change_the_losses(
+def test_batch_division_stage_and_checkpointing_do_not_change_the_losses(
     launcher: str,
     processes: int,
     settings: tuple[str, ...],
@@ -107,7 +108,7 @@ def test_cuts_stages_and_checkpointing_do_not_change_the_losses(
 
 @pytest.fixture
 def half(reference: tuple[Path, str], tmp_path: Path) -> Path:
-    """The reference run as it stood after its checkpoint of step 4, killed while it went on."""
+    """The reference run as if it had been killed some steps after its checkpoint of step 4."""
     run_dir = tmp_path / "run"
     shutil.copytree(reference[0], run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step_00000008")
@@ -120,7 +121,7 @@ def half(reference: tuple[Path, str], tmp_path: Path) -> Path:
 SAME = ("train.steps=8", "checkpoint.every_steps=4", "train.eval_every=4", "train.eval_shuffled_inputs=true")
 
 
-def test_a_killed_run_goes_on_to_the_bit(reference: tuple[Path, str], half: Path, run_pretrain: Pretrain) -> None:
+def test_a_killed_run_resumes_to_the_bit(reference: tuple[Path, str], half: Path, run_pretrain: Pretrain) -> None:
     run_pretrain(half, *SAME)
     assert losses(half) == losses(reference[0])
     gradient_norms = [[r["grad_norm"] for r in read_metrics(d)] for d in (half, reference[0])]
@@ -130,7 +131,7 @@ def test_a_killed_run_goes_on_to_the_bit(reference: tuple[Path, str], half: Path
 
 
 def test_a_longer_run_is_the_same_run(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
-    """4 steps and then 4 more equal 8, and a third start says that it is finished."""
+    """4 steps and then 4 more equal 8 steps, and a third start reports that the run is finished."""
     run_dir = tmp_path / "run"
     four = ("train.steps=4", *SAME[1:])
     run_pretrain(run_dir, *four)
@@ -141,7 +142,7 @@ def test_a_longer_run_is_the_same_run(reference: tuple[Path, str], run_pretrain:
     assert losses(run_dir) == losses(reference[0])
 
 
-def test_it_goes_on_with_other_processes_and_stage(
+def test_it_resumes_with_another_number_of_processes_and_stage(
     reference: tuple[Path, str], half: Path, run_pretrain: Pretrain
 ) -> None:
     run_pretrain(half, *SAME, "zero.stage=3", "train.micro_batch_size=2", processes=2)
@@ -162,23 +163,23 @@ Main = Callable[[list[str]], int]
 
 
 def refusal(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a start is refused, before any device is touched."""
+    """Return the one line with which a start is refused, before any device is touched."""
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-def test_another_optimizer_cannot_be_allowed_and_leaves_the_run_as_it_was(
+def test_another_optimizer_is_refused_and_changes_nothing(
     half: Path, pretrain_main: Main, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (half / "config.yaml").read_text()
     other = ["optimizer.name=adafactor", "zero.stage=0", "resume_allow=[optimizer.name]"]
     line = refusal(pretrain_main, [*micro_settings, *SAME, f"run_dir={half}", *other], capsys)
-    assert "optimizer.name: adafactor cannot go on from the states of another optimizer" in line
+    assert "optimizer.name: adafactor cannot continue from the states of another optimizer" in line
     assert (half / "config.yaml").read_text() == before
 
 
-def test_a_damaged_checkpoint_is_not_passed_over_for_a_fresh_start(
+def test_a_run_with_only_a_damaged_checkpoint_does_not_start_anew(
     half: Path, pretrain_main: Main, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = half / "checkpoints" / "step_00000004"
@@ -205,10 +206,10 @@ def test_copies_of_checkpoints_are_left_alone(half: Path, run_pretrain: Pretrain
     run_pretrain(half, *SAME, "checkpoint.keep_last=1", "profile.steps=[7,20]")
     assert (copy / "COMPLETE").exists() and not leftover.exists()
     assert sorted(p.name for p in (half / "checkpoints").iterdir()) == ["step_00000004.bak", "step_00000008"]
-    assert (half / "profile" / "trace.json").stat().st_size  # what the run did of the window
+    assert (half / "profile" / "trace.json").stat().st_size  # the steps of the window that the run trained
 
 
-def test_adafactor_goes_on_to_the_bit(run_pretrain: Pretrain, tmp_path: Path) -> None:
+def test_adafactor_resumes_to_the_bit(run_pretrain: Pretrain, tmp_path: Path) -> None:
     settings = ("optimizer.name=adafactor", "zero.stage=0")
     run_pretrain(tmp_path / "four", *settings)
     run_pretrain(tmp_path / "two", *settings, "train.steps=2")
@@ -217,7 +218,7 @@ def test_adafactor_goes_on_to_the_bit(run_pretrain: Pretrain, tmp_path: Path) ->
 
 
 def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
-    """The schedule starts anew; what the weights begin with is said at once, and so is the first step."""
+    """The schedule starts anew; the first held-out loss and the first step are printed at once."""
     run_dir = tmp_path / "run"
     done = run_pretrain(run_dir, f"init_from={reference[0]}", "train.steps=2", "train.log_every=2")
     (record,) = read_metrics(run_dir)
@@ -228,16 +229,13 @@ def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretr
     assert done.stdout.index(first) < done.stdout.index("step 1/2 | loss ") < done.stdout.index("step 2/2 | loss ")
 
 
-def test_the_file_stop_saves_first(micro_settings: tuple[str, ...], tmp_path: Path) -> None:
-    """It ends with 0, after a checkpoint of the step that was being done."""
+def test_the_file_stop(micro_settings: tuple[str, ...], tmp_path: Path) -> None:
+    """The run saves a checkpoint after the current step and ends with status 0."""
     run_dir = tmp_path / "run"
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)
     settings = [*micro_settings, f"run_dir={run_dir}", "train.steps=100000"]
     process = subprocess.Popen(
-        [sys.executable, str(root / "launch" / "pretrain.py"), *settings],
-        env=environment,
+        [sys.executable, str(ROOT / "launch" / "pretrain.py"), *settings],
+        env=trainer_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -263,14 +261,14 @@ def test_max_minutes_stops_with_75(run_pretrain: Pretrain, tmp_path: Path) -> No
 
 
 def checkpoints(run_dir: Path) -> list[int]:
-    """Steps of the whole checkpoints; there are no others."""
+    """Return the steps of the whole checkpoints; there must be no others."""
     whole, damaged = find_checkpoints(run_dir / "checkpoints")
     assert not damaged
     return [int(folder.name.removeprefix("step_")) for folder in whole]
 
 
-def test_the_file_save_asks_once_for_a_checkpoint(run_pretrain: Pretrain, tmp_path: Path) -> None:
-    """That of the next step, whole before training goes on; rank 0 alone sees the file, and the run goes on."""
+def test_the_file_save(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """One checkpoint of the next step is whole before training continues; only rank 0 looks for the file."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "SAVE").touch()
@@ -282,8 +280,8 @@ def test_the_file_save_asks_once_for_a_checkpoint(run_pretrain: Pretrain, tmp_pa
     assert status(run_dir) == {"status": "finished", "step": 4}
 
 
-def test_what_stays_of_many_checkpoints_and_what_a_resumed_run_records(run_pretrain: Pretrain, tmp_path: Path) -> None:
-    """The multiples of keep_every stay; what the one that is resumed from does not know of gives way to what is new."""
+def test_which_checkpoints_are_kept_and_what_a_resumed_run_records(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """Multiples of keep_every are kept; records after the checkpoint that is resumed from are replaced by new ones."""
     run_dir = tmp_path / "run"
     settings = ("train.steps=6", "checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2")
     run_pretrain(run_dir, *settings)

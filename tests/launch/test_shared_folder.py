@@ -1,18 +1,18 @@
-"""A run directory that is not one folder for all hosts is found at start."""
+"""A start detects that the run directory is not the same folder on all hosts."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from conftest import trainer_environment
 
 
 def test_hosts_that_see_different_folders_are_named(tmp_path: Path, micro_settings: tuple[str, ...]) -> None:
     torchrun = Path(sys.executable).parent / "torchrun"
     script = Path(__file__).with_name("elsewhere.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment.pop("TRITON_INTERPRET", None)
     command = [str(torchrun), "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path), "run_dir=runs/x"]
-    done = subprocess.run([*command, *micro_settings], env=environment, capture_output=True, text=True, timeout=120)
+    command += micro_settings
+    done = subprocess.run(command, env=trainer_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "is not the folder that host" in lines[0]

@@ -1,4 +1,4 @@
-"""What surrounds a run goes wrong: nobody reads its output, its disk is full, another run is in its folder."""
+"""Failures around a run: nobody reads its output, its disk is full, another run uses its folder."""
 
 import json
 import os
@@ -21,8 +21,8 @@ HOLD += "print(lock_for_life(Path(sys.argv[1])), flush=True); sys.stdin.read()"
 
 
 @pytest.mark.parametrize("output", ["closed pipe", "full disk"])
-def test_nobody_reads_what_a_run_says(tmp_path: Path, shard_cache: Path, output: str) -> None:
-    """As after Ctrl-C with `| tee`: every step is done, and the last checkpoint is whole."""
+def test_nobody_reads_the_output_of_a_run(tmp_path: Path, shard_cache: Path, output: str) -> None:
+    """As after Ctrl-C with `| tee`: the run does every step, and the last checkpoint is whole."""
     if output == "full disk":
         writing = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -38,7 +38,7 @@ def test_nobody_reads_what_a_run_says(tmp_path: Path, shard_cache: Path, output:
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, run_pretrain: Pretrain) -> None:
-    """While another process trains there; nothing of its run changes. When that has ended, it is not."""
+    """As long as another process trains there; nothing of that run changes. Afterwards it is not refused."""
     run_pretrain(tmp_path, "train.steps=2")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
@@ -46,14 +46,14 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, run_pretrain: Pre
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "True\n"
         refused = run_pretrain(tmp_path, processes=2, check=False)
-        (tmp_path / "status.json").unlink()  # as a run does that goes on
+        (tmp_path / "status.json").unlink()  # as a running process does
         done_already = run_pretrain(tmp_path, "train.steps=2")
         assert "nothing to do" in done_already.stdout and not (tmp_path / "status.json").exists()
         (tmp_path / "status.json").write_bytes(before[tmp_path / "status.json"])
         other.communicate("")
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"error: run_dir: another process trains in {tmp_path}; wait until it has ended, or name another folder\n"
+        f"error: run_dir: another process trains in {tmp_path}; wait until it ends, or choose another folder\n"
     )
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     run_pretrain(tmp_path)
@@ -81,7 +81,7 @@ def test_nobody_reads_a_pipe_that_does_not_wait(tmp_path: Path) -> None:
         )
         assert process.wait(timeout=100) == 0
         errors.seek(0)
-        assert errors.read().startswith(b"error: standard output cannot be written (nobody reads it)")
+        assert errors.read().startswith(b"error: standard output cannot be written (no process reads it)")
     assert process.stdout is not None
     with process.stdout as pipe:
         assert pipe.read().startswith(b"0" * 100 + b"\n" + b"1" * 100)
@@ -93,7 +93,8 @@ def test_a_report_that_is_lost_is_a_failure(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=trainer_environment())
     assert done.returncode == 1
-    assert done.stderr == "error: standard output cannot be written (No space left on device); a part is lost\n"
+    reason = "No space left on device"
+    assert done.stderr == f"error: standard output cannot be written ({reason}); a part of the output is lost\n"
 
 
 def test_an_end_that_cannot_be_written_down(tmp_path: Path, run_pretrain: Pretrain) -> None:

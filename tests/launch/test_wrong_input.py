@@ -1,4 +1,4 @@
-"""Wrong input ends with status 2 and one line a problem that names the key or file, before any device is touched."""
+"""Wrong input ends with status 2 and one line per problem that names the key or file, before a device is touched."""
 
 import json
 import os
@@ -41,7 +41,43 @@ CASES = {
     "missing config file": (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
     "unknown option": (["--confg", "x.yaml"], "arguments: "),
     "deepspeed owns its batch size": (["deepspeed.train_batch_size=3"], "train.global_batch_size"),
-    "unknown deepspeed section": (["deepspeed.zero_optimisation.stage=3"], "deepspeed.zero_optimisation: "),
+    "unknown deepspeed section": (
+        ["deepspeed.zero_optimisation.stage=3"],
+        "deepspeed.zero_optimisation: is not among the keys that may be given; did you mean zero_optimization?",
+    ),
+    "deepspeed compile": (
+        ["deepspeed.compile.deepcompile=true"],
+        "deepspeed.compile: has its own key here; set train.",
+    ),
+    "deepspeed activation checkpointing": (
+        ["deepspeed.activation_checkpointing.cpu_checkpointing=true"],
+        "deepspeed.activation_checkpointing: has its own key here; set train.activation_checkpointing instead",
+    ),
+    "deepspeed autotuning": (
+        ["deepspeed.autotuning.enabled=true"],
+        "deepspeed.autotuning: DeepSpeed's autotuner does not run here; choose train.micro_batch_size, zero.stage",
+    ),
+    "deepspeed aio": (
+        ["deepspeed.aio.block_size=1048576"],
+        "deepspeed.aio: nothing is offloaded to disk here; set zero.offload=",
+    ),
+    "deepspeed owns a key of ZeRO": (
+        ["deepspeed.zero_optimization.stage=3"],
+        "deepspeed.zero_optimization.stage: has its own key here; set zero.stage instead",
+    ),
+    "key of ZeRO without effect": (
+        ["deepspeed.zero_optimization.elastic_checkpoint=true"],
+        "deepspeed.zero_optimization.elastic_checkpoint: only DeepSpeed's own checkpoints use it",
+    ),
+    "unknown key of ZeRO": (
+        ["deepspeed.zero_optimization.overlap_com=true"],
+        "deepspeed.zero_optimization.overlap_com: is not among the keys that may be given; did you mean "
+        "zero_optimization.overlap_comm?",
+    ),
+    "type of a key of ZeRO": (
+        ["deepspeed.zero_optimization.sub_group_size=many"],
+        "deepspeed.zero_optimization.sub_group_size: 'many' is not of type int",
+    ),
     "profile window": (["profile.steps=[5]"], "profile.steps: "),
     "no minutes": (["checkpoint.every_minutes=0"], "checkpoint.every_minutes: 0.0 is not within a year"),
     "negative retention": (["checkpoint.keep_every=-1"], "checkpoint.keep_every: -1 is negative"),
@@ -58,10 +94,10 @@ CASES = {
 
 
 def problem_lines(main: Main, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Run and expect status 2; the lines on stderr."""
+    """Run and expect status 2; returns the lines on stderr."""
     try:
         status = main(arguments)
-    except SystemExit as end:  # argparse's way
+    except SystemExit as end:  # raised by argparse
         status = end.code
     captured = capsys.readouterr()
     assert status == 2, captured
@@ -153,14 +189,14 @@ def test_batch_that_does_not_divide_among_processes(
     assert len(lines) == 1 and "train.global_batch_size: 8 does not divide among 3 devices" in lines[0]
 
 
-def test_what_another_host_finds_alone_is_said_there(
+def test_a_problem_of_one_host_is_printed_there(
     pretrain_main: Main,
     tmp_path: Path,
     micro_settings: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By its first rank, for rank 0 cannot know of it."""
+    """By the first rank of that host, because rank 0 cannot know of it."""
     monkeypatch.setattr("colt5dist.train.ranks.time.sleep", lambda seconds: None)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -176,21 +212,21 @@ def test_what_another_host_finds_alone_is_said_there(
             assert not lines
 
 
-def test_processes_that_do_not_come(
+def test_processes_that_do_not_connect(
     pretrain_main: Main,
     tmp_path: Path,
     micro_settings: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another host may have found wrong input, or not have been started."""
+    """Another host may have found wrong input, or was not started."""
     port = free_port()
     places = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**places, "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
     settings = [f"run_dir={tmp_path}/run", *micro_settings, "train.timeout_minutes=0.1"]
     (line,) = problem_lines(pretrain_main, settings, capsys)
-    assert line.startswith(f"error: MASTER_ADDR, MASTER_PORT: 2 processes did not meet at 127.0.0.1:{port} (")
+    assert line.startswith(f"error: MASTER_ADDR, MASTER_PORT: 2 processes did not connect at 127.0.0.1:{port} (")
     assert not (tmp_path / "run").exists()
 
 
@@ -203,8 +239,8 @@ PLACES = {
         {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
         "LOCAL_RANK=1: not below LOCAL_WORLD_SIZE=1; ",
     ),
-    "no meeting": ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2: without LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
-    "one of two": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2: LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set; "),
+    "one of two": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set; "),
 }
 
 

@@ -1,9 +1,9 @@
 """Trains the micro model with train.deterministic=true on the CPU and writes the loss and gradient norm of each step.
 
-    python tests/train/reference_trace.py tests/train/reference_trace.json      # writes the committed trace anew
+    python tests/train/reference_trace.py tests/train/reference_trace.json      # overwrites the committed trace
 
-A change that moves the trace changes what a run computes: write it anew only if that is meant, and say so in
-CHANGELOG.md. `--steps N` trains fewer than 50.
+A change of the trace means that a run computes something else: overwrite it only if that is intended, and say so in
+CHANGELOG.md. `--steps N` trains fewer than 50 steps.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, Any]:
-    """What the rounding of float32 sums depends on."""
+    """Return what the rounding of float32 sums depends on."""
     models = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def train(folder: Path, steps: int) -> list[list[float]]:
-    """Loss and gradient norm of each step of a run in a new folder, on text that is the same everywhere."""
+    """Train in a new folder, on text that is the same everywhere; returns loss and gradient norm of each step."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "launch")]
     from conftest import MICRO_SETTINGS, write_short_texts
     from pretrain import main

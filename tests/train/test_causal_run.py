@@ -1,4 +1,4 @@
-"""CausalCoLT5 in the same trainer: ZeRO stages and world sizes, resumed, started from another run, its statistics."""
+"""CausalCoLT5 in the same trainer: ZeRO stages, numbers of ranks, resuming, init_from, statistics of routing."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ CAUSAL = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, run_pretrain: Pretrain) -> Path:
-    """Four steps on one process, parameters recomputed with their routing kept."""
+    """Four steps on one process, with activation checkpointing that keeps the routing."""
     run_dir = tmp_path_factory.mktemp("causal") / "run"
     run_pretrain(run_dir, *CAUSAL, "train.activation_checkpointing=full_keep_routing")
     return run_dir
@@ -36,7 +36,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run_dir)]
 
 
-def test_trains_and_tells_what_its_routers_do(undisturbed: Path) -> None:
+def test_trains_and_records_its_routing(undisturbed: Path) -> None:
     records = read_metrics(undisturbed)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert all(record["input_tokens"] == 0 and record["target_tokens"] == 8 * 208 for record in records)
@@ -57,7 +57,7 @@ def test_sharded_parameters_on_two_processes_resumed_on_one(
 
 
 @pytest.mark.slow
-def test_a_longer_text_starts_from_the_weights_of_another_run(
+def test_a_run_with_longer_text_starts_from_the_weights_of_another_run(
     undisturbed: Path, tmp_path: Path, run_pretrain: Pretrain
 ) -> None:
     settings = (*CAUSAL, "data.target_length=416", f"init_from={undisturbed}", "train.steps=1")
@@ -71,14 +71,14 @@ def test_a_longer_text_starts_from_the_weights_of_another_run(
     [
         (
             ("data.mixture=colt5", "data.input_length=256"),
-            "data.mixture: colt5 does not go with model.architecture causal",
+            "data.mixture: colt5 does not fit model.architecture causal",
         ),
         (("data.input_length=256",), "data.input_length: 256 is not used with data.mixture=causal; set 0"),
         (("train.eval_shuffled_inputs=true",), "train.eval_shuffled_inputs: model.architecture causal"),
         (("model.num_encoder_layers=2",), "model.num_encoder_layers: 2; architecture=causal has no encoder"),
     ],
 )
-def test_what_does_not_go_together_is_told(
+def test_contradicting_settings_are_refused(
     settings: tuple[str, ...],
     message: str,
     tmp_path: Path,

@@ -1,7 +1,6 @@
-"""The wait for data ends when a stop is wanted, or when the data is not there; it never hangs the run."""
+"""A wait for data ends when a stop is requested or the data is missing; it never hangs the run."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -11,16 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from conftest import ROOT, trainer_environment
 
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.train.checkpoint import find_checkpoints
 from colt5dist.train.report.monitor import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
 
 HANGING = """
     import os, signal, sys, time
@@ -35,7 +34,7 @@ HANGING = """
     shards = open_shards(folder)
     for path in folder.glob("*.tar"):
         path.unlink()
-        os.mkfifo(path)  # opening it waits for ever, as a file on a dead network does
+        os.mkfifo(path)  # opening it blocks for ever, like a file on a broken network
     stop = StopRequests(folder, watch_files=False, max_minutes=None)
     batches = training_batches(
         shards, DataConfig(input_length=96, target_length=40, num_workers=num_workers), seed=0, global_batch_size=4,
@@ -65,7 +64,7 @@ STUCK = """
     )
     stream = ReadAhead(batches, ranks_from_environment(), lambda: False, first_seconds=3600)
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGSTOP)  # as one that waits for a disk, it obeys SIGKILL only
+        os.kill(worker.pid, signal.SIGSTOP)  # like one that waits for a disk, it reacts to SIGKILL only
     stream.close()
     assert not multiprocessing.active_children()
     print("closed", flush=True)
@@ -95,7 +94,7 @@ LOST = """
 
 
 def wait_for_data(shards: Path, num_workers: int, *, allowed: float, signal_after: float) -> tuple[float, str]:
-    """Wait for data that never comes; the seconds that it took, and how the wait was named."""
+    """Wait for data that never arrives; returns the seconds that it took, and the error."""
     arguments = [str(shards), str(num_workers), str(allowed), str(signal_after)]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(HANGING), *arguments], capture_output=True, text=True, timeout=90
@@ -108,27 +107,27 @@ def wait_for_data(shards: Path, num_workers: int, *, allowed: float, signal_afte
 
 @pytest.fixture
 def shards(short_texts: Path, tmp_path: Path) -> Path:
-    """A few documents, to be spoilt."""
+    """A copy of a few documents, which a test may damage."""
     return Path(shutil.copytree(short_texts, tmp_path / "shards"))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_signal_ends_a_wait_that_would_never_end(shards: Path, num_workers: int) -> None:
-    """Also the process ends, with a reader that is stuck in the operating system."""
+    """The process ends too, although a reader is stuck in the operating system."""
     waited, failure = wait_for_data(shards, num_workers, allowed=3600, signal_after=0.5)
     assert waited > 0.4 and failure == "None"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_wait_that_would_never_end_is_a_named_error(shards: Path, num_workers: int) -> None:
-    """A rank that is alone has no other that would miss it."""
+    """A single rank has no other rank that could detect the hang."""
     waited, failure = wait_for_data(shards, num_workers, allowed=0.5, signal_after=0)
     assert waited > 0.4
-    assert failure.startswith("no data came for 0.5 s; see that the disk or network of the shards is well; ")
+    assert failure.startswith("no data arrived for 0.5 s; check the disk or network of the shards; ")
 
 
-def test_a_reader_that_obeys_nothing_does_not_hold_up_the_end(shards: Path) -> None:
-    """Nor does it when the trainer has its step and the reader is at the next ones."""
+def test_a_stuck_reader_does_not_delay_the_end(shards: Path) -> None:
+    """Also not if the trainer has its step, and the reader already reads the next ones."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(STUCK), str(shards)], capture_output=True, text=True, timeout=90
     )
@@ -136,8 +135,8 @@ def test_a_reader_that_obeys_nothing_does_not_hold_up_the_end(shards: Path) -> N
     assert done.stdout == "closed\n"
 
 
-def test_a_process_ends_that_has_lost_one_of_several_readers(shards: Path) -> None:
-    """The others ignore every signal but SIGKILL, and the error that is on its way out still holds them."""
+def test_a_process_ends_after_one_of_several_readers_was_killed(shards: Path) -> None:
+    """The other readers react to SIGKILL only, and the exception that is being raised still refers to them."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(LOST), str(shards)], capture_output=True, text=True, timeout=90
     )
@@ -149,17 +148,17 @@ def test_a_process_ends_that_has_lost_one_of_several_readers(shards: Path) -> No
 
 @dataclass
 class Started:
-    """A run of one process whose first steps are done."""
+    """A run of one process after its first steps."""
 
     process: subprocess.Popen[str]
     run_dir: Path
 
     def workers(self) -> list[psutil.Process]:
-        """Its reader processes."""
+        """Return its reader processes."""
         return psutil.Process(self.process.pid).children()
 
     def end(self) -> tuple[int, str]:
-        """Exit status and stderr."""
+        """Wait for the end; returns exit status and stderr."""
         _, printed = self.process.communicate(timeout=60)
         return self.process.returncode, printed
 
@@ -168,7 +167,7 @@ class Started:
 def started(
     tmp_path: Path, micro_settings: tuple[str, ...], make_text: Callable[[random.Random, int], str]
 ) -> Iterator[Started]:
-    """Training from 60 shards in tmp_path/many, with one reader process."""
+    """A run on 60 shards in tmp_path/many, with one reader process."""
     rng = random.Random(2)
     writer = CorpusWriter(tmp_path / "many", ByteTokenizer(), validation_fraction=0.1, shard_bytes=1 << 20)
     for _ in range(600):
@@ -177,10 +176,9 @@ def started(
     run_dir = tmp_path / "run"
     settings = [*micro_settings, f"run_dir={run_dir}", f"data.shards={tmp_path / 'many'}", "data.num_workers=1"]
     settings += ["train.steps=1000000", "train.eval_samples=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *settings]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    output: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=trainer_environment(), **output)
     try:
         deadline = time.monotonic() + 120
         while len(read_metrics(run_dir)) < 2:
@@ -192,7 +190,7 @@ def started(
 
 
 def saved_and_failed(run_dir: Path) -> str:
-    """The reason in status.json, of a run whose last recorded step is in a whole checkpoint."""
+    """Check that the last recorded step is in a whole checkpoint; returns the reason in status.json."""
     status = json.loads((run_dir / "status.json").read_text())
     assert status["status"] == "failed" and status["step"] == read_metrics(run_dir)[-1]["step"]
     whole, damaged = find_checkpoints(run_dir / "checkpoints")
@@ -211,7 +209,7 @@ def test_a_killed_worker_ends_the_run_with_a_checkpoint(started: Started) -> Non
 
 
 def test_shards_that_vanish_end_the_run_with_a_checkpoint(started: Started, tmp_path: Path) -> None:
-    """The one that is open may be read on; the next is missing, and named."""
+    """The open one can still be read; the next one is missing, and is named."""
     for path in (tmp_path / "many").glob("*.tar"):
         path.unlink()
     status, printed = started.end()

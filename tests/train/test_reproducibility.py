@@ -1,11 +1,11 @@
-"""train.deterministic: equal settings give equal bits, and the trace that is committed.
+"""train.deterministic: equal settings give equal bits, and the committed trace.
 
-The committed trace is compared to the bit where torch, numpy and the CPU are those that it was written with. Elsewhere
-it cannot be: matrix products and sums are cut to the width of the CPU's vectors and change with the libraries,
-so float32 rounds in another order. How much that is was measured: without vector instructions
-(ATEN_CPU_CAPABILITY=default against AVX2) the 50 losses differ by up to 2e-8 of their value and the gradient norms by
-1e-7. 1e-5 and 1e-4 leave room for other libraries, while another seed moves the first loss by 4e-4, and a warm-up of
-5 steps instead of 4 the second by 1e-3.
+The committed trace is compared to the bit if torch, numpy and the CPU are the same as when it was written. Elsewhere
+that is impossible: matrix products and sums are split by the width of the CPU's vectors and depend on the libraries, so
+float32 rounds in another order. Measured: without vector instructions (ATEN_CPU_CAPABILITY=default against AVX2) the 50
+losses differ by up to 2e-8 of their value and the gradient norms by 1e-7. The tolerances 1e-5 and 1e-4 allow for other
+libraries, while another seed changes the first loss by 4e-4, and a warm-up of 5 steps instead of 4 changes the second
+by 1e-3.
 """
 
 import json
@@ -21,7 +21,7 @@ REFERENCE = Path(__file__).with_name("reference_trace.json")
 
 
 def run_trace(output: Path, *options: str) -> dict[str, Any]:
-    """Run reference_trace.py in a process of its own."""
+    """Run reference_trace.py in a new process."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(output), *options], capture_output=True, text=True, timeout=300
     )
@@ -31,12 +31,12 @@ def run_trace(output: Path, *options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Fifty steps, here and now."""
+    """Fifty steps on this machine."""
     return run_trace(tmp_path_factory.mktemp("trace") / "trace.json")
 
 
 def test_the_committed_trace(trace: dict[str, Any]) -> None:
-    """See above; `python tests/train/reference_trace.py tests/train/reference_trace.json` writes it anew."""
+    """See above; `python tests/train/reference_trace.py tests/train/reference_trace.json` writes a new one."""
     reference = json.loads(REFERENCE.read_text())
     losses, norms = zip(*trace["loss_and_gradient_norm"], strict=True)
     expected_losses, expected_norms = zip(*reference["loss_and_gradient_norm"], strict=True)
@@ -48,6 +48,6 @@ def test_the_committed_trace(trace: dict[str, Any]) -> None:
 
 
 def test_equal_settings_give_equal_bits(trace: dict[str, Any], tmp_path: Path) -> None:
-    """A second process, whose hash seed and place in memory are others, on the first ten steps."""
+    """The first ten steps in a second process, with another hash seed and other addresses in memory."""
     again = run_trace(tmp_path / "again.json", "--steps", "10")
     assert again["loss_and_gradient_norm"] == trace["loss_and_gradient_norm"][:10]

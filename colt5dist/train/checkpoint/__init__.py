@@ -1,28 +1,28 @@
-"""Checkpoints: one format for every ZeRO stage and world size, safetensors and JSON only.
+"""Checkpoints: one format for every ZeRO stage and number of ranks, safetensors and JSON only.
 
 A checkpoint is a folder `step_00001000/` with
-- `rank_00000.safetensors`, ...: flat float32 fragments named `parameter|key|offset`, one file a rank that wrote;
-- `index.json`: for each parameter and key its full shape and the fragments, with file, offset and length;
+- `rank_00000.safetensors`, ...: flat float32 fragments named `parameter|key|offset`, one file per rank;
+- `index.json`: for each parameter and key its full shape and its fragments, with file, offset and length;
 - `trainer.json`: the trainer's few integers (`TrainerState`);
 - `COMPLETE`: written last: the run, the step, and size and hashes of every file.
 
-It is written as `.step_00001000.tmp` and renamed once COMPLETE is in it: what has the name is whole, or was damaged
-later. Loading reads the slices that overlap what a rank owns now, whatever world size and stage wrote them.
+It is written as `.step_00001000.tmp` and renamed once COMPLETE is in it, so a folder with the final name was whole
+once. Loading reads only the slices that a rank needs now, whatever number of ranks and ZeRO stage wrote them.
 """
 
-from colt5dist.train.checkpoint.commit import put_damaged_aside
-from colt5dist.train.checkpoint.complete_file import COMPLETE, Damage, json_problem, read_marker, size_problem
+from colt5dist.train.checkpoint.commit import rename_damaged
+from colt5dist.train.checkpoint.complete_file import COMPLETE, Damage, json_problem, read_complete, size_problem
 from colt5dist.train.checkpoint.folders import (
     checkpoint_bytes,
     checkpoint_folders,
     find_checkpoints,
     folder_step,
-    folders_put_aside,
     is_whole,
     model_problems,
     optimizer_problems,
     read_index,
     read_state,
+    renamed_folders,
     step_folder,
     unfinished_folders,
 )
@@ -40,17 +40,17 @@ __all__ = [
     "find_checkpoints",
     "find_damage",
     "folder_step",
-    "folders_put_aside",
     "is_whole",
     "json_problem",
     "load_checkpoint",
     "model_problems",
     "optimizer_problems",
-    "put_damaged_aside",
+    "read_complete",
     "read_fragments",
     "read_index",
-    "read_marker",
     "read_state",
+    "rename_damaged",
+    "renamed_folders",
     "size_problem",
     "step_folder",
     "unfinished_folders",

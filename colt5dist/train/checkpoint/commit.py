@@ -1,4 +1,4 @@
-"""What rank 0 does once all ranks have written: index, marker, the final name, and which older ones go."""
+"""What rank 0 does once all ranks have written: index, COMPLETE, the final name, and deletion of older checkpoints."""
 
 import json
 import os
@@ -18,101 +18,121 @@ from colt5dist.train.checkpoint.complete_file import (
     FORMAT_VERSION,
     INDEX,
     STATE,
+    CompleteFile,
     Damage,
     FileEntry,
-    Marker,
     describe_file,
     size_problem,
 )
-from colt5dist.train.checkpoint.folders import checkpoint_folders, folder_step, index_content, step_folder
-
-DELETED = ".deleted"
-"""Ending of the folder of a checkpoint that is on its way out."""
+from colt5dist.train.checkpoint.folders import (
+    DAMAGED,
+    DELETED_SUFFIX,
+    REPLACED,
+    UNREADABLE,
+    checkpoint_folders,
+    deleted_folder,
+    folder_step,
+    index_content,
+    step_folder,
+    temporary_folder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which whole checkpoints stay."""
+    """Which whole checkpoints are kept."""
 
     keep_last: int
-    """So many of the newest."""
+    """Number of the newest checkpoints to keep."""
     keep_every: int
-    """Those of steps that are a multiple stay for good; 0: none."""
+    """Checkpoints of steps that are a multiple of it are kept for good; 0: none."""
 
-    def doomed(self, steps: Sequence[int]) -> list[int]:
-        """Of the steps of whole checkpoints, in order, those that go."""
+    def to_delete(self, steps: Sequence[int]) -> list[int]:
+        """Select the steps to delete from the steps of all whole checkpoints, given in ascending order."""
         return [step for step in steps[: -self.keep_last] if not (self.keep_every and step % self.keep_every == 0)]
 
 
-def temporary_folder(root: Path, step: int) -> Path:
-    """Where a checkpoint is written; it gets its name when it is whole."""
-    return root / f".{step_folder(root, step).name}.tmp"
+def commit_checkpoint(
+    root: Path, step: int, state: dict[str, Any], files: Sequence[FileEntry], run_id: str
+) -> list[str]:
+    """Complete the temporary folder that holds the ranks' files, and give it its final name.
 
-
-def publish(root: Path, step: int, state: dict[str, Any], files: Sequence[FileEntry], run_id: str) -> list[str]:
-    """Make a whole checkpoint of the temporary folder with the ranks' files, and give it its name.
-
-    A folder that already has the name (a damaged one that was passed over) is put aside, not deleted.
+    A folder that already has this name (a damaged checkpoint that was passed over) is renamed, not deleted.
 
     Args:
         root: folder of the checkpoints.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         state: the trainer's integers.
         files: what the ranks wrote.
-        run_id: of the run.
+        run_id: the run that the checkpoint belongs to.
 
     Returns:
-        What the user should know.
+        Notes for the user.
     """
     temporary, final = temporary_folder(root, step), step_folder(root, step)
     write_whole(temporary / INDEX, json.dumps(_index(temporary, files)).encode())
     write_whole(temporary / STATE, json.dumps({"format_version": FORMAT_VERSION, "state": state}, indent=1).encode())
     own = [describe_file(temporary / name) for name in (INDEX, STATE)]
     fsync_path(temporary)
-    Marker(run_id=run_id, step=step, files=(*own, *files)).write(temporary)
-    notes = [f"{final}: was there already; kept as {put_aside(final, 'replaced').name}"] if final.exists() else []
+    CompleteFile(run_id=run_id, step=step, files=(*own, *files)).write(temporary)
+    notes = [f"{final}: existed already; kept as {rename_aside(final, REPLACED).name}"] if final.exists() else []
     os.rename(temporary, final)
     fsync_path(root)
     return notes
 
 
 def delete_old(root: Path, run_id: str, newest_step: int, retention: Retention) -> None:
-    """Delete the whole checkpoints of this run that go now that the one of `newest_step` is whole."""
+    """Delete older checkpoints after a new one is whole.
+
+    Args:
+        root: folder of the checkpoints.
+        run_id: only whole checkpoints of this run are counted and deleted.
+        newest_step: step of the new checkpoint; newer ones are left alone.
+        retention: which are kept.
+    """
     whole = [folder for folder in checkpoint_folders(root) if size_problem(folder, run_id) is None]
     steps = [step for step in map(folder_step, whole) if step <= newest_step]
-    for step in retention.doomed(steps):
+    for step in retention.to_delete(steps):
         delete_checkpoint(step_folder(root, step))
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; its name and its marker go first, so that an interruption leaves nothing in its place.
+    """Delete a checkpoint: first its name and COMPLETE, so that an interruption cannot leave a part under its name.
 
-    The large files go in a thread, since training would stand still for them; what an interruption leaves of them goes
-    with those of the next checkpoint that is deleted.
+    A thread deletes the large files, because training would have to wait for them. What an interruption leaves of them
+    is deleted together with the next checkpoint.
     """
-    if folder.is_symlink():  # what it leads to was put elsewhere to be kept
+    if folder.is_symlink():  # the target was put elsewhere to be kept
         folder.unlink()
         return
-    doomed = folder.with_name(f".{folder.name}{DELETED}")
-    if doomed.exists():
-        wait_for_deletions()  # a thread may be at it
-        shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    (doomed / COMPLETE).unlink(missing_ok=True)
-    fsync_path(doomed)
-    for left in folder.parent.glob(f".*{DELETED}"):
-        threading.Thread(target=shutil.rmtree, args=(left, True), name=DELETED).start()
+    renamed = deleted_folder(folder)
+    if renamed.exists():
+        wait_for_deletions()  # a thread may be deleting it
+        shutil.rmtree(renamed, ignore_errors=True)
+    os.rename(folder, renamed)
+    (renamed / COMPLETE).unlink(missing_ok=True)
+    fsync_path(renamed)
+    for remains in folder.parent.glob(f".*{DELETED_SUFFIX}"):
+        threading.Thread(target=shutil.rmtree, args=(remains, True), name=DELETED_SUFFIX).start()
 
 
 def wait_for_deletions() -> None:
-    """Wait until nothing is left of the checkpoints that were deleted."""
+    """Wait until all files of deleted checkpoints are gone."""
     for thread in threading.enumerate():
-        if thread.name == DELETED:
+        if thread.name == DELETED_SUFFIX:
             thread.join()
 
 
-def put_aside(folder: Path, reason: str) -> Path:
-    """Rename a checkpoint so that it is no longer looked at, and nothing of it is lost; its new path."""
+def rename_aside(folder: Path, reason: str) -> Path:
+    """Rename a checkpoint so that no start uses it and nothing of it is lost.
+
+    Args:
+        folder: folder of the checkpoint.
+        reason: ending of the new name: `DAMAGED`, `UNREADABLE` or `REPLACED`.
+
+    Returns:
+        Its new path.
+    """
     number = 0
     while (aside := folder.with_name(f"{folder.name}.{reason}{f'-{number}' if number else ''}")).exists():
         number += 1
@@ -121,11 +141,15 @@ def put_aside(folder: Path, reason: str) -> Path:
     return aside
 
 
-def put_damaged_aside(folder: Path, damage: Damage) -> str:
-    """Put aside a checkpoint whose sizes are right, so that no later start takes it; what the user is told."""
-    reason = "unread" if damage.may_pass else "damaged"
+def rename_damaged(folder: Path, damage: Damage) -> str:
+    """Rename a damaged checkpoint whose files have the right sizes, so that no later start takes it for whole.
+
+    Returns:
+        What the user is told.
+    """
+    reason = UNREADABLE if damage.may_be_temporary else DAMAGED
     try:
-        return f"renamed {folder} to {put_aside(folder, reason).name}"
+        return f"renamed {folder} to {rename_aside(folder, reason).name}"
     except OSError as error:
         return f"{folder}: {reason}, and cannot be renamed ({error.strerror})"
 

@@ -1,4 +1,4 @@
-"""The folders of checkpoints, and what their JSON files say."""
+"""Checkpoint folders: their names, and what their JSON files say."""
 
 import json
 import re
@@ -7,57 +7,86 @@ from pathlib import Path
 from typing import Any
 
 from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint.complete_file import FOLDER_NAME, FORMAT_VERSION, INDEX, STATE, size_problem
+from colt5dist.train.checkpoint.complete_file import (
+    FOLDER_NAME,
+    FORMAT_VERSION,
+    INDEX,
+    STATE,
+    folder_name,
+    size_problem,
+)
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 from colt5dist.train.config.schema import OptimizerConfig
 from colt5dist.train.engine import fragments
 
-ASIDE = re.compile(FOLDER_NAME.pattern + r"\.(damaged|unread|replaced)(-\d+)?")
-UNFINISHED = re.compile(r"\.step_\d{8,}\.(tmp|deleted)")
+DAMAGED, UNREADABLE, REPLACED = "damaged", "unread", "replaced"
+"""Endings of renamed checkpoints: changed after they were written, not readable, replaced by a new checkpoint."""
+TEMPORARY_SUFFIX, DELETED_SUFFIX = ".tmp", ".deleted"
+"""Endings of the hidden folders of a checkpoint that is being written or deleted."""
+RENAMED = re.compile(rf"{FOLDER_NAME.pattern}\.({DAMAGED}|{UNREADABLE}|{REPLACED})(-\d+)?")
+UNFINISHED = re.compile(rf"\.{FOLDER_NAME.pattern}(\{TEMPORARY_SUFFIX}|\{DELETED_SUFFIX})")
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Folder of the checkpoint of a step."""
-    return root / f"step_{step:08d}"
+    """Folder of the checkpoint of a step, `step_00001000` for instance."""
+    return root / folder_name(step)
+
+
+def temporary_folder(root: Path, step: int) -> Path:
+    """Folder in which a checkpoint is written; it is renamed to `step_folder` when the checkpoint is whole."""
+    return root / f".{folder_name(step)}{TEMPORARY_SUFFIX}"
+
+
+def deleted_folder(folder: Path) -> Path:
+    """Name that a checkpoint gets before its files are deleted."""
+    return folder.with_name(f".{folder.name}{DELETED_SUFFIX}")
 
 
 def folder_step(folder: Path) -> int:
-    """Step of a checkpoint's folder."""
+    """Step of a checkpoint, from the name of its folder."""
     match = FOLDER_NAME.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, oldest step first. Other names are not looked at."""
+    """Folders whose name is that of a checkpoint, lowest step first; all others are ignored."""
     found = [path for path in root.glob("step_*") if FOLDER_NAME.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=folder_step)
 
 
-def folders_put_aside(root: Path) -> list[Path]:
-    """Checkpoints that were renamed: found damaged, not readable, or in the way of a new one."""
-    return sorted(path for path in root.glob("step_*") if ASIDE.fullmatch(path.name) and path.is_dir())
+def renamed_folders(root: Path) -> list[Path]:
+    """Checkpoints that were renamed because they are damaged, not readable, or were replaced by a new one."""
+    return sorted(path for path in root.glob("step_*") if RENAMED.fullmatch(path.name) and path.is_dir())
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether COMPLETE is there and every file has the size that it names."""
+    """Whether COMPLETE exists and every file has the size that it states."""
     return size_problem(folder) is None
 
 
 def find_checkpoints(root: Path, run_id: str | None = None) -> tuple[list[Path], list[Path]]:
-    """Whole checkpoints (of that run), oldest first, and the other folders with such a name."""
+    """Find the checkpoints in a folder, judged by COMPLETE and the sizes of their files.
+
+    Args:
+        root: folder of the checkpoints.
+        run_id: the run whose checkpoints count as whole; None: any run.
+
+    Returns:
+        The whole checkpoints, lowest step first; and the other folders that have the name of a checkpoint.
+    """
     folders = checkpoint_folders(root)
     whole = [path for path in folders if size_problem(path, run_id) is None]
     return whole, [path for path in folders if path not in whole]
 
 
 def unfinished_folders(root: Path) -> list[Path]:
-    """What saves and deletions that were interrupted have left."""
+    """Folders that interrupted saves and deletions have left behind."""
     return sorted(path for path in root.glob(".step_*") if UNFINISHED.fullmatch(path.name) and path.is_dir())
 
 
 def read_state(folder: Path) -> TrainerState:
-    """The trainer's integers of a checkpoint.
+    """Read the trainer's integers of a checkpoint.
 
     Raises:
         ConfigError: they cannot be read.
@@ -70,10 +99,13 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def read_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Shape and fragments by (parameter name, key).
+    """Read index.json.
+
+    Returns:
+        Shape and fragments by (parameter name, key).
 
     Raises:
-        ConfigError: they cannot be read, or a fragment lies outside the folder.
+        ConfigError: it cannot be read, or names a file outside the folder.
     """
     path = folder / INDEX
     content = _read_json(path)
@@ -89,7 +121,7 @@ def read_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
         raise ConfigError(f"{path}: is damaged; use another checkpoint") from None
     for name in files:
         if Path(name).name != name:
-            raise ConfigError(f"{path}: names a file outside the folder: {name}; do not use it")
+            raise ConfigError(f"{path}: names a file outside the folder: {name}; use another checkpoint")
     return found
 
 
@@ -99,7 +131,15 @@ def parameter_shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Differences between the parameters of a checkpoint and those of a model."""
+    """Compare the parameters of a checkpoint with those of a model.
+
+    Args:
+        folder: a checkpoint.
+        shapes: name and shape of every parameter of the model.
+
+    Returns:
+        The first difference and the number of further ones, as one line; nothing if there is none.
+    """
     saved = parameter_shapes_of(folder)
     found = [f"{folder}: parameter {name} is missing" for name in shapes if name not in saved]
     found += [f"{folder}: parameter {name} is not in this model" for name in saved if name not in shapes]
@@ -115,23 +155,28 @@ def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str
 
 
 def optimizer_problems(folder: Path, config: OptimizerConfig) -> list[str]:
-    """Whether the checkpoint's optimizer states are those of another optimizer, as one line."""
+    """Check that a checkpoint's optimizer states are those of the configured optimizer; returns at most one line."""
     keys = {key for _, key in read_index(folder)} - {fragments.WEIGHT}
     if not keys or ("exp_avg" in keys) == (config.name == "adamw"):
         return []
     return [
-        f"optimizer.name: {config.name} cannot go on from the states of another optimizer in {folder}; set it back, or "
-        "start another run with init_from"
+        f"optimizer.name: {config.name} cannot continue from the states of another optimizer in {folder}; set it "
+        "back, or start another run with init_from"
     ]
 
 
 def checkpoint_bytes(num_parameters: int) -> int:
-    """Size of a checkpoint with AdamW's two moments, up to its JSON: three float32 numbers a parameter."""
+    """Size of a checkpoint with AdamW's two moments, without its JSON: three float32 numbers per parameter."""
     return 12 * num_parameters
 
 
 def index_content(shapes: dict[str, list[int]], parts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """index.json from the shapes and fragments of `parameter|key`; the fragments have to cover every element once."""
+    """Content of index.json; the fragments must cover every element of every tensor once.
+
+    Args:
+        shapes: full shape of each `parameter|key`.
+        parts: fragments of each, with file, offset and length.
+    """
     tensors = []
     for name in sorted(shapes):
         pieces = sorted(parts[name], key=lambda part: part["offset"])
@@ -144,7 +189,7 @@ def index_content(shapes: dict[str, list[int]], parts: dict[str, list[dict[str, 
 def _check_cover(name: str, pieces: Iterable[dict[str, Any]], shape: list[int]) -> None:
     end, total = 0, 1
     for piece in pieces:
-        assert piece["offset"] == end, f"{name}: fragments overlap or leave a hole at element {end}"
+        assert piece["offset"] == end, f"{name}: fragments overlap or leave a gap at element {end}"
         end += piece["length"]
     for size in shape:
         total *= size

@@ -1,4 +1,4 @@
-"""Loading: each rank reads the slices that overlap what it owns now, whatever world size and stage wrote them."""
+"""Loading: each rank reads only the slices that it needs now, whatever number of ranks and ZeRO stage wrote them."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,25 +16,36 @@ from colt5dist.train.ranks import Ranks, gather_objects
 
 
 def find_damage(folder: Path, ranks: Ranks) -> Damage | None:
-    """What in a checkpoint is not as it was written; all ranks share the reading and get the same answer."""
+    """Compare all files of a checkpoint with their hashes; collective, all ranks share the reading.
+
+    Args:
+        folder: a checkpoint without `size_problem`.
+        ranks: place of this rank.
+
+    Returns:
+        What is wrong, the same on all ranks; None if everything is as it was written.
+    """
     damage: Damage | None
     try:
         damage = find_difference(folder, lambda piece, name: piece % ranks.world_size == ranks.rank)
     except ValueError as error:
-        damage = Damage(str(error), may_pass=True)
+        damage = Damage(str(error), may_be_temporary=True)
     found = [damage for damage in gather_objects(damage) if damage]
-    return min(found, key=lambda damage: damage.may_pass, default=None)
+    return min(found, key=lambda damage: damage.may_be_temporary, default=None)
 
 
 def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False) -> TrainerState:
-    """Fill the masters and moments from a checkpoint, in place, each rank reading only what it needs.
+    """Load the float32 weights and the moments from a checkpoint, in place; each rank reads only what it needs.
 
-    `fragments.refresh_parameters` has to follow, on all ranks, once all have read their part.
+    Call `fragments.refresh_parameters` afterwards on all ranks, once all have read their part.
 
     Args:
         folder: a whole checkpoint.
         engine: an engine of the same model, before its first step.
-        weights_only: leave the optimizer fresh.
+        weights_only: leave the optimizer as new.
+
+    Returns:
+        The trainer's integers.
 
     Raises:
         ConfigError: the checkpoint is of another model or another optimizer, or cannot be read.
@@ -51,10 +62,16 @@ def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False)
 def read_fragments(
     folder: Path, index: dict[tuple[str, str], dict[str, Any]], engine: Engine, *, weights_only: bool = False
 ) -> int:
-    """Fill what is there of masters and moments.
+    """Fill the float32 weights and the moments that this rank holds.
+
+    Args:
+        folder: a checkpoint.
+        index: its content, from `read_index`.
+        engine: an engine of the same model.
+        weights_only: leave the moments as they are.
 
     Returns:
-        Bytes of the slices that were read.
+        Number of bytes read.
     """
     num_bytes = 0
     with _OpenFiles(folder) as files:
@@ -71,7 +88,7 @@ def _read_fragment(
     entry = index.get((fragment.name, fragment.key))
     if entry is None or tuple(entry["shape"]) != fragment.shape:
         raise ConfigError(
-            f"{folder}: {fragment.key} of parameter {fragment.name} with shape {list(fragment.shape)} is not in it; "
+            f"{folder}: {fragment.key} of parameter {fragment.name} with shape {list(fragment.shape)} is missing; "
             "use the model.* and optimizer.name of the run that wrote it"
         )
     first, last = fragment.offset, fragment.offset + fragment.tensor.numel()
@@ -95,7 +112,7 @@ def _overlaps(parts: Iterable[dict[str, Any]], first: int, last: int) -> Iterato
 
 
 class _OpenFiles:
-    """The rank files of a checkpoint, opened when first needed."""
+    """The ranks' files of a checkpoint, each opened when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,7 +125,17 @@ class _OpenFiles:
         self.files.clear()
 
     def read(self, tensor_name: str, part: dict[str, Any], low: int, high: int) -> Any:
-        """Elements low .. high - 1 of a parameter, out of the fragment `part`."""
+        """Read a part of a fragment.
+
+        Args:
+            tensor_name: name of the fragment in the file.
+            part: entry of the fragment in the index.
+            low: first element to read, counted in the flattened parameter.
+            high: element after the last.
+
+        Returns:
+            (high - low,) float32 tensor.
+        """
         path = self.folder / part["file"]
         try:
             if path.name not in self.files:

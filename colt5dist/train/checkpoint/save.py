@@ -1,9 +1,9 @@
-"""When checkpoints are written, and how the ranks agree on it, in the foreground or beside training.
+"""When checkpoints are written, and how the ranks agree on it, in the foreground or in the background.
 
-A save has two parts: every rank writes its file, then rank 0 makes the checkpoint whole (publish.py). After each part
-the ranks exchange what went wrong, so that all know the same. In the foreground that happens at once; in the background
-a thread does the work, calls no collective, and the main threads exchange when the step's host read has shown that
-every rank is done.
+A save has two parts: every rank writes its file, then rank 0 completes the checkpoint (commit.py). After each part the
+ranks exchange what went wrong, so that all of them know the same. In the foreground this happens at once. In the
+background a thread does the work and calls no collective; the main threads exchange the results when a step's host read
+has shown that every rank has finished.
 """
 
 import shutil
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from colt5dist.errors import SaveError
-from colt5dist.train.checkpoint.commit import Retention, delete_old, publish, temporary_folder
-from colt5dist.train.checkpoint.complete_file import FileEntry
+from colt5dist.train.checkpoint.commit import Retention, commit_checkpoint, delete_old
+from colt5dist.train.checkpoint.complete_file import FileEntry, rank_file_name
+from colt5dist.train.checkpoint.folders import temporary_folder
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 from colt5dist.train.checkpoint.write import write_rank_file
 from colt5dist.train.config.schema import CheckpointConfig
@@ -28,9 +29,9 @@ from colt5dist.train.engine.fragments import Fragment, owned_fragments
 from colt5dist.train.ranks import finish_process_group, gather_objects
 
 FOREGROUND_THREADS = 4
-"""Threads of a rank that copy, hash and write while training stands still."""
+"""Threads per rank that copy, hash and write while training waits."""
 BACKGROUND_THREADS = 1
-"""The same beside training, which needs the cores."""
+"""The same in the background; few, because training needs the cores."""
 
 
 class Saver:
@@ -38,10 +39,13 @@ class Saver:
 
     Args:
         root: folder of the checkpoints.
-        engine: what is saved.
-        config: section `checkpoint`.
-        run_id: of the run.
+        engine: the engine whose weights and moments are saved.
+        config: section `checkpoint` of the configuration.
+        run_id: id of the run, written into every checkpoint.
         say: prints a line, on rank 0.
+
+    Attributes:
+        failure: why the newest save failed; None if it did not.
     """
 
     def __init__(
@@ -53,35 +57,34 @@ class Saver:
         self.run_id = run_id
         self.say = say
         self.failure: str | None = None
-        """Why the newest save failed; None if it did not."""
         self._save: _Save | None = None
         self._host_copy = HostCopy()
         self._last_begin = time.monotonic()
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
         return int(self.engine.deepspeed.global_rank)
 
     def is_due_by_time(self) -> bool:
-        """Whether checkpoint.every_minutes have gone by; rank 0's clock, which nobody can set back, decides."""
+        """Whether checkpoint.every_minutes have passed, by the monotonic clock of rank 0; False on other ranks."""
         minutes = self.config.every_minutes
         return self.rank == 0 and minutes is not None and time.monotonic() - self._last_begin >= 60 * minutes
 
     def has_ended(self) -> bool:
-        """Whether this rank's part of a save in the background is done, well or not."""
+        """Whether this rank has finished its part of a save in the background, successfully or not."""
         return self._save is not None and self._save.has_ended()
 
     def save(self, state: TrainerState, *, wait: bool = False, must: bool = False) -> None:
-        """Begin a checkpoint, and end it too unless it is written in the background.
+        """Start a checkpoint, and finish it unless it is written in the background; collective.
 
         Args:
             state: the trainer's integers.
-            wait: end it here in any case.
+            wait: finish it before returning, also with checkpoint.asynchronous.
             must: raise if it fails, whatever checkpoint.on_error says.
 
         Raises:
-            SaveError: on all ranks, if it failed on some and the run is to stop then.
+            SaveError: on all ranks, if the save failed on any rank and the run must stop.
         """
         begin = time.monotonic()
         self.finish()
@@ -93,19 +96,22 @@ class Saver:
             self.finish(must=must)
         if self.failure is None:
             where = ", written in the background" if in_background else ""
-            self.say(f"checkpoint of step {state.step}: training stood still {time.monotonic() - begin:.2f} s{where}")
+            self.say(f"checkpoint of step {state.step}: training paused for {time.monotonic() - begin:.2f} s{where}")
 
     def advance(self, *, must: bool = False) -> None:
-        """Go on with a save in the background; called when `has_ended` is true on all ranks.
+        """Continue a save in the background with its next part; call it when `has_ended` is true on all ranks.
+
+        Args:
+            must: raise if it failed, whatever checkpoint.on_error says.
 
         Raises:
-            SaveError: on all ranks, if it failed on some and the run is to stop then.
+            SaveError: on all ranks, if the save failed on any rank and the run must stop.
         """
         save = self._save
         assert save is not None
         problems = save.exchange()
-        if not problems and not save.is_published:
-            save.publish()
+        if not problems and not save.is_committed:
+            save.commit()
             return
         self._save = None
         self.failure = None
@@ -113,20 +119,23 @@ class Saver:
             if self.rank == 0:
                 shutil.rmtree(save.temporary, ignore_errors=True)
             self.failure = (
-                f"checkpoint of step {save.step} is not written: {'; '.join(problems)}; older ones are intact"
+                f"checkpoint of step {save.step} is not written: {'; '.join(problems)}; older ones are unchanged"
             )
             if must or self.config.on_error == "stop":
                 finish_process_group()
                 raise SaveError(self.failure)
-            self.say(f"warning: {self.failure}; going on without it (checkpoint.on_error: continue)")
+            self.say(f"warning: {self.failure}; continuing without it (checkpoint.on_error: continue)")
         for note in save.notes:
             self.say(f"note: {note}")
 
     def finish(self, *, must: bool = False) -> None:
-        """Wait for a save in the background, if there is one.
+        """Wait until a save in the background is finished, if there is one.
+
+        Args:
+            must: raise if it fails, whatever checkpoint.on_error says.
 
         Raises:
-            SaveError: as `advance` does.
+            SaveError: on all ranks, if the save failed on any rank and the run must stop.
         """
         while self._save is not None:
             self._save.join()
@@ -134,7 +143,7 @@ class Saver:
 
 
 class _Save:
-    """One save under way."""
+    """One save in progress."""
 
     def __init__(self, saver: Saver, state: TrainerState, in_background: bool) -> None:
         self.saver = saver
@@ -142,7 +151,7 @@ class _Save:
         self.state = deepcopy(asdict(state))
         self.temporary = temporary_folder(saver.root, state.step)
         self.in_background = in_background
-        self.is_published = False
+        self.is_committed = False
         self.notes: list[str] = []
         self._file: FileEntry | None = None
         self._files: list[FileEntry] = []
@@ -153,7 +162,7 @@ class _Save:
         def copy() -> None:
             nonlocal fragments
             if saver.engine.device.type == "cuda":
-                torch.cuda.synchronize()  # other threads read it, and they have other streams
+                torch.cuda.synchronize()  # other threads read the tensors, on other streams
             fragments = list(owned_fragments(saver.engine))
             if in_background:
                 fragments = saver._host_copy.take(fragments)
@@ -162,53 +171,53 @@ class _Save:
         if self._problem is None:
             self._run(lambda: self._write(fragments))
 
-    def publish(self) -> None:
-        """Second part: rank 0 makes it whole, the others have nothing to do."""
-        self.is_published = True
+    def commit(self) -> None:
+        """Second part: rank 0 completes the checkpoint; the others have nothing to do."""
+        self.is_committed = True
         if self.saver.rank == 0:
-            self._run(self._publish)
+            self._run(self._commit)
 
     def has_ended(self) -> bool:
-        """Whether this rank's part is done."""
+        """Whether this rank has finished its part."""
         return self._thread is None or not self._thread.is_alive()
 
     def join(self) -> None:
-        """Wait for this rank's part."""
+        """Wait until this rank has finished its part."""
         if self._thread is not None:
             self._thread.join()
 
     def exchange(self) -> list[str]:
-        """What went wrong on any rank; the ranks' files are known afterwards."""
+        """Gather what went wrong on any rank, and which files the ranks have written; collective."""
         outcomes: list[Any] = gather_objects((self._problem, self._file))
         self._files = [file for _, file in outcomes if file is not None]
         return list(dict.fromkeys(f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(outcomes) if problem))
 
     def _write(self, fragments: Sequence[Fragment]) -> None:
         self.temporary.mkdir(parents=True, exist_ok=True)
-        path = self.temporary / f"rank_{self.saver.rank:05d}.safetensors"
+        path = self.temporary / rank_file_name(self.saver.rank)
         num_threads = BACKGROUND_THREADS if self.in_background else FOREGROUND_THREADS
         self._file = write_rank_file(path, fragments, num_threads=num_threads)
 
-    def _publish(self) -> None:
+    def _commit(self) -> None:
         root, run_id, config = self.saver.root, self.saver.run_id, self.saver.config
-        self.notes += publish(root, self.step, self.state, self._files, run_id)
-        if self.state["skipped_in_a_row"]:  # the older ones may be what the run has to go back to
+        self.notes += commit_checkpoint(root, self.step, self.state, self._files, run_id)
+        if self.state["skipped_in_a_row"]:  # the run may have to go back to an older one
             return
         try:
             delete_old(root, run_id, self.step, Retention(keep_last=config.keep_last, keep_every=config.keep_every))
-        except OSError as error:  # the new one is whole all the same
+        except OSError as error:  # the new one is whole nevertheless
             self.notes.append(f"an older checkpoint could not be deleted: {error}")
 
     def _run(self, call: Callable[[], None]) -> None:
         if not self.in_background:
             self._try(call)
             return
-        # a daemon: it must not keep a failing process alive
+        # a daemon, because it must not keep a failing process alive
         self._thread = threading.Thread(target=self._try, args=(call,), daemon=True, name="checkpoint")
         self._thread.start()
 
     def _try(self, call: Callable[[], None]) -> None:
-        """Call, and keep what goes wrong for the other ranks to know."""
+        """Call, and keep the error so that the other ranks learn of it."""
         try:
             call()
         except OSError as error:
@@ -218,13 +227,13 @@ class _Save:
 
 
 class HostCopy:
-    """A rank's fragments in host memory, pinned where there is a GPU; the memory is kept from save to save."""
+    """A copy of a rank's fragments in host memory, pinned if they are on a GPU; every save uses the same memory."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def take(self, fragments: Sequence[Fragment]) -> list[Fragment]:
-        """Copy the fragments, which training changes from the next step on."""
+        """Copy the fragments, because the next training step changes them."""
         total = sum(f.tensor.numel() for f in fragments)
         on_gpu = any(f.tensor.is_cuda for f in fragments)
         if self._memory.numel() != total:

@@ -1,37 +1,37 @@
-"""The trainer's few integers, which a checkpoint keeps beside weights and moments."""
+"""The trainer's few integers, which a checkpoint holds besides weights and moments."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class TrainerState:
-    """What a run knows beside weights and moments. Nothing in training draws from a generator with a state."""
+    """What a run has to remember besides weights and moments. No random generator in training has a state to save."""
 
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
     samples_consumed: int = 0
-    """Number of the next sample in the run's order: the position in the data. data.skip counts as read."""
+    """Number of the next sample in the run's order: the position in the data. Samples in data.skip count as read."""
     optimizer_step: int = 0
-    """Steps that were applied."""
+    """Optimizer steps that were applied."""
     skipped_steps: int = 0
-    """Steps that were dropped because a loss or gradient was not finite."""
+    """Steps that were skipped because a loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Those of them since the last applied step."""
+    """Steps skipped since the last applied step."""
     skipped_from: int = 0
-    """Number of the first sample of the steps that were skipped in a row."""
+    """Number of the first sample of the steps that are counted in `skipped_in_a_row`."""
     data_fingerprint: str = ""
     """Fingerprint of the shards' manifest."""
     skipped_samples: list[list[int]] = field(default_factory=list)
-    """Ranges of samples that data.skip left out on the way here."""
+    """Ranges [first, sample after the last] of samples that data.skip has left out so far."""
     bad_records: int = 0
-    """Damaged records that were replaced, counted by each rank and each start that met them."""
+    """Damaged records that were replaced, counted by each rank and each start that read them."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last health.spike_window applied steps, oldest first."""
     spikes: int = 0
-    """Loss spikes, those that were rolled back included."""
+    """Loss spikes, including those that were rolled back."""
     rollbacks: int = 0
-    """How often a spike took the run back to a checkpoint."""
+    """Number of rollbacks to a checkpoint after a spike."""
     rolled_back_samples: list[list[int]] = field(default_factory=list)
-    """Ranges of samples around those spikes: with data.skip they are what the order of the samples leaves out."""
+    """Ranges [first, sample after the last] of samples around those spikes; left out like those of data.skip."""
     first_held_out_loss: float | None = None
-    """Held-out loss before the first step, nats a token."""
+    """Held-out loss before the first step, in nats per token."""

@@ -1,8 +1,8 @@
-"""A rank's fragments as one safetensors file, written and hashed in one pass, piece by piece on several threads.
+"""Writes a rank's fragments as one safetensors file, and hashes it in the same pass, in pieces on several threads.
 
-The library's `save_file` wants all tensors in host memory at once and reads nothing back: hashing would take a second
-pass. The format is eight bytes (length of the header), the header in JSON, and the tensors' bytes; what is written here
-is read with the library.
+The library's `save_file` needs all tensors in host memory at once and computes no hash, which would take a second pass.
+The format is eight bytes (length of the header), the header in JSON, and the bytes of the tensors. The files are read
+with the library.
 """
 
 import hashlib
@@ -20,19 +20,22 @@ from colt5dist.train.checkpoint.complete_file import PIECE_BYTES, FileEntry
 from colt5dist.train.engine.fragments import Fragment
 
 ELEMENT_BYTES = 4
-"""Everything is float32."""
+"""Bytes per element: all tensors are float32."""
 
 
 def write_rank_file(path: Path, fragments: Sequence[Fragment], *, num_threads: int) -> FileEntry:
-    """Write the fragments and bring them to the disk.
+    """Write the fragments and flush them to disk.
 
     Args:
-        path: of the file.
-        fragments: tensors on any device; they must not change meanwhile.
-        num_threads: that copy, hash and write.
+        path: the file to write.
+        fragments: flat float32 tensors on any device; they must not change meanwhile.
+        num_threads: threads that copy, hash and write.
+
+    Returns:
+        Size and hashes of the file.
 
     Raises:
-        OSError: the disk is full, say.
+        OSError: the file cannot be written, for instance because the disk is full.
     """
     header = _header(fragments)
     starts = [len(header)]
@@ -75,7 +78,7 @@ def write_rank_file(path: Path, fragments: Sequence[Fragment], *, num_threads: i
 
 
 def _header(fragments: Sequence[Fragment]) -> bytes:
-    """The first bytes of the file, a multiple of eight, so that no element lies across two pieces."""
+    """The first bytes of the file, padded to a multiple of eight so that no element is split between two pieces."""
     content: dict[str, object] = {
         "__metadata__": {"shapes": json.dumps({f"{f.name}|{f.key}": list(f.shape) for f in fragments})}
     }
@@ -94,14 +97,14 @@ def _header(fragments: Sequence[Fragment]) -> bytes:
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of `data`, which one call need not do."""
+    """Write all of `data`; one system call may write only a part."""
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
 
 
 def _in_threads(call: Callable[[int], None], count: int, num_threads: int) -> None:
-    """Call with 0 .. count - 1, on threads that do not keep a failing process alive; raises the first exception."""
+    """Call with 0 .. count - 1 on daemon threads, which do not keep a failing process alive; raise the first error."""
     numbers: Iterator[int] = iter(range(count))
     lock = threading.Lock()
     errors: list[BaseException] = []

@@ -1,1 +1,1 @@
-"""The configuration of a run: its fields, the YAML file and command line, and what DeepSpeed sections may hold."""
+"""The configuration of a run: its keys, how they are read, and what the section `deepspeed:` may hold."""

@@ -1,6 +1,6 @@
-"""From files and arguments to a `RunConfig`: dataclass defaults <- YAML <- `key=value`, all problems listed at once.
+"""Reads a `RunConfig`: dataclass defaults <- YAML file <- `key=value` arguments; reports all problems at once.
 
-A YAML file may name pieces to start from, relative to itself: `include: {model: model/base.yaml}` puts the fields of
+A YAML file may include other files, named relative to itself: `include: {model: model/base.yaml}` puts the fields of
 that file into the section `model`.
 """
 
@@ -17,9 +17,9 @@ from colt5dist.errors import ConfigError
 from colt5dist.train.config.schema import RunConfig
 
 FREE_SECTIONS = ("deepspeed",)
-"""Sections whose keys are not ours to know."""
+"""Sections whose keys are not fields of `RunConfig`."""
 ALLOW_FROM_ZERO = "from_zero"
-"""The word in `resume_allow` that is no key: starting at step 0 beside checkpoints of which none is whole."""
+"""The entry of `resume_allow` that is not a key: start at step 0 although there are checkpoints, none of them whole."""
 
 
 def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
@@ -27,10 +27,13 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
 
     Args:
         path: YAML file.
-        overrides: `key=value` arguments, the last of a repeated key wins.
+        overrides: `key=value` arguments; of a repeated key the last one counts.
+
+    Returns:
+        The configuration, with `run_dir` set.
 
     Raises:
-        ConfigError: a line for each problem: unknown key, wrong type or value, keys that do not go together.
+        ConfigError: one line per problem: unknown key, wrong type or value, keys that contradict each other.
     """
     problems: list[str] = []
     tree = OmegaConf.structured(RunConfig)
@@ -41,8 +44,8 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         if not separator or not key:
             problems.append(f"{text}: not of the form key=value; write for instance train.steps=100")
             continue
-        if text == "run_dir=":  # an empty variable of a shell, say; as YAML it would be null
-            problems.append("run_dir: is empty; name a folder, or null for runs/<name of the config file>")
+        if text == "run_dir=":  # an empty shell variable, for instance; as YAML it would be null
+            problems.append("run_dir: is empty; give a folder, or null for runs/<name of the config file>")
             continue
         try:
             node = OmegaConf.from_dotlist([text])
@@ -75,27 +78,27 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML, every key named."""
+    """Write the resolved configuration as YAML, with every key."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
 def config_leaves(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted key; the free sections are one value each."""
+    """Return every setting by its dotted key; a free section counts as one value."""
     container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     return dict(_values(container, ""))
 
 
 def saved_leaves(path: Path) -> dict[str, Any]:
-    """The settings of a `config.yaml` that a run has written, by dotted key.
+    """Read the settings of a `config.yaml` that a run has written, by dotted key.
 
     Raises:
-        ConfigError: it is no such file.
+        ConfigError: it cannot be read.
     """
     return dict(_values(_load_mapping(path), ""))
 
 
 def _read_yaml(path: Path) -> list[tuple[str, Any, str]]:
-    """Settings of a file and of the pieces that it includes: key, value, and the file it stands in."""
+    """Read the settings of a file and of the files that it includes: key, value, and the file with the setting."""
     content = _load_mapping(path)
     pieces = content.pop("include", {})
     if not isinstance(pieces, dict):
@@ -118,14 +121,14 @@ def _load_mapping(path: Path) -> dict[str, Any]:
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file ({error}); name a YAML file") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({_first_line(error)}); mend the file") from None
+        raise ConfigError(f"{path}: not valid YAML ({_first_line(error)}); fix the file") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no mapping of keys to values; start from a file in configs/")
+        raise ConfigError(f"{path}: is not a mapping of keys to values; start from a file in configs/")
     return {str(key): value for key, value in content.items()}
 
 
 def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | None:
-    """Set one leaf; returns what is wrong, if anything."""
+    """Set one key; returns what is wrong, if anything."""
     section = key.split(".")[0]
     if value == "???":
         return f"{key}: has no value; give one"
@@ -156,7 +159,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _values(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings as (dotted key, value); the free sections are given as they stand."""
+    """Leaves of nested mappings as (dotted key, value); a free section is one leaf."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value and name not in FREE_SECTIONS:

@@ -1,7 +1,7 @@
-"""The configuration of a run: one dataclass a section, defaults here, values from YAML and the command line.
+"""The configuration of a run: one dataclass per section with its defaults; YAML and the command line set the values.
 
-Each section checks its own fields in `problems`; what concerns several sections is checked in `RunConfig.problems`.
-A message begins with the key, says what is wrong, and ends with the mend.
+Each section checks its own fields in `problems`; `RunConfig.problems` checks what concerns several sections. A message
+begins with the key, says what is wrong, and ends with how to fix it.
 """
 
 import math
@@ -17,21 +17,21 @@ from colt5dist.train.config.deepspeed_sections import deepspeed_problems
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Length, batch and execution of the run."""
+    """Number of steps, batch sizes and execution of the run."""
 
     steps: int = 1000
-    """Optimizer steps after which the run is finished. Schedules do not read it: a longer run is the same run."""
+    """Optimizer steps after which the run is finished. Schedules do not read it, so a longer run is the same run."""
     global_batch_size: int = 256
-    """Samples an optimizer step, over all devices."""
+    """Samples per optimizer step, over all devices."""
     micro_batch_size: int = 8
-    """Samples a device handles at once, fewer where it gets fewer a step; gradient accumulation follows from it."""
+    """Samples that a device processes at once, at most its share of a step; gradient accumulation follows from it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of parameters in forward and backward; auto: bf16 on GPUs, fp32 on CPUs. Masters are fp32."""
+    """Precision of the forward and backward pass; auto: bf16 on GPUs, fp32 on CPUs. The optimizer works in fp32."""
     activation_checkpointing: Literal["none", "full", "full_keep_routing"] = "none"
-    """What is recomputed in the backward pass: nothing, every layer, or every layer but the routers' decisions."""
+    """What is recomputed in the backward pass: nothing, every layer, or every layer except the routers' decisions."""
     compile: Literal["auto", "layers", "off"] = "auto"
-    """On GPUs, auto: the layers compiled, and at ZeRO stages 1 and 2 forward and backward of a micro-batch in one CUDA
-    graph; layers: compiled layers only; off: neither. On CPUs nothing is compiled."""
+    """On GPUs: auto compiles the layers and, at ZeRO stages 1 and 2, records forward and backward of a micro-batch in
+    one CUDA graph; layers only compiles the layers; off does neither. Nothing is compiled on CPUs."""
     z_loss: float = 1e-4
     """Weight of the squared log-normaliser of the output softmax, added to the training loss."""
     log_every: int = 10
@@ -39,24 +39,24 @@ class TrainConfig:
     eval_every: int = 500
     """Steps between two evaluations on the held-out split; 0: only before the first and after the last step."""
     eval_samples: int = 64
-    """Held-out samples of an evaluation, the same ones each time."""
+    """Held-out samples per evaluation, the same ones each time."""
     eval_shuffled_inputs: bool = False
-    """Also evaluate with each sample given its neighbour's input: shows how much the decoder reads the encoder."""
+    """Also evaluate with each sample given its neighbour's input; shows how much the decoder uses the encoder."""
     routing_every: int = 100
     """Steps between two records of the routers' statistics; 0: none."""
     max_minutes: float | None = None
-    """Minutes after the start at which a checkpoint is written and the run stops with status 75; null: no limit."""
+    """Minutes after the start at which the run writes a checkpoint and stops with status 75; null: no limit."""
     timeout_minutes: float = 30.0
-    """Minutes in which nothing may move on before the first step (of new lengths) is done, or while a checkpoint is
-    written or read or the data is opened; then the run is given up."""
+    """Minutes without progress after which the run is ended with an error, before the first step (also the first with
+    new lengths) is done, and while checkpoints are written or read or the data is opened."""
     timeout_seconds: float = 600.0
-    """Seconds in which nothing else may move on after the first step (a step, a batch of an evaluation).
-    A rank that is silent for a third of it is given up, and named."""
+    """Seconds without progress (a step, a batch of an evaluation) after which the run is ended with an error at all
+    other times. A rank that is silent for a third of them is named as lost."""
     deterministic: bool = False
-    """Use deterministic algorithms only; slower, and equal runs on one kind of device are equal to the bit."""
+    """Use deterministic algorithms only: slower, but equal runs on one kind of device are equal to the bit."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these fields, one line each."""
+        """Check these fields; returns what is wrong, one line per problem."""
         found = []
         for name in ("steps", "global_batch_size", "micro_batch_size", "log_every", "eval_samples"):
             if getattr(self, name) < 1:
@@ -86,26 +86,26 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer. Norms, routing vectors and embeddings are never decayed."""
+    """The optimizer. Weight decay is never applied to norms, routing vectors and embeddings."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    """adamw: any ZeRO stage. adafactor: at zero.stage 0 in fp32 only (ZeRO's flat shards change what it does); torch's,
-    which takes the smaller of lr and 1 / sqrt(step), and no betas and eps."""
+    """adamw: any ZeRO stage. adafactor: only zero.stage 0 in fp32 (ZeRO's flat shards change what it computes); it is
+    PyTorch's, which uses the smaller of lr and 1 / sqrt(step), and no betas and eps."""
     lr: float = 1e-3
-    """Peak learning rate, reached at the end of the warm-up."""
+    """Largest learning rate, reached at the end of the warm-up."""
     beta1: float = 0.9
-    """Decay of AdamW's first moment."""
+    """Decay rate of AdamW's first moment, in [0, 1)."""
     beta2: float = 0.95
-    """Decay of AdamW's second moment."""
+    """Decay rate of AdamW's second moment, in [0, 1)."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, above 0."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices."""
+    """Decoupled weight decay of the matrices; 0: none."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these fields, one line each."""
+        """Check these fields; returns what is wrong, one line per problem."""
         found = []
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
@@ -128,14 +128,14 @@ class ScheduleConfig:
     warmup_steps: int = 10_000
     """Steps of linear warm-up from 0 to optimizer.lr; inverse_sqrt decays as sqrt(warmup_steps / step) from there."""
     total_steps: int | None = None
-    """Horizon in steps of cosine and warmup_stable_decay; the rate stays at its minimum beyond."""
+    """Last step of the decay of cosine and warmup_stable_decay; the rate stays at its minimum afterwards."""
     decay_steps: int | None = None
-    """Steps of the final linear decay of warmup_stable_decay."""
+    """Number of steps of the final linear decay of warmup_stable_decay."""
     min_lr_ratio: float = 0.0
-    """Smallest rate of cosine and warmup_stable_decay as a share of optimizer.lr."""
+    """Smallest rate of cosine and warmup_stable_decay, as a share of optimizer.lr (0 to 1)."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these fields, one line each."""
+        """Check these fields; returns what is wrong, one line per problem."""
         found = []
         if self.warmup_steps < 1:
             found.append(f"schedule.warmup_steps: {self.warmup_steps} is not positive; use 1 or more")
@@ -165,18 +165,19 @@ class ZeroConfig:
     """How DeepSpeed's ZeRO shards the model states over the devices."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """0: nothing, 1: optimizer states, 2: also gradients, 3: also parameters. Stage 0 in bf16 runs as stage 1."""
+    """What is sharded. 0: nothing, 1: optimizer states, 2: also gradients, 3: also parameters. Stage 0 in bf16 runs as
+    stage 1."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Model states kept in host memory: optimizer (stages 1-3) or also the parameters (stage 3)."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Number format in which gradients are summed over devices."""
+    """Precision in which gradients are summed over devices."""
     bucket_size: int = 500_000_000
-    """Elements of a communication bucket."""
+    """Number of elements of a communication bucket."""
     persistence_threshold: int = 100_000
-    """Stage 3: parameters of fewer elements stay whole on every device."""
+    """Stage 3: parameters with fewer elements are kept whole on every device."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these fields, one line each."""
+        """Check these fields; returns what is wrong, one line per problem."""
         found = []
         if self.offload == "parameters" and self.stage != 3:
             found.append(
@@ -196,22 +197,22 @@ class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
     every_steps: int = 1000
-    """Steps between two checkpoints; the last step and a requested stop are always saved; 0: only those."""
+    """Steps between two checkpoints; 0: none. The last step and a requested stop are always saved."""
     every_minutes: float | None = None
-    """Minutes between two checkpoints by the clock of rank 0, counted from the newer of start and last save; null: by
-    steps only."""
+    """Minutes between two checkpoints by the clock of rank 0, counted from the start or the last save; null: only
+    every_steps counts."""
     keep_last: int = 2
-    """Newest whole checkpoints that are kept; older ones are deleted once a newer one is whole."""
+    """Number of newest whole checkpoints to keep; older ones are deleted once a newer one is whole."""
     keep_every: int = 0
     """Checkpoints of steps that are a multiple of it are never deleted; 0: none."""
     on_error: Literal["continue", "stop"] = "continue"
-    """What a checkpoint that cannot be written does to the run. The last one of a run or before a stop always ends it
-    with status 74; older checkpoints stay as they are in any case."""
+    """What happens if a checkpoint cannot be written. The last one of a run, or before a stop, always ends the run with
+    status 74. Older checkpoints are not changed in any case."""
     asynchronous: bool = False
-    """Copy to host memory and write beside training; takes 12 bytes a parameter of it, shared by the ranks."""
+    """Copy to host memory and write while training continues; needs 12 bytes of it per parameter, over all ranks."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these fields, one line each."""
+        """Check these fields; returns what is wrong, one line per problem."""
         found = []
         if self.keep_last < 1:
             found.append(f"checkpoint.keep_last: {self.keep_last} is not positive; use 1 or more")
@@ -227,23 +228,23 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class HealthConfig:
-    """What is done about losses and gradients that are not finite, and about loss spikes."""
+    """What happens when losses or gradients are not finite, and at loss spikes."""
 
     max_skipped: int = 10
-    """Steps in a row, skipped because a loss or gradient was not finite, at which the run is given up."""
+    """Steps in a row, skipped because a loss or gradient was not finite, after which the run ends with status 1."""
     spike_window: int = 100
-    """Applied steps before a step that its loss is compared with; nothing is told before there are as many."""
+    """Number of applied steps that a loss is compared with; before there are as many, no loss counts as a spike."""
     spike_threshold: float = 10.0
-    """Robust standard deviations above the window's median from which on a loss is a spike."""
+    """A loss this many robust standard deviations above the window's median is a spike."""
     on_spike: Literal["warn", "rollback"] = "warn"
-    """warn: a line in the log and a count; rollback: also back to the last checkpoint, past the samples around it."""
+    """warn: log and count it; rollback: also go back to the last checkpoint and pass over the samples around it."""
     skip_steps: int = 20
-    """Steps up to the spike, its own included, whose samples are passed over after a rollback."""
+    """Number of steps up to and including the spike whose samples are passed over after a rollback."""
     max_rollbacks: int = 3
-    """Rollbacks of a run; further spikes are only warned of."""
+    """Largest number of rollbacks of a run; further spikes are only logged."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these fields, one line each."""
+        """Check these fields; returns what is wrong, one line per problem."""
         found = [
             f"health.{name}: {getattr(self, name)} is too small; use {smallest} or more"
             for name, smallest in (("max_skipped", 1), ("spike_window", 4), ("skip_steps", 1), ("max_rollbacks", 0))
@@ -256,13 +257,13 @@ class HealthConfig:
 
 @dataclass(kw_only=True)
 class ProfileConfig:
-    """A window of steps recorded with torch.profiler."""
+    """A window of steps that is recorded with torch.profiler."""
 
     steps: list[int] = field(default_factory=list)
     """First and last step of the window, for instance [20, 23]; the trace goes to `profile/` in the run directory."""
 
     def problems(self) -> list[str]:
-        """What is wrong with these fields, one line each."""
+        """Check these fields; returns what is wrong, one line per problem."""
         if self.steps and (len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]):
             return [f"profile.steps: {self.steps} is not a window; use for instance [20,23]"]
         return []
@@ -281,10 +282,10 @@ class RunConfig:
     seed: int = 0
     """Seed of the initial weights, the data order, the masks and random routing."""
     resume: Literal["never", "auto", "must"] = "auto"
-    """auto: go on from the newest whole checkpoint, if any; must: fail without one; never: need an empty folder."""
+    """auto: resume from the newest whole checkpoint, if any; must: fail without one; never: fail if there is a run."""
     resume_allow: list[str] = field(default_factory=list)
-    """Keys that may differ from the run that is resumed, for instance [optimizer.lr]; from_zero: start at step 0 where
-    checkpoints are there, but none of them is whole."""
+    """Keys that may differ from the run that is resumed, for instance [optimizer.lr]; from_zero: start at step 0 if
+    there are checkpoints but none is whole."""
     init_from: str | None = None
     """Run directory or checkpoint of another run whose weights, and nothing else, this run starts from."""
     model: CoLT5Config = field(default_factory=CoLT5Config)
@@ -297,10 +298,14 @@ class RunConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Merged last into the JSON that DeepSpeed gets, for what has no key here."""
+    """Merged last into DeepSpeed's own configuration, for settings without a key here."""
 
     def problems(self) -> list[str]:
-        """What is wrong with the configuration, one line each; needs no device, no shards and no other process."""
+        """Check the configuration; needs no device, no shards and no other process.
+
+        Returns:
+            What is wrong, one line per problem.
+        """
         found = [
             f"{title}.{name}: {value} is too large; give a number below 2**53"
             for title in SECTIONS
@@ -316,7 +321,7 @@ class RunConfig:
                 if isinstance(value, float) and not math.isfinite(value):
                     found.append(f"{title}.{name}: {value} is not a finite number; give one")
         if self.run_dir == "":
-            found.append("run_dir: is empty; name a folder, or null for runs/<name of the config file>")
+            found.append("run_dir: is empty; give a folder, or null for runs/<name of the config file>")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} is outside [0, 2**32); use for instance 0")
         if not any(line.startswith(("model.", "data.", "train.")) for line in found):
@@ -337,7 +342,7 @@ class RunConfig:
         causal = self.model.architecture == "causal"
         if causal != parse_mixture(self.data.mixture).is_causal:
             found.append(
-                f"data.mixture: {self.data.mixture} does not go with model.architecture {self.model.architecture}; "
+                f"data.mixture: {self.data.mixture} does not fit model.architecture {self.model.architecture}; "
                 f"set data.mixture={'causal' if causal else 'colt5'}"
             )
         if causal and self.train.eval_shuffled_inputs:
@@ -362,7 +367,7 @@ class RunConfig:
 
     @cached_property
     def stages(self) -> list["RunConfig"]:
-        """This run's configuration before the first entry of data.length_schedule, and from each of them on."""
+        """Configuration of each stage: before the first entry of data.length_schedule, and from each entry on."""
         entries = self.data.length_schedule
         return [
             replace(
@@ -379,21 +384,30 @@ class RunConfig:
             )
         ]
 
+    @property
+    def stage_starts(self) -> list[int]:
+        """First optimizer step of each stage."""
+        return [1, *(entry.step for entry in self.data.length_schedule)]
+
+    def stage_number(self, step: int) -> int:
+        """Index in `stages` of the stage that an optimizer step belongs to."""
+        return sum(entry.step <= step for entry in self.data.length_schedule)
+
     def stage_at(self, step: int) -> "RunConfig":
-        """The configuration that an optimizer step is taken with."""
-        return self.stages[sum(entry.step <= step for entry in self.data.length_schedule)]
+        """Configuration of the stage that an optimizer step belongs to."""
+        return self.stages[self.stage_number(step)]
 
     def batch_problems(self, world_size: int) -> list[str]:
-        """What is wrong with the batch sizes on `world_size` devices, at any length of the schedule."""
+        """Check the batch sizes on `world_size` devices at every stage; returns what is wrong, one line per problem."""
         problems = [problem for stage in self.stages for problem in stage._batch_problems(world_size)]
         return list(dict.fromkeys(problems))
 
     def _batch_problems(self, world_size: int) -> list[str]:
         train = self.train
         if train.global_batch_size % world_size:
-            mend = f"use a multiple of {world_size}, or another number of devices"
+            fix = f"use a multiple of {world_size}, or another number of devices"
             return [
-                f"train.global_batch_size: {train.global_batch_size} does not divide among {world_size} devices; {mend}"
+                f"train.global_batch_size: {train.global_batch_size} does not divide among {world_size} devices; {fix}"
             ]
         share = train.global_batch_size // world_size
         if share % self.micro_batch_size(world_size) == 0:
@@ -405,11 +419,11 @@ class RunConfig:
         ]
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Samples a device holds at once: train.micro_batch_size, or all it gets a step where that is less."""
+        """Samples that a device processes at once: train.micro_batch_size, or its share of a step if it is smaller."""
         return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches a device handles an optimizer step."""
+        """Micro-batches per device and optimizer step."""
         return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
 

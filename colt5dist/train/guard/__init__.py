@@ -1,1 +1,1 @@
-"""What protects a run: bad numbers, loss spikes, requests to stop, lost ranks, reports of failures."""
+"""What protects a run: bad numbers, loss spikes, requests to stop, lost ranks, records of failures."""

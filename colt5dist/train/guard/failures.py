@@ -1,4 +1,4 @@
-"""What is kept of a run that fails: `failures/rank_N.txt`, one line on stderr, `status.json`."""
+"""The record of a failed run: `failures/rank_N.txt`, one line on stderr, `status.json`."""
 
 import sys
 import traceback
@@ -13,52 +13,60 @@ from colt5dist.files import write_whole
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.ranks import Ranks
 from colt5dist.train.report.monitor import read_metrics
-from colt5dist.train.run_directory import write_status
+from colt5dist.train.run_directory import FAILURES, STATUS, write_status
 
 
 @contextmanager
-def failures_kept(
+def record_failures(
     config: RunConfig, ranks: Ranks, hosts: list[str], explain: Callable[[BaseException], str]
 ) -> Iterator[None]:
-    """Around the training: keeps an exception's traceback in `failures/`, says where on stderr, and lets it pass.
+    """Wrap the training: write an exception's traceback to `failures/`, name the file on stderr, and raise it again.
 
     Args:
         config: the run.
         ranks: place of this rank.
         hosts: host name of every rank.
-        explain: says which other rank an exception comes from, if any; may wait for a few seconds.
+        explain: returns which other rank caused an exception, or an empty text; may wait for a few seconds.
     """
     run_dir = Path(str(config.run_dir))
     try:
         yield
     except ConfigError as error:
         if ranks.is_first:
-            if not (run_dir / "status.json").exists():  # else this start is refused: it has not recorded itself
+            if not (run_dir / STATUS).exists():  # otherwise this start was refused before it recorded anything
                 _try_to_write_status(run_dir, str(error))
-        elif not error.known_to_all:  # nobody else would say it
+        elif not error.known_to_all:  # no other rank would report it
             error.known_to_all = True
             print(f"error: rank {ranks.rank} on {hosts[ranks.rank]}: {error}", file=sys.stderr, flush=True)
         raise
-    except (SaveError, TrainingFault) as error:  # one line tells of it
+    except (SaveError, TrainingFault) as error:  # reported in one line, without a traceback
         if ranks.is_first:
             _try_to_write_status(run_dir, str(error))
         raise
     except Exception as error:
         trace = traceback.format_exc()
-        cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        cause = first_line(error)
         if is_out_of_memory(error):
             cause += f"; {memory_advice(config, ranks.world_size, last_step(run_dir) + 1)}"
         if blamed := explain(error):
             cause = f"{blamed}; seen here as {cause}"
         message = f"rank {ranks.rank} on {hosts[ranks.rank]} failed: {cause}"
-        speaks = blamed.startswith(f"rank 0 on {hosts[0]}")  # which then cannot say it itself
-        keep_failure(run_dir, ranks, message, f"{message}\n\n{trace}", speaks=speaks)
+        first_rank_failed = blamed.startswith(f"rank 0 on {hosts[0]}")
+        write_failure(run_dir, ranks, message, f"{message}\n\n{trace}", first_rank_failed=first_rank_failed)
         raise
 
 
-def keep_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, speaks: bool) -> None:
-    """Write `failures/rank_N.txt`, print the message, and write `status.json`: rank 0, or who `speaks` for it."""
-    path = run_dir / "failures" / f"rank_{ranks.rank}.txt"
+def write_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, first_rank_failed: bool) -> None:
+    """Write `failures/rank_N.txt`, print the message, and on rank 0 write `status.json`.
+
+    Args:
+        run_dir: folder of the run.
+        ranks: place of this rank.
+        message: one line.
+        details: content of `failures/rank_N.txt`.
+        first_rank_failed: whether rank 0 is the one that failed; then this rank writes `status.json` in its place.
+    """
+    path = run_dir / FAILURES / f"rank_{ranks.rank}.txt"
     try:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, details.encode())
@@ -66,49 +74,63 @@ def keep_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, spe
     except OSError as error:
         more = f"{path} cannot be written ({error.strerror})"
     print(f"{message}; {more}", file=sys.stderr, flush=True)
-    # two halves of a cluster may each miss the other: then rank 0's word counts
-    if ranks.is_first or (speaks and not (run_dir / "status.json").exists()):
+    # two halves of a cluster may each have lost the other: then what rank 0 writes counts
+    if ranks.is_first or (first_rank_failed and not (run_dir / STATUS).exists()):
         _try_to_write_status(run_dir, message, writer=f"rank_{ranks.rank}")
 
 
+def first_line(error: BaseException) -> str:
+    """Type of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
 def last_step(run_dir: Path) -> int:
-    """Last step in the run's records, as far as they can be read."""
+    """Last step in metrics.jsonl, as far as it can be read; 0 without one."""
     with suppress(OSError, ConfigError):
         return max((record["step"] for record in read_metrics(run_dir)), default=0)
     return 0
 
 
 def _try_to_write_status(run_dir: Path, reason: str, *, writer: str = "") -> None:
-    """Write `status.json`, unless the disk is full, say: the failure itself is what has to be told."""
+    """Write `status.json` if possible: the failure itself must be reported even if the disk is full."""
     with suppress(OSError):
         write_status(run_dir, "failed", last_step(run_dir), reason, writer=writer)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the host."""
+    """Whether an exception says that memory could not be allocated, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def memory_advice(config: RunConfig, world_size: int, step: int) -> str:
-    """The configured sizes that decide on memory, and what would lower it."""
+    """Describe the configured sizes that determine the use of memory, and what would lower it.
+
+    Args:
+        config: the run.
+        world_size: number of processes.
+        step: step at which memory ran out; it decides the lengths.
+
+    Returns:
+        One line.
+    """
     stage = config.stage_at(step)
     train, data, zero = stage.train, stage.data, stage.zero
     size = stage.micro_batch_size(world_size)
-    mends = []
+    fixes = []
     if size > 1:
-        mends.append(f"lower train.micro_batch_size (to {size // 2}, say)")
+        fixes.append(f"lower train.micro_batch_size (for instance to {size // 2})")
     if train.activation_checkpointing == "none":
-        mends.append("set train.activation_checkpointing=full_keep_routing")
+        fixes.append("set train.activation_checkpointing=full_keep_routing")
     if world_size > 1 and zero.stage < 3:
-        mends.append(f"raise zero.stage (to {zero.stage + 1})")
+        fixes.append(f"raise zero.stage (to {zero.stage + 1})")
     if zero.offload == "none" and zero.stage:
-        mends.append("set zero.offload=optimizer")
-    mends.append("lower data.input_length or data.target_length")
+        fixes.append("set zero.offload=optimizer")
+    fixes.append("lower data.input_length or data.target_length")
     return (
         f"out of memory with train.micro_batch_size {size}, data.input_length {data.input_length}, "
         f"data.target_length {data.target_length}, train.activation_checkpointing {train.activation_checkpointing}, "
-        f"zero.stage {zero.stage}, zero.offload {zero.offload} on {world_size} processes; {', or '.join(mends)}; "
+        f"zero.stage {zero.stage}, zero.offload {zero.offload} on {world_size} processes; {', or '.join(fixes)}; "
         "--dry-run estimates what is needed"
     )

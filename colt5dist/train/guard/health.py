@@ -1,8 +1,9 @@
-"""Bad numbers: a step that is not finite is skipped on all ranks, many in a row end the run, loss spikes are told.
+"""Bad numbers: a step with a loss or gradient that is not finite is skipped; many in a row end the run.
 
-The order in a step: where the ranks agree that a loss or gradient is not finite, `refuse` has the optimizer's step
-change nothing; `note` keeps what is known of a step that was not applied; once the step is counted, `observe` judges
-it. All of it follows from numbers that are equal on all ranks, so that all ranks do the same.
+The order of calls in a step: if the ranks agree that a loss or gradient is not finite, `refuse` makes the optimizer's
+step change nothing. `note` keeps a description of a step that was not applied. Once the step is counted, `observe`
+reports it, ends the run, or rolls it back after a loss spike. All decisions follow from numbers that are equal on all
+ranks, so all ranks do the same.
 """
 
 import json
@@ -22,6 +23,7 @@ from colt5dist.train.losses import LossMeans, count_target_tokens, training_loss
 from colt5dist.train.ranks import barrier, gather_objects
 from colt5dist.train.report.monitor import Record
 from colt5dist.train.run import Run
+from colt5dist.train.run_directory import FAILURES
 from colt5dist.train.step import LocalStep
 
 
@@ -30,21 +32,25 @@ class BadLoss:
     """A micro-batch with a loss that is not finite."""
 
     rank: int
+    """Rank that computed it."""
     micro_batch: int
+    """Number of the micro-batch within the step."""
     samples: list[int]
     """Numbers of its samples whose loss is not finite."""
 
 
 @dataclass(kw_only=True)
 class SkippedStep:
-    """What is known of a step that was skipped; equal on all ranks."""
+    """Description of a skipped step; equal on all ranks."""
 
     step: int
+    """Number of the step."""
     samples: list[list[int]]
     """Numbers of the samples of the global batch, as ranges [first, sample after the last]."""
     bad_losses: list[BadLoss] = field(default_factory=list)
+    """Micro-batches of all ranks with a loss that is not finite."""
     bad_gradients: list[str] = field(default_factory=list)
-    """Parameters whose gradient, summed over micro-batches and ranks, is not finite."""
+    """Names of the parameters whose gradient, summed over micro-batches and ranks, is not finite."""
 
     def __str__(self) -> str:
         """One line for the log."""
@@ -56,11 +62,15 @@ class SkippedStep:
             more = f" and {len(self.bad_gradients) - 1} more" if len(self.bad_gradients) > 1 else ""
             causes.append(f"the gradient of {self.bad_gradients[0]}{more}")
         cause = "; ".join(causes) or "the gradient's norm"
-        return f"step {self.step} is skipped, samples {_in_words(self.samples)}: not finite is {cause}"
+        return f"step {self.step} is skipped, samples {_format_ranges(self.samples)}: not finite is {cause}"
 
 
 class Health:
-    """Watches the numbers of a run; the counts live in its state."""
+    """Watches the losses and gradients of a run; the counts are kept in its state.
+
+    Args:
+        run: the parts of the run.
+    """
 
     def __init__(self, run: Run) -> None:
         self.config, self.run_dir, self.ranks = run.config, run.run_dir, run.ranks
@@ -71,12 +81,17 @@ class Health:
         self._bad_gradients: list[str] = []
 
     def refuse(self) -> None:
-        """Before the optimizer steps on a loss or gradient that is not finite: name it, and have nothing changed."""
+        """Find the gradients that are not finite, and make the following optimizer step change nothing; collective."""
         self._bad_gradients = self.engine.gradients.names_not_finite()
         self.engine.gradients.refuse()
 
     def note(self, applied: bool, local: LocalStep) -> None:
-        """Keep what is known of a step that was not applied; collective then, and before the state counts the step."""
+        """Describe a step that was not applied (collective then); call it before the state counts the step.
+
+        Args:
+            applied: whether the optimizer applied the step.
+            local: what this rank knows of the step.
+        """
         if applied:
             self._skipped.clear()
         else:
@@ -84,15 +99,20 @@ class Health:
         self._bad_gradients = []
 
     def observe(self, applied: bool, means: LossMeans, local: LocalStep) -> bool:
-        """Judge the step that the state has just counted: tell of what is wrong, or end the run.
+        """Check the step that the state has just counted: report what is wrong, end the run, or roll it back.
+
+        Args:
+            applied: whether the optimizer applied the step.
+            means: losses of the global batch.
+            local: what this rank knows of the step.
 
         Returns:
-            Whether a loss spike took the run back to the last checkpoint: the data has to be opened there.
+            Whether the run went back to the last checkpoint after a loss spike; then the data must be opened again.
 
         Raises:
             TrainingFault: on all ranks, after health.max_skipped skipped steps in a row.
             ConfigError: on all ranks, if the checkpoint cannot be read.
-            SaveError: on all ranks, if a save in the background failed and the run is to stop then.
+            SaveError: on all ranks, if a save in the background failed and the run must stop.
         """
         self._spiked = False
         if not applied:
@@ -115,7 +135,7 @@ class Health:
 
     @property
     def is_notable(self) -> bool:
-        """Whether the step that was observed last is recorded whatever train.log_every says."""
+        """Whether the step that was observed last must be recorded, whatever train.log_every says."""
         return self._spiked or self.state.skipped_in_a_row > 0
 
     def counts(self) -> Record:
@@ -124,7 +144,7 @@ class Health:
         return {"skipped_steps": state.skipped_steps, "loss_spikes": state.spikes, "rollbacks": state.rollbacks}
 
     def notes(self) -> dict[str, Any]:
-        """What a skipped step's record holds beside numbers: the samples of its batch, and the bad ones of them."""
+        """Extra entries of a skipped step's record: the samples of its batch, and those with a bad loss."""
         if not self.state.skipped_in_a_row or not self._skipped:
             return {}
         skipped = self._skipped[-1]
@@ -132,7 +152,12 @@ class Health:
         return {"skipped_batch": skipped.samples, "not_finite_samples": bad}
 
     def _describe(self, names: list[str], local: LocalStep) -> SkippedStep:
-        """Bring together what the ranks know of a step that is skipped; collective."""
+        """Gather what the ranks know of a skipped step; collective.
+
+        Args:
+            names: parameters whose gradient this rank found not finite.
+            local: what this rank knows of the step.
+        """
         losses = []
         for number, (batch, values) in enumerate(zip(local.micro_batches, local.sums.sample_losses, strict=True)):
             bad = batch["sample_index"][~torch.isfinite(values).cpu()].tolist()
@@ -147,7 +172,7 @@ class Health:
         )
 
     def _next_samples(self) -> list[list[int]]:
-        """Numbers of the global batch that the state has not counted yet, as ranges."""
+        """Samples of the global batch that the state has not counted yet, as ranges [first, sample after the last]."""
         skip = spikes.skip_list(self.config, self.state)
         numbers = skip.take(self.state.samples_consumed, self.config.train.global_batch_size).tolist()
         ranges: list[list[int]] = []
@@ -159,46 +184,47 @@ class Health:
         return ranges
 
     def _roll_back(self) -> bool:
-        """Go back to the last checkpoint, unless there is none or health.max_rollbacks are used up."""
+        """Go back to the last checkpoint; returns False if there is none or health.max_rollbacks are used up."""
         allowed = self.config.health.max_rollbacks
         if self.state.rollbacks >= allowed:
-            self.monitor.say(f"going on: health.max_rollbacks={allowed} rollbacks are used up")
+            self.monitor.say(f"continuing: health.max_rollbacks={allowed} rollbacks are used up")
             return False
         with self.heartbeat.patient("rolling back", self.state.step):
             folder = spikes.roll_back(self.saver, self.config, self.state, self.ranks)
         if folder is None:
-            self.monitor.say("going on: there is no whole checkpoint to roll back to")
+            self.monitor.say("continuing: there is no whole checkpoint to roll back to")
             return False
         self.monitor.roll_back(self.state.step)
         self.monitor.say(
-            f"rolled back to {folder}; samples {_in_words(self.state.rolled_back_samples[-1:])} are passed over"
+            f"rolled back to {folder}; samples {_format_ranges(self.state.rolled_back_samples[-1:])} are passed over"
         )
         return True
 
     def _give_up(self, local: LocalStep) -> None:
-        """Run the last micro-batches again to see where it begins, write it all down, and end.
+        """Run the last micro-batches again to find where the bad numbers begin, write a report, and end the run.
 
-        No checkpoint is begun: the next start goes on from one before, and meets this again unless something changes.
+        No checkpoint is started: the next start resumes from an earlier one, and ends here again unless something
+        changes.
         """
         found = gather_objects((self._bad_weights(), self._run_again(local)))
         state = self.state
         first, last = state.step - state.skipped_in_a_row + 1, state.step
-        path = self.run_dir / "failures" / f"not_finite_{last:08d}.json"
+        path = self.run_dir / FAILURES / f"not_finite_{last:08d}.json"
         skip = [[state.skipped_from, state.samples_consumed]]
         bad_weights = sorted({name for names, _ in found for name in names})
         if bad_weights:
-            mend = (
-                f"the weight {bad_weights[0]} is not finite: go back to a checkpoint before, by moving the newer away"
+            fix = (
+                f"the weight {bad_weights[0]} is not finite: go back to an earlier checkpoint by moving newer ones away"
             )
         else:
             ranges = json.dumps([*self.config.data.skip, *skip], separators=(",", ":"))
-            mend = (
+            fix = (
                 f"start it again with data.skip={ranges} to pass over their samples, or with "
                 f"optimizer.lr={self.config.optimizer.lr / 2:g} resume_allow=[optimizer.lr]"
             )
         message = (
             f"steps {first} to {last} were skipped because a loss or gradient was not finite, as many in a row as "
-            f"health.max_skipped={self.config.health.max_skipped} allows; {path} says which; {mend}"
+            f"health.max_skipped={self.config.health.max_skipped} allows; {path} says which; {fix}"
         )
         if self.ranks.is_first:
             content = {
@@ -216,19 +242,19 @@ class Health:
                 print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr)
             print(f"error: {message}", file=sys.stderr, flush=True)
         with self.heartbeat.patient("saving", last):
-            self.saver.finish()  # the checkpoint of a step before, if it is being written in the background
-        barrier()  # the launcher ends all ranks as soon as one leaves
+            self.saver.finish()  # an earlier checkpoint may still be written in the background
+        barrier()  # the launcher ends all ranks as soon as one exits
         raise TrainingFault(message)
 
     def _bad_weights(self) -> list[str]:
-        """Parameters of which this rank holds a weight that is not finite."""
+        """Names of the parameters of which this rank holds a weight that is not finite."""
         owned = fragments.owned_fragments(self.engine)
         return [f.name for f in owned if f.key == fragments.WEIGHT and not bool(torch.isfinite(f.tensor).all())]
 
     def _run_again(self, local: LocalStep) -> list[dict[str, Any]]:
-        """Forward and backward once more, looking at each gradient before it meets those of other ranks; collective.
+        """Repeat forward and backward, and check each gradient before it is summed over ranks; collective.
 
-        A micro-batch that is fine this time although its step was not tells of a device that computes wrongly.
+        A micro-batch that is finite this time although its step was not points to a device that computes wrongly.
         """
         module, device = self.engine.module, self.engine.device
         flags: dict[str, torch.Tensor] = {}
@@ -260,6 +286,6 @@ class Health:
         return found
 
 
-def _in_words(ranges: list[list[int]]) -> str:
-    """Ranges as numbers and spans, the last sample named."""
+def _format_ranges(ranges: list[list[int]]) -> str:
+    """Ranges [first, sample after the last] as text: "8 to 15, 20"."""
     return ", ".join(f"{first} to {stop - 1}" if stop - first > 1 else str(first) for first, stop in ranges)

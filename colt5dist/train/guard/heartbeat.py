@@ -1,8 +1,9 @@
-"""Who is gone or stands still: all ranks tell rank 0 that they live, so that the others can name one that does not.
+"""Detects a rank that is lost or makes no progress, names it, and ends the other ranks.
 
 Without this a dead rank shows as "connection closed by peer", or on GPUs as a collective operation that never ends.
-Each rank has two threads. One exchanges beats through a key-value store that rank 0 keeps; it may hang when a host is
-cut off. The other only counts: it ends this process when a rank was silent, or nothing moved on, for too long.
+Each rank has two threads. One exchanges beats through a key-value store on rank 0's host; it may hang if a host is cut
+off from the network. The other only counts: it ends this process when a rank was silent, or no rank made progress, for
+too long.
 """
 
 import json
@@ -19,36 +20,40 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from colt5dist.train.guard.failures import keep_failure
+from colt5dist.train.guard.failures import first_line, write_failure
 from colt5dist.train.ranks import Ranks, broadcast_from_first, set_collective_timeout
 
 STORE_SECONDS = 30.0
+"""Timeout of the key-value store."""
 SILENT_BEATS = 3
-"""Beats that a rank may miss before it counts as gone, once a collective operation has failed."""
+"""Beats that a rank may miss before it counts as lost, once a collective operation has failed."""
 EXIT_GIVEN_UP = 1
 COLLECTIVE_LATER_SECONDS = 60.0
-"""How much later than the heartbeat, which can name a rank, a collective operation gives up by itself."""
+"""A collective operation times out this much later than the heartbeat, because only the heartbeat can name a rank."""
 
 
 @dataclass
 class _Beat:
-    """What is known of a rank."""
+    """What is known of another rank."""
 
     value: str = ""
-    """What it said last, as JSON."""
+    """Its last message, as JSON."""
     missed: int = 0
-    """Own beats since it said something new: counted, not timed, so that a pause of all processes changes nothing."""
+    """Beats of this rank since that message: counted, not timed, so that a pause of all processes has no effect."""
 
 
 class Heartbeat:
-    """Tells the other ranks that this one lives, and gives up when another does not. Use it as a context.
+    """Tells the other ranks that this one is alive, and ends this process when another one is lost.
+
+    Use it as a context manager around the training.
 
     Args:
-        ranks: place of this rank; alone it has nobody to watch, and does nothing.
+        ranks: place of this rank; a single rank has no other to watch, and does nothing.
         hosts: host name of every rank.
-        run_dir: the run's folder, for `failures/`.
-        start_seconds: how long nothing may move on before the first step is done, and where `patient` is said.
-        timeout_seconds: how long after it. A rank that is silent for a third of it is given up.
+        run_dir: folder of the run; a failure is recorded in its `failures/`.
+        start_seconds: seconds without progress that are allowed before the first step is done, and inside `patient`.
+        timeout_seconds: seconds without progress that are allowed afterwards. A rank that is silent for a third of
+            them counts as lost.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class Heartbeat:
         self._allowed_seconds = start_seconds
         self._place = "starting"
         self._step = 0
-        self._stood_still = 0
+        self._beats_without_progress = 0
         self._cause: str | None = None
         self._verdict = ""
         self._watched = range(ranks.world_size) if ranks.is_first else range(min(1, ranks.rank))
@@ -92,28 +97,38 @@ class Heartbeat:
             thread.join(2 * self._period)
 
     def at(self, place: str, step: int) -> None:
-        """Say where the training is; each call counts as moving on."""
+        """Record where the training is; each call counts as progress.
+
+        Args:
+            place: what is being done, in a few words.
+            step: number of the step.
+        """
         self._place, self._step = place, step
-        self._stood_still = 0
+        self._beats_without_progress = 0
 
     @property
     def allowed_seconds(self) -> float:
-        """How long nothing may move on now."""
+        """Seconds without progress that are allowed now."""
         return self._allowed_seconds
 
     def first_step_follows(self) -> None:
-        """Until the next step is done the long timeout counts: kernels are compiled for new lengths."""
+        """Use the long timeout until the next step is done: kernels may be compiled for new lengths."""
         if self._allowed_seconds != self._start_seconds:
             self._allow(self._start_seconds)
 
     def step_is_done(self) -> None:
-        """From the first step that is done on the short timeout counts."""
+        """Use the short timeout from now on, because the first step is done."""
         if self._allowed_seconds != self._timeout_seconds:
             self._allow(self._timeout_seconds)
 
     @contextmanager
     def patient(self, place: str, step: int) -> Iterator[None]:
-        """Around what a slow disk may make as long as the start, and all ranks do together: its timeout counts."""
+        """Use the long timeout inside this context, for what all ranks do together and a slow disk may delay.
+
+        Args:
+            place: what is being done, in a few words.
+            step: number of the step.
+        """
         before = self._allowed_seconds
         self._allow(max(self._start_seconds, before))
         self.at(place, step)
@@ -128,22 +143,28 @@ class Heartbeat:
         set_collective_timeout(seconds + COLLECTIVE_LATER_SECONDS)
 
     def explain(self, error: BaseException) -> str:
-        """Who is to blame for an error of this rank: empty if it is this rank itself, which the others are told.
+        """Find the rank that caused an error on this rank; tell the other ranks if it is this one.
 
-        Waits for a few beats; no other rank is given up by this rank's threads from now on.
+        Waits for a few beats. From now on this rank's threads do not end the process.
+
+        Args:
+            error: the exception that was raised here.
+
+        Returns:
+            The other rank and what happened to it, as text; empty if this rank itself is the cause.
         """
         if not self._threads:
             return ""
         self._own_failure.set()
-        if not _is_of_a_collective(error):
-            self._cause = _first_line(error)
+        if not _is_from_collective(error):
+            self._cause = first_line(error)
         if self._ranks.is_first and self._cause:
             self._verdict = f"{self._name(0)} failed: {self._cause}"
         self._hurry.set()
         for _ in range(2 * SILENT_BEATS + 2):
             if self._cause or self._ended.wait(self._period):
                 break
-            self._verdict = self._verdict or self._find_gone(SILENT_BEATS * self._period)
+            self._verdict = self._verdict or self._find_lost(SILENT_BEATS * self._period)
             if self._verdict:
                 break
         self._hurry.set()
@@ -151,7 +172,7 @@ class Heartbeat:
         return "" if self._cause else self._verdict
 
     def _open_store(self) -> dist.TCPStore:
-        """Rank 0's store on a port of its own, with a key for every rank."""
+        """Open rank 0's store, on a port of its own, with one key per rank."""
         host, seconds, port = os.environ["MASTER_ADDR"], timedelta(seconds=STORE_SECONDS), 0
         if self._ranks.is_first:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=seconds)
@@ -165,7 +186,7 @@ class Heartbeat:
         return store
 
     def _exchange(self) -> None:
-        """The thread that speaks and listens."""
+        """Thread that sends this rank's beats and receives those of the others."""
         keys = [f"rank {rank}" for rank in self._beats]
         count = 0
         while not self._ended.is_set():
@@ -181,13 +202,13 @@ class Heartbeat:
                 for beat, value in zip(self._beats.values(), self._store.multi_get(keys), strict=True):
                     if value.decode() != beat.value:
                         beat.value, beat.missed = value.decode(), 0
-            except (dist.DistError, RuntimeError):  # rank 0 is gone or cut off: its missing beats will tell
+            except (dist.DistError, RuntimeError):  # rank 0 is lost or cut off: its missing beats will show it
                 self._ended.wait(self._period)
             self._hurry.wait(self._period)
             self._hurry.clear()
 
     def _watch(self) -> None:
-        """The thread that counts, and ends this process when it has to."""
+        """Thread that counts beats, and ends this process if necessary."""
         while not self._ended.wait(self._period):
             if self._own_failure.is_set():
                 for beat in self._beats.values():
@@ -195,17 +216,17 @@ class Heartbeat:
                 continue
             for beat in self._beats.values():
                 beat.missed += 1
-            self._stood_still += 1
-            self._verdict = self._verdict or self._find_gone(self._timeout_seconds / 3) or self._find_standstill()
+            self._beats_without_progress += 1
+            self._verdict = self._verdict or self._find_lost(self._timeout_seconds / 3) or self._find_stall()
             if not self._verdict:
                 continue
             self._hurry.set()
-            # the training itself may fail by the same cause, and then says more
+            # the training itself may fail from the same cause, and then has more to report
             if not self._ended.wait(2 * SILENT_BEATS * self._period) and not self._own_failure.is_set():
                 self._give_up()
 
-    def _find_gone(self, seconds: float) -> str:
-        """The ranks that said why they fail, or have not been heard of for that long."""
+    def _find_lost(self, seconds: float) -> str:
+        """Name the ranks that reported a failure, or were silent for at least `seconds`."""
         limit = max(seconds / self._period, SILENT_BEATS)
         found = []
         for rank, beat in list(self._beats.items()):
@@ -213,37 +234,39 @@ class Heartbeat:
             if cause:
                 found.append(f"{self._name(rank)} failed: {cause}")
             elif beat.missed >= limit:
-                causes = "killed (for want of memory?) or paused, or its host is down or cut off"
-                found.append(f"{self._name(rank)} is gone: {causes}")
+                causes = "killed (out of memory?) or paused, or its host is down or cut off"
+                found.append(f"{self._name(rank)} is lost: {causes}")
         return _some(found)
 
-    def _find_standstill(self) -> str:
-        """Where the ranks are when nothing has moved on for too long."""
-        allowed = self._allowed_seconds + (0 if self._ranks.is_first else 10 * self._period)  # rank 0 knows more
-        if self._stood_still * self._period < allowed:
+    def _find_stall(self) -> str:
+        """Describe where the ranks are, if this rank has made no progress for too long."""
+        # rank 0 reports first, because it knows of all ranks
+        allowed = self._allowed_seconds + (0 if self._ranks.is_first else 10 * self._period)
+        if self._beats_without_progress * self._period < allowed:
             return ""
         places = {self._ranks.rank: (self._step, self._place)}
         for rank, beat in self._beats.items():
             if beat.value:
                 said = json.loads(beat.value)
                 places[rank] = (said["step"], said["place"])
-        # those that are behind, or elsewhere than most, first
+        # first those that are in another place than most
         common = list(places.values())
         order = sorted(places, key=lambda rank: (common.count(places[rank]), rank))
         where = _some([f"{self._name(rank)}: {places[rank][1]}, step {places[rank][0]}" for rank in order])
         return (
-            f"nothing moved on for {allowed:g} s ({where}); "
+            f"no progress for {allowed:g} s ({where}); "
             "if that may take so long, raise train.timeout_seconds (at start train.timeout_minutes)"
         )
 
     def _give_up(self) -> None:
-        """End this process, which waits for the others somewhere; what it was doing is kept in `failures/`."""
+        """End this process, which may be waiting for another rank; what it was doing is written to `failures/`."""
         main = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(main)) if main else ""
         message = f"{self._name(self._ranks.rank)} gives up at step {self._step}: {self._verdict}"
         details = f"{message}\n\nThe training was here:\n{stack}"
         try:
-            keep_failure(self._run_dir, self._ranks, message, details, speaks=self._name(0) in self._verdict)
+            first_rank_failed = self._name(0) in self._verdict
+            write_failure(self._run_dir, self._ranks, message, details, first_rank_failed=first_rank_failed)
             if self._ranks.is_first:
                 self._ended.wait(SILENT_BEATS * self._period)  # until the others have read it
         finally:
@@ -253,19 +276,15 @@ class Heartbeat:
         return f"rank {rank} on {self._hosts[rank]}"
 
 
-def _is_of_a_collective(error: BaseException) -> bool:
-    """Whether an error came from a collective operation, and so most likely from another rank."""
+def _is_from_collective(error: BaseException) -> bool:
+    """Whether an error came from a collective operation, and so most likely from another rank's failure."""
     words = ("gloo", "nccl", "closed by peer", "reset by peer", "socket")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-
-
 def _some(lines: list[str], limit: int = 8) -> str:
-    """The first few of many lines as one."""
+    """Join the first few of many lines into one."""
     more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
     return "; ".join(lines[:limit]) + more

@@ -1,4 +1,4 @@
-"""The processes that started this one: their death leaves a rank an orphan, which is a request to stop."""
+"""The launcher's processes that started this one; if one of them has ended, the run must stop."""
 
 import os
 from functools import cache
@@ -8,12 +8,13 @@ import psutil
 
 PROGRAMS = {"deepspeed", "torchrun"}
 MODULES = ("deepspeed.launcher", "torch.distributed")
-ORPHANS_GO_TO = {"systemd", "init"}
+ORPHAN_PARENTS = {"systemd", "init"}
+"""Programs that become the parent of a process whose own parent has ended."""
 
 
 @cache
 def launcher_processes() -> tuple[psutil.Process, ...]:
-    """The launcher's processes above this one, as they are at the first call; so call it early."""
+    """Find the launcher's processes above this one. The first call decides, so call it early."""
     try:
         ancestors = psutil.Process().parents()[:2]
         return tuple(p for p in ancestors if _is_launcher(p.cmdline()))
@@ -22,22 +23,22 @@ def launcher_processes() -> tuple[psutil.Process, ...]:
 
 
 def launcher_is_gone() -> bool:
-    """Whether one of the launcher's processes has ended, before the first look at them or since."""
-    return any(not _is_alive(process) for process in launcher_processes()) or _started_by_an_orphan()
+    """Whether one of the launcher's processes has ended, before the first call of `launcher_processes` or since."""
+    return any(not _is_alive(process) for process in launcher_processes()) or _launcher_was_orphaned()
 
 
 @cache
-def _started_by_an_orphan() -> bool:
-    """Whether `deepspeed` was gone before its child, which starts the ranks, had started this one.
+def _launcher_was_orphaned() -> bool:
+    """Whether `deepspeed` ended before its child, which starts the ranks, had started this one.
 
-    That child imports for seconds first. It never leads a process group, unless a supervisor started it by itself.
+    That child first imports for seconds. It never leads a process group, unless a supervisor started it directly.
     """
     try:
         for process in launcher_processes():
             if "deepspeed.launcher.launch" in process.cmdline() and not _leads_its_group(process):
                 parent = process.parent()
                 return parent is None or (
-                    not _is_launcher(parent.cmdline()) and (parent.pid == 1 or parent.name() in ORPHANS_GO_TO)
+                    not _is_launcher(parent.cmdline()) and (parent.pid == 1 or parent.name() in ORPHAN_PARENTS)
                 )
     except psutil.Error:
         return True
@@ -52,7 +53,7 @@ def _leads_its_group(process: psutil.Process) -> bool:
 
 
 def _is_launcher(command: list[str]) -> bool:
-    """Whether a command is `deepspeed`, `torchrun`, or one of their modules run by Python."""
+    """Whether a command line is `deepspeed`, `torchrun`, or one of their modules run by Python."""
     programs = {Path(part).name for part in command[:3]}
     modules = {command[i + 1] for i, part in enumerate(command[:-1]) if part == "-m"}
     return bool(programs & PROGRAMS) or any(module.startswith(MODULES) for module in modules)

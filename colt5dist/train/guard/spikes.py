@@ -1,4 +1,4 @@
-"""Loss spikes: what counts as one, and the way back to the last checkpoint past the samples around it."""
+"""Loss spikes: what counts as one, and the rollback to the last checkpoint, which passes over the samples around it."""
 
 import statistics
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from colt5dist.data import SkipList
-from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import (
     Saver,
     TrainerState,
@@ -14,43 +13,56 @@ from colt5dist.train.checkpoint import (
     find_damage,
     folder_step,
     load_checkpoint,
-    put_damaged_aside,
+    rename_damaged,
 )
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.fragments import refresh_parameters
-from colt5dist.train.ranks import Ranks, gather_objects, raise_together
+from colt5dist.train.ranks import Ranks, errors_on_all_ranks, gather_objects
 
 NORMAL_MAD = 1.4826
-"""Standard deviation of a normal distribution whose median absolute deviation is 1."""
+"""Standard deviation of a normal distribution with median absolute deviation 1."""
 SMALLEST_DEVIATION = 1e-3
-"""Smallest standard deviation that is divided by, as a share of the median: a loss that hardly moves has no spikes."""
+"""Lower bound of the standard deviation, as a share of the median: a loss that hardly changes has no spikes."""
 
 
 def skip_list(config: RunConfig, state: TrainerState) -> SkipList:
-    """The samples that the run passes over: those of data.skip, and those around spikes that it was rolled back for."""
+    """Samples that the run passes over: those of data.skip, and those around spikes that were rolled back."""
     return SkipList(ranges_to_skip(config, state))
 
 
 def ranges_to_skip(config: RunConfig, state: TrainerState) -> list[list[int]]:
-    """Those samples as ranges [first, sample after the last]."""
+    """The samples of `skip_list` as ranges [first, sample after the last]."""
     return [*config.data.skip, *state.rolled_back_samples]
 
 
 def spike_score(recent: list[float], loss: float) -> float:
-    """How far a loss lies above the recent ones: in standard deviations, by median and median absolute deviation."""
+    """Distance of a loss above the median of recent losses, in robust standard deviations.
+
+    Args:
+        recent: losses of the steps before.
+        loss: the loss to compare.
+
+    Returns:
+        (loss - median) / (1.4826 * median absolute deviation), with a lower bound for the divisor.
+    """
     median = statistics.median(recent)
     deviation = NORMAL_MAD * statistics.median(abs(value - median) for value in recent)
     return (loss - median) / max(deviation, SMALLEST_DEVIATION * abs(median), 1e-12)
 
 
 def observe(state: TrainerState, config: RunConfig, loss: float) -> float | None:
-    """Note the loss of the applied step that the state has just counted.
+    """Add the loss of the applied step that the state has just counted to the window, and compare it with the window.
 
-    The window is of the applied steps before, and starts anew where data.length_schedule changes the lengths; before it
-    is full nothing is told.
+    The window holds the applied steps before, and is emptied where data.length_schedule changes the lengths. Before it
+    is full, no loss counts as a spike.
+
+    Args:
+        state: the trainer's state; its `recent_losses` are updated.
+        config: the run.
+        loss: training loss of the step.
 
     Returns:
-        The loss's score if it is a spike, else None.
+        The score of the loss if it is a spike, else None.
     """
     health = config.health
     if config.stage_at(state.step) is not config.stage_at(state.step - 1):
@@ -64,7 +76,17 @@ def observe(state: TrainerState, config: RunConfig, loss: float) -> float | None
 def samples_around(
     config: RunConfig, before: TrainerState, checkpoint: TrainerState, num_steps: int
 ) -> tuple[int, int]:
-    """The samples of the last `num_steps` steps, as [first, sample after the last]; none that a checkpoint has used."""
+    """Samples of the last steps before a rollback.
+
+    Args:
+        config: the run.
+        before: state after the step with the spike.
+        checkpoint: state of the checkpoint that the run goes back to.
+        num_steps: how many steps, counted back from the spike and including it.
+
+    Returns:
+        (first, sample after the last); no sample that the checkpoint has already used.
+    """
     earlier = before.step - checkpoint.step - num_steps
     first = checkpoint.samples_consumed
     if earlier > 0:
@@ -74,21 +96,27 @@ def samples_around(
 
 
 def roll_back(saver: Saver, config: RunConfig, state: TrainerState, ranks: Ranks) -> Path | None:
-    """Go back to the newest whole checkpoint, in weights, moments and state; every rank calls this after its step.
+    """Load the newest whole checkpoint into weights, moments and state; collective.
 
-    What stays of the part that is undone: the counts of spikes and rollbacks, and the range of samples that are passed
-    over from now on. The next checkpoint holds them. A run that is killed before it starts from the same checkpoint,
-    meets the same spike, and does the same again. A checkpoint that was changed after it was written, or cannot be
-    read, is renamed, and passed over for the next older one, which is said.
+    What is kept from the steps that are undone: the counts of spikes and rollbacks, and the range of samples to pass
+    over from now on. The next checkpoint stores them. A run that is killed before that resumes from the same
+    checkpoint, meets the same spike, and rolls back again. A checkpoint that is damaged or cannot be read is renamed
+    and passed over for the next older one, with a message.
+
+    Args:
+        saver: writes the checkpoints of the run.
+        config: the run.
+        state: the trainer's state; replaced in place.
+        ranks: place of this rank.
 
     Returns:
-        The checkpoint; None, and weights, moments and state are as they were, if there is none.
+        The checkpoint; None if there is none, and then weights, moments and state are unchanged.
 
     Raises:
-        ConfigError: on all ranks, if some rank cannot read its part.
-        SaveError: on all ranks, if the checkpoint that was being written failed and the run is to stop then.
+        ConfigError: on all ranks, if any rank cannot read its part.
+        SaveError: on all ranks, if the checkpoint that was being written failed and the run must stop.
     """
-    saver.finish()  # one that is being written in the background may be the newest
+    saver.finish()  # the newest one may still be written in the background
     engine = saver.engine
     whole, _ = find_checkpoints(saver.root, saver.run_id)
     whole = [folder for folder in whole if folder_step(folder) <= state.step]
@@ -97,19 +125,15 @@ def roll_back(saver: Saver, config: RunConfig, state: TrainerState, ranks: Ranks
         if damage is None:
             break
         if ranks.is_first:
-            saver.say(f"passed over {folder}: {damage}; {put_damaged_aside(folder, damage)}")
+            saver.say(f"passed over {folder}: {damage}; {rename_damaged(folder, damage)}")
     else:
         return None
-    problem = None
-    engine.torch_optimizer.state.clear()  # a checkpoint of before the first applied step has no moments to put there
-    try:
+    engine.torch_optimizer.state.clear()  # a checkpoint from before the first applied step has no moments to load
+    with errors_on_all_ranks():
         loaded = load_checkpoint(folder, engine)
-    except ConfigError as error:
-        problem = str(error)
-    raise_together(problem)
     refresh_parameters(engine)
     around = samples_around(config, state, loaded, config.health.skip_steps)
     loaded.rolled_back_samples = [*state.rolled_back_samples, list(around)]
     loaded.spikes, loaded.rollbacks = state.spikes, state.rollbacks + 1
-    vars(state).update(vars(loaded))  # in place: the caller and its callers hold it
+    vars(state).update(vars(loaded))  # in place, because others hold the same object
     return folder

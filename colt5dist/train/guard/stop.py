@@ -1,8 +1,8 @@
-"""Requests to stop or to save, from signals, files, the clock and the launcher's death.
+"""Requests to stop or to save: signals, files, the time limit, and a launcher that has ended.
 
-A handler only sets a flag; the ranks add their flags once a step, and between the batches of an evaluation, so that
-all agree on the same place.
-What the `deepspeed` launcher sends itself (a second SIGTERM, a SIGTERM after Ctrl-C) is an echo and changes nothing.
+A signal handler only sets a flag. The ranks sum their flags once per step, and between the batches of an evaluation, so
+that all of them stop at the same place. Signals that the `deepspeed` launcher itself sends afterwards (a second
+SIGTERM, a SIGTERM after Ctrl-C) change nothing.
 """
 
 import os
@@ -20,7 +20,8 @@ from colt5dist.train.guard.launcher import launcher_is_gone
 from colt5dist.train.ranks import sum_over_ranks
 
 STOP_AT_ONCE_SECONDS = 3.0
-HEARD = b"\nsignal: the run ends after this step and its checkpoint; Ctrl-C once more gives up without them\n"
+"""A second Ctrl-C later than this ends the process at once; an earlier one may come from the launcher."""
+STOP_MESSAGE = b"\nsignal: the run ends after this step and its checkpoint; another Ctrl-C ends it without them\n"
 
 
 class StopReason(Enum):
@@ -33,12 +34,12 @@ class StopReason(Enum):
 
 
 class StopRequests:
-    """Collects what this rank was asked to do.
+    """Collects the requests that reached this rank. Creating it installs the signal handlers.
 
     Args:
-        run_dir: folder in which the files STOP and SAVE are looked for.
-        watch_files: whether this rank looks for them (one rank is enough), and says that it was asked to stop.
-        max_minutes: minutes from now after which to stop.
+        run_dir: folder of the run, in which a user may create the files STOP and SAVE.
+        watch_files: whether this rank looks for them, and prints that it received a signal; one rank is enough.
+        max_minutes: minutes from now after which to stop; None: no limit.
     """
 
     def __init__(self, run_dir: Path, *, watch_files: bool, max_minutes: float | None) -> None:
@@ -47,19 +48,19 @@ class StopRequests:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.signalled = False
         self._wanted: StopReason | None = None
-        self._left: set[str] = set()
+        self._not_removed: set[str] = set()
         self._first_interrupt: float | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else the run was started with nohup
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored: the run was started with nohup
             signal.signal(signal.SIGHUP, self._handle)
 
     def reason(self) -> StopReason | None:
-        """Why this rank wants to stop, if it does; once it does, that stays so."""
-        self._wanted = self._wanted or self._look()
+        """Why this rank asks to stop, or None; a reason remains once there is one."""
+        self._wanted = self._wanted or self._find_reason()
         return self._wanted
 
-    def _look(self) -> StopReason | None:
+    def _find_reason(self) -> StopReason | None:
         if self.signalled:
             return StopReason.SIGNAL
         if self.watch_files and (self.run_dir / "STOP").is_file():
@@ -71,7 +72,7 @@ class StopRequests:
         return None
 
     def agree(self, device: torch.device) -> StopReason | None:
-        """Why some rank wants to stop; every rank calls this at the same time, and all get the same answer."""
+        """Why any rank asks to stop, or None; collective, the same answer on all ranks."""
         mine = self.reason()
         wanted = torch.tensor([mine is reason for reason in StopReason], dtype=torch.float32, device=device)
         counts = sum_over_ranks(wanted).tolist()
@@ -79,10 +80,14 @@ class StopRequests:
 
     def save_requested(self) -> bool:
         """Whether a file SAVE asks for a checkpoint now."""
-        return self.watch_files and "SAVE" not in self._left and (self.run_dir / "SAVE").is_file()
+        return self.watch_files and "SAVE" not in self._not_removed and (self.run_dir / "SAVE").is_file()
 
     def obeyed(self, name: str) -> None:
-        """Remove the file STOP or SAVE, so that it counts once."""
+        """Remove the file STOP or SAVE once its request is fulfilled, so that it counts once.
+
+        Args:
+            name: "STOP" or "SAVE".
+        """
         if not self.watch_files:
             return
         if name == "STOP":
@@ -90,16 +95,16 @@ class StopRequests:
         try:
             (self.run_dir / name).unlink(missing_ok=True)
         except OSError as error:
-            self._left.add(name)
+            self._not_removed.add(name)
             print(f"warning: {self.run_dir / name} cannot be removed ({error.strerror})", file=sys.stderr, flush=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._first_interrupt is not None and now - self._first_interrupt > STOP_AT_ONCE_SECONDS:
-                os._exit(128 + number)  # asked twice by hand: give up at once, without a checkpoint
+                os._exit(128 + number)  # a user pressed Ctrl-C twice: end at once, without a checkpoint
             self._first_interrupt = self._first_interrupt or now
         if not self.signalled and self.watch_files:
-            with suppress(OSError):  # nobody may be reading any more
-                os.write(2, HEARD)  # not print, which this handler may have interrupted
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, STOP_MESSAGE)  # not print: this handler may have interrupted a print
         self.signalled = True

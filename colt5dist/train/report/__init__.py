@@ -1,1 +1,1 @@
-"""What a person sees of a run: metrics and TensorBoard, speed, memory, dry run, summary, profile."""
+"""What a user sees of a run: metrics and TensorBoard, speed, memory, dry run, summary, profile."""

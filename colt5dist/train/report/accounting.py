@@ -1,4 +1,4 @@
-"""What a run costs, by formula: parameters, FLOPs, memory; and the peak rate of the devices it runs on."""
+"""The cost of a run by formula: tokens, FLOPs, memory; and the peak rates of devices."""
 
 import re
 import resource
@@ -12,6 +12,7 @@ from colt5dist.data.config import DataConfig
 from colt5dist.model.config import CoLT5Config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import uses_bf16
+from colt5dist.wording import count
 
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
@@ -26,29 +27,40 @@ PEAK_BF16_FLOPS = {
     "L4": 121e12,
     "A10": 125e12,
 }
-"""Dense bf16 matrix rate by words of the device's name, from the vendor's data sheets; the first match counts."""
+"""Dense bf16 FLOPs per second by a part of the device's name, from the vendor's data sheets; the first match counts."""
 
 
 def tokens_of_run(config: RunConfig, per_sample: Callable[[DataConfig], float]) -> int:
-    """Sum over all samples of a run, each by the lengths of its stage.
+    """Sum the tokens of all samples of a run, each with the lengths of its stage.
 
     Args:
         config: the run.
-        per_sample: tokens of one sample of a stage.
+        per_sample: number of tokens of one sample, from the data configuration of a stage.
+
+    Returns:
+        Number of tokens.
     """
-    bounds = [1, *(entry.step for entry in config.data.length_schedule), config.train.steps + 1]
+    bounds = [*config.stage_starts, config.train.steps + 1]
     steps = [max(0, min(stop, config.train.steps + 1) - first) for first, stop in pairwise(bounds)]
     stages = zip(config.stages, steps, strict=True)
     return round(config.train.global_batch_size * sum(per_sample(stage.data) * number for stage, number in stages))
 
 
 def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: int) -> int:
-    """Multiply-adds of one sample's forward pass, as executed: light branches on all tokens, heavy ones on the routed.
+    """Multiply-adds of one sample's forward pass: light branches on all tokens, heavy branches on the routed tokens.
 
-    Counted are the matrix products (CoLT5 2303.09752, tables 1 and 2, with gated feed-forward layers and the output
-    embedding); local attention by its 2 * radius + 1 keys, causal self-attention whole; routing itself is left out.
-    The causal architecture: light attention by the keys of two windows, what is routed by the budgets, heavy attention
-    by the memory once it is full.
+    Only matrix products are counted (CoLT5, arXiv 2303.09752, tables 1 and 2, with gated feed-forward layers and the
+    output embedding); the routing itself is left out. Local attention counts with its 2 * radius + 1 keys, causal
+    self-attention with all keys. In the causal architecture, light attention counts with the keys of two windows,
+    routed parts with their budgets, and heavy attention with a full memory.
+
+    Args:
+        model: sizes of the model.
+        input_length: tokens of the encoder input.
+        target_length: tokens of the decoder target.
+
+    Returns:
+        Number of multiply-adds.
     """
     n, t, d, dh = input_length, target_length, model.d_model, model.head_dim
     head = t * d * model.vocab_size
@@ -77,16 +89,19 @@ def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: 
 
 
 def step_flops(config: RunConfig) -> int:
-    """Floating-point operations of an optimizer step: two a multiply-add, backward twice the forward.
+    """Floating-point operations of an optimizer step: two per multiply-add, and the backward pass as two forwards.
 
-    What activation checkpointing computes again is not counted.
+    What activation checkpointing recomputes is not counted.
+
+    Args:
+        config: the run, or a stage of it.
     """
     forward = forward_multiply_adds(config.model, config.data.input_length, config.data.target_length)
     return 6 * forward * config.train.global_batch_size
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of one device in operations a second; None where it is not known."""
+    """Dense bf16 peak of one device in floating-point operations per second; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -94,25 +109,44 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has used: of the GPU, or resident on the host."""
+    """Largest memory that this process has used so far: of the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def describe_batch(config: RunConfig, world_size: int) -> str:
+    """How the global batch is divided, as text: "2 devices x 1 micro-batch x 4"."""
+    accumulation = config.gradient_accumulation_steps(world_size)
+    micro_batches = count(accumulation, "micro-batch", "micro-batches")
+    return f"{count(world_size, 'device')} x {micro_batches} x {config.micro_batch_size(world_size)}"
+
+
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes a device needs for the model states: parameters, gradients, masters and moments (no activations)."""
+    """Bytes per device for the model states: parameters, gradients, float32 copies and moments (no activations)."""
 
     stage: int
+    """ZeRO stage."""
     device_bytes: int
+    """Bytes per device."""
 
 
 def state_memory(config: RunConfig, num_parameters: int, world_size: int, on_gpu: bool) -> list[StateMemory]:
-    """Memory of the model states on a device at each ZeRO stage, without offload and communication buckets.
+    """Memory of the model states per device at each ZeRO stage, without offload and communication buckets.
 
-    bf16: parameters 2 bytes, gradients 2 while they are made and 4 summed in float32, master and AdamW's moments 12.
-    fp32: parameters 4, gradients 4, moments 8, and from stage 1 on a master copy of the device's own share, 4.
+    Bytes per parameter in bf16: parameters 2, gradients 2 when computed and 4 summed in float32, float32 copy and
+    AdamW's moments 12. In fp32: parameters 4, gradients 4, moments 8, and from stage 1 on a copy of the device's own
+    share, 4.
+
+    Args:
+        config: the run.
+        num_parameters: number of parameters of the model.
+        world_size: number of devices.
+        on_gpu: whether the devices are GPUs, which decides the precision `auto`.
+
+    Returns:
+        One entry per ZeRO stage, 0 to 3.
     """
     p, w = num_parameters, world_size
     if uses_bf16(config, on_gpu):

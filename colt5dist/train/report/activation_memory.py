@@ -1,4 +1,4 @@
-"""Memory of a micro-batch's activations, without a device: a forward pass on shapes alone, its kept tensors counted."""
+"""Estimates the memory of a micro-batch's activations without a device, by a forward pass on shapes alone."""
 
 from dataclasses import replace
 
@@ -12,21 +12,24 @@ from colt5dist.train.engine.engine import build_model
 
 
 def activation_bytes(config: RunConfig, micro_batch_size: int, *, on_gpu: bool) -> int:
-    """Bytes that one forward pass keeps for the backward pass, each storage once.
+    """Bytes that one forward pass keeps for the backward pass; each storage counts once.
 
-    Counted with the operators that run where no GPU is: those of a GPU keep less, so that this is an upper estimate.
-    With activation checkpointing, what one layer keeps while it is computed again comes on top.
+    This is an upper estimate: it counts with the CPU's operators, and those of a GPU keep less. With activation
+    checkpointing, what one layer keeps while it is recomputed comes on top.
 
     Args:
         config: the run, or a stage of it.
-        micro_batch_size: samples a device holds at once.
-        on_gpu: whether parameters and activations are bf16 where the run leaves it to the device.
+        micro_batch_size: samples that a device holds at once.
+        on_gpu: whether the device is a GPU, which decides the precision `auto`.
+
+    Returns:
+        Number of bytes.
     """
     model = config.model
     encoder, decoder = min(model.num_encoder_layers, 1), min(model.num_decoder_layers, 1)
     few = _forward_bytes(config, encoder, decoder, micro_batch_size, on_gpu)
     total = few
-    # layers are alike: two of a kind tell what each keeps
+    # all layers of a kind keep the same: the difference between two and one is what each further layer keeps
     if model.num_encoder_layers > 1:
         more = _forward_bytes(config, 2, decoder, micro_batch_size, on_gpu)
         total += (model.num_encoder_layers - 1) * (more - few)
@@ -37,7 +40,7 @@ def activation_bytes(config: RunConfig, micro_batch_size: int, *, on_gpu: bool) 
 
 
 def _forward_bytes(config: RunConfig, encoder: int, decoder: int, micro_batch_size: int, on_gpu: bool) -> int:
-    """The same for a model of so many encoder and decoder layers."""
+    """Bytes that the forward pass keeps in a model with the given numbers of encoder and decoder layers."""
     config = replace(config, model=replace(config.model, num_encoder_layers=encoder, num_decoder_layers=decoder))
     data = config.data
     dtype = torch.bfloat16 if uses_bf16(config, on_gpu) else torch.float32
@@ -45,7 +48,7 @@ def _forward_bytes(config: RunConfig, encoder: int, decoder: int, micro_batch_si
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # the tensor is kept as well: else another one might get its storage's number
+        # keep the tensor too: otherwise a later one could reuse the address of its storage
         kept[storage._cdata] = tensor, storage.nbytes()
         return tensor
 
@@ -68,7 +71,7 @@ def _forward_bytes(config: RunConfig, encoder: int, decoder: int, micro_batch_si
 
 
 def _build(config: RunConfig, dtype: torch.dtype) -> nn.Module:
-    """The model with parameters of a type; they cannot be converted once they are without memory."""
+    """Build the model with parameters of a dtype; parameters without memory cannot be converted later."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

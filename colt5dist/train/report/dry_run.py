@@ -1,4 +1,4 @@
-"""What a configuration would do and need, without GPUs, shards or other processes."""
+"""The report of `--dry-run`: what a run would do and need, without GPUs, shards or other processes."""
 
 from dataclasses import replace
 from operator import attrgetter
@@ -11,7 +11,7 @@ from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import engine_stage
 from colt5dist.train.engine.engine import num_elements, parameter_shapes
-from colt5dist.train.report.accounting import state_memory, step_flops, tokens_of_run
+from colt5dist.train.report.accounting import describe_batch, state_memory, step_flops, tokens_of_run
 from colt5dist.train.report.activation_memory import activation_bytes
 from colt5dist.wording import count
 
@@ -19,11 +19,14 @@ WORLD_SIZES = (1, 8, 64)
 
 
 def dry_run_report(config: RunConfig, world_size: int) -> str:
-    """The resolved configuration and the figures that follow from it, as text.
+    """Write the resolved configuration and the figures that follow from it as text.
 
     Args:
         config: the run.
-        world_size: devices of this start; the memory table shows some more.
+        world_size: number of devices; the memory table shows further numbers.
+
+    Returns:
+        The report, several lines.
 
     Raises:
         ConfigError: the batch sizes do not divide among the devices.
@@ -38,19 +41,18 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         config_to_yaml(config).rstrip(),
         "",
         f"parameters: {num_parameters:,}",
-        f"checkpoint: {checkpoint_bytes(num_parameters) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, and one "
-        "more lies on the disk while it is written",
+        f"checkpoint: {checkpoint_bytes(num_parameters) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, plus "
+        "one while it is written",
         f"sentinels needed: {required_sentinels(config.data)}",
         f"tokens of the run: {input_and_target(*run_tokens)}, in {count(train.steps, 'step')}",
-        f"text of the run: {tokens_of_run(config, text_tokens_of_sample):,} tokens before corruption (a start says how "
-        "many passes over the shards that is)",
+        f"text of the run: {tokens_of_run(config, text_tokens_of_sample):,} tokens before corruption (a start prints "
+        "how many passes over the shards that is)",
     ]
-    first_steps = [1, *(entry.step for entry in config.data.length_schedule)]
-    for first_step, stage in zip(first_steps, config.stages, strict=True):
-        if len(first_steps) > 1:
+    for first_step, stage in zip(config.stage_starts, config.stages, strict=True):
+        if len(config.stages) > 1:
             lines.append(f"from step {first_step:,} on:")
         lines += stage_lines(stage, world_size)
-    lines.append("model states a GPU in GB (activations come on top):")
+    lines.append("model states per GPU in GB (activations come on top):")
     sizes = sorted({world_size, *WORLD_SIZES})
     lines.append("  ZeRO stage " + "".join(f"{count(size, 'GPU'):>12}" for size in sizes))
     tables = [state_memory(config, num_parameters, size, on_gpu=True) for size in sizes]
@@ -58,28 +60,30 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         lines.append(f"  {row[0].stage:<10} " + "".join(f"{cell.device_bytes / 1e9:>12.2f}" for cell in row))
     if engine_stage(replace(config, zero=replace(config.zero, stage=0)), on_gpu=True) == 1:
         lines.append(
-            "  note: in bf16 stage 0 runs as stage 1, hence the same memory (DeepSpeed's stage 0 trains otherwise)"
+            "  note: in bf16 stage 0 runs as stage 1, hence the same memory (DeepSpeed's stage 0 trains differently)"
         )
     return "\n".join(lines)
 
 
 def input_and_target(num_input: int, num_target: int) -> str:
-    """Both numbers of tokens; a decoder-only model has no input."""
+    """Numbers of input and target tokens as text; a decoder-only model has no input."""
     return (f"{num_input:,} input, " if num_input else "") + f"at most {num_target:,} target"
 
 
 def stage_lines(stage: RunConfig, world_size: int) -> list[str]:
-    """Batch, work, activations and data plan at the lengths of one stage."""
+    """Lines on one stage of the run: batch, FLOPs, memory of activations, and data plan.
+
+    Args:
+        stage: configuration of the stage.
+        world_size: number of devices.
+    """
     data, batch = stage.data, stage.train.global_batch_size
-    micro_batch_size = stage.micro_batch_size(world_size)
-    accumulation = stage.gradient_accumulation_steps(world_size)
-    activations = activation_bytes(stage, micro_batch_size, on_gpu=True) / 1e9
+    activations = activation_bytes(stage, stage.micro_batch_size(world_size), on_gpu=True) / 1e9
     lines = [
-        f"batch: {count(batch, 'sample')} = {count(world_size, 'device')} x "
-        f"{count(accumulation, 'micro-batch', 'micro-batches')} x {micro_batch_size}",
-        f"tokens a step: {input_and_target(batch * data.input_length, batch * data.target_length)}",
-        f"FLOPs a step: {step_flops(stage):.3e} (multiply-add = 2, backward = 2 forwards, as routed)",
-        f"activations a GPU: about {activations:.2f} GB, or less (activation checkpointing: "
+        f"batch: {count(batch, 'sample')} = {describe_batch(stage, world_size)}",
+        f"tokens per step: {input_and_target(batch * data.input_length, batch * data.target_length)}",
+        f"FLOPs per step: {step_flops(stage):.3e} (multiply-add = 2, backward = 2 forwards, as routed)",
+        f"activations per GPU: about {activations:.2f} GB, or less (activation checkpointing: "
         f"{stage.train.activation_checkpointing})",
         "data plan (tokens of a full sample):",
     ]

@@ -1,4 +1,4 @@
-"""Time and tokens of the steps since the last logged one, on this rank and on all."""
+"""Time and tokens of the steps since the last logged step, and the slowest rank."""
 
 import statistics
 import time
@@ -14,12 +14,15 @@ from colt5dist.train.report.monitor import Record
 
 
 class Meter:
-    """Measures steps; `read` is collective and starts a new interval.
+    """Measures time and tokens per step; `read` returns the means and starts a new interval.
 
     Args:
         device: device of this rank.
         hosts: host name of every rank.
-        step_flops: floating-point operations of an optimizer step on all devices.
+        step_flops: floating-point operations of an optimizer step, over all devices.
+
+    Attributes:
+        slowest: after a read, text that names the slowest rank; empty with one rank.
     """
 
     def __init__(self, device: torch.device, hosts: list[str], step_flops: int) -> None:
@@ -34,7 +37,7 @@ class Meter:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a whole step, up to the end of the optimizer's."""
+        """Measure a whole step, including the optimizer's."""
         begin = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - begin
@@ -42,14 +45,14 @@ class Meter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around the wait for the step's samples."""
+        """Measure the wait for a step's samples."""
         begin = time.perf_counter()
         yield
         self._data_wait += time.perf_counter() - begin
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around the forward and backward passes of a micro-batch, as far as they wait for no other rank."""
+        """Measure the forward and backward passes of a micro-batch."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -62,13 +65,21 @@ class Meter:
             self._forward += time.perf_counter() - start
 
     def count(self, means: LossMeans) -> None:
-        """Add a step's tokens; called after the step's host read, when its forward passes are done."""
+        """Add a step's tokens; call it after the step's host read, when its passes have finished on the device.
+
+        Args:
+            means: losses and tokens of the global batch.
+        """
         self._tokens += means.input_tokens + means.target_tokens
         self._forward += sum(begin.elapsed_time(end) / 1000 for begin, end in self._forward_events)
         self._forward_events.clear()
 
     def read(self) -> Record:
-        """Means a step since the last read; every rank calls this. `slowest` then names the rank that is waited for."""
+        """Return the means per step since the last read, and start a new interval; collective.
+
+        Returns:
+            Speed, times, MFU and memory under their names in metrics.jsonl.
+        """
         steps = max(self._steps, 1)
         row = [self._seconds / steps, self._data_wait / steps, self._forward / steps, peak_memory_bytes(self.device)]
         rows = gather_rows([float(value) for value in row], self.device)
@@ -91,16 +102,16 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Time of the steps since the last read, on this rank."""
+        """Seconds of all steps since the last read, on this rank."""
         return self._seconds
 
     @property
     def mean_rate(self) -> float | None:
-        """Valid input and target tokens a second over all steps that were read; None before the first."""
+        """Valid input and target tokens per second over all steps that were read; None before the first read."""
         return self.total_tokens / self.total_seconds if self.total_seconds else None
 
     def _describe(self, rows: list[list[float]]) -> str:
-        """Step time host by host, and the rank whose data and forward take longest."""
+        """Step time by host, and the rank whose data and computation take longest."""
         if len(rows) == 1:
             return ""
         by_host: dict[str, list[float]] = {}

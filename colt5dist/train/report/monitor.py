@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard and the console, all from rank 0 and under the same names."""
+"""Writes metrics.jsonl, TensorBoard and the console, all from rank 0 and under the same names."""
 
 import json
 import math
@@ -20,19 +20,22 @@ from torch.utils.tensorboard import SummaryWriter
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
 
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 EVENTS = "events.out.tfevents."
 EVENT_TIME = re.compile(r"events\.out\.tfevents\.(\d{10})")
 
 Record = dict[str, float | int | None]
+"""Numbers by name, as in metrics.jsonl; None is written as null."""
 
 
 class Monitor:
     """Writes the records of a run; on ranks other than the first every call does nothing.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: folder of the run.
         is_first: whether this is rank 0.
-        first_step: steps that are already done; records and events beyond are of an undone part of the run and go.
+        first_step: steps that are already done; records and events of later steps are removed.
         num_steps: last step, for the progress bar.
     """
 
@@ -41,11 +44,11 @@ class Monitor:
         self._progress: Progress | None = None
         if not is_first:
             return
-        self._metrics_path = run_dir / "metrics.jsonl"
+        self._metrics_path = run_dir / METRICS
         _truncate(self._metrics_path, first_step)
         self._metrics = os.open(self._metrics_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._unwritten = b""
-        self._events_folder = run_dir / "tensorboard"
+        self._events_folder = run_dir / TENSORBOARD
         self._writer: SummaryWriter | None = self._open_events(first_step)
         self._has_warned = False
         if sys.stdout.isatty():
@@ -72,12 +75,12 @@ class Monitor:
         threading.excepthook = self._hook
 
     def _on_thread_error(self, arguments: threading.ExceptHookArgs) -> None:
-        """A thread of TensorBoard's that a full disk ended says nothing: `_warn` tells of it once."""
+        """Suppress the traceback of TensorBoard's writer thread when the disk is full: `_warn` reports it once."""
         if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
             self._hook(arguments)
 
     def roll_back(self, step: int) -> None:
-        """Undo the records and events beyond a step."""
+        """Remove the records and events after a step."""
         if self.is_first:
             self._write_events(SummaryWriter.close)
             try:
@@ -89,22 +92,24 @@ class Monitor:
             self.advance(step)
 
     def say(self, text: str) -> None:
-        """Print a line, as it stands."""
+        """Print a line without any formatting."""
         if self._progress:
             self._progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         elif self.is_first:
             print(text, flush=True)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar."""
+        """Set the progress bar to a step."""
         if self._progress:
             self._progress.update(self._task, completed=step)
 
     def record(self, step: int, record: Record, notes: dict[str, Any] | None = None) -> None:
         """Append one object to metrics.jsonl, and its numbers to TensorBoard under the same names.
 
-        A number that is not finite is written as null: JSON has no other word for it. `notes` are no numbers, and stand
-        in metrics.jsonl only.
+        Args:
+            step: number of the step.
+            record: numbers by name; one that is not finite is written as null, because JSON has no other notation.
+            notes: further entries that are not numbers; they are written to metrics.jsonl only.
         """
         if not self.is_first:
             return
@@ -113,7 +118,7 @@ class Monitor:
         self.scalars(step, known)
 
     def scalars(self, step: int, values: Record) -> None:
-        """Write numbers to TensorBoard; with another writer after an error."""
+        """Write numbers to TensorBoard; after an error, with a new writer."""
         if self.is_first:
             if self._writer is None:
                 self._writer = self._reopen_events()
@@ -124,7 +129,12 @@ class Monitor:
                     )
 
     def histograms(self, step: int, counts: dict[str, torch.Tensor]) -> None:
-        """Write counts over equal bins of [0, 1] as TensorBoard histograms."""
+        """Write histograms to TensorBoard.
+
+        Args:
+            step: number of the step.
+            counts: (bins,) counts over equal bins of [0, 1], by name.
+        """
         if not self.is_first:
             return
         for name, count in counts.items():
@@ -148,7 +158,7 @@ class Monitor:
             )
 
     def flush(self) -> None:
-        """Make everything that was recorded durable, as a checkpoint is about to rely on it."""
+        """Flush all records to disk, before a checkpoint relies on them."""
         if self.is_first:
             self._write_metrics(b"")
             try:
@@ -158,7 +168,7 @@ class Monitor:
             self._write_events(SummaryWriter.flush)
 
     def _write_metrics(self, line: bytes) -> None:
-        """Append to metrics.jsonl; what a full disk does not take is kept and comes first the next time."""
+        """Append to metrics.jsonl; what does not fit on a full disk is kept and written first the next time."""
         self._unwritten += line
         try:
             while self._unwritten:
@@ -167,7 +177,7 @@ class Monitor:
             self._warn(error)
 
     def _drop_metrics(self, last_step: int) -> None:
-        """Drop the records beyond a step, written or not; needs no space on the disk."""
+        """Remove the records after a step, written or not; needs no space on the disk."""
         written = self._metrics_path.read_bytes()
         lines = (written + self._unwritten).splitlines(keepends=True)
         kept = b"".join(line for line in lines if json.loads(line)["step"] <= last_step)
@@ -175,12 +185,12 @@ class Monitor:
         self._unwritten = kept[len(written) :]
 
     def _open_events(self, last_step: int) -> SummaryWriter:
-        """A writer of TensorBoard's events that takes back those beyond a step."""
+        """Open a writer of TensorBoard's events that marks those after a step as obsolete."""
         _date_back_events(self._events_folder)
         return SummaryWriter(str(self._events_folder), purge_step=last_step + 1, flush_secs=15)
 
     def _write_events(self, call: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard; after an error its writer is of no use any more."""
+        """Write to TensorBoard; after an error the writer can no longer be used."""
         try:
             if self._writer is not None:
                 call(self._writer)
@@ -199,26 +209,34 @@ class Monitor:
         if not self._has_warned:
             self._has_warned = True
             print(
-                f"warning: metrics cannot be written ({error.strerror or error}); the run goes on, metrics.jsonl "
-                "follows when it can, TensorBoard has a gap",
+                f"warning: metrics cannot be written ({error.strerror or error}); the run continues; metrics.jsonl is "
+                "completed when there is space, TensorBoard has a gap",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a last line that was cut off is left out.
+    """Read metrics.jsonl.
+
+    Args:
+        run_dir: folder of the run.
+
+    Returns:
+        The records in order, without a last line that was cut off; empty if there is no file.
 
     Raises:
-        ConfigError: another line is no record.
+        ConfigError: the file cannot be read, or another line is not a record.
     """
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); move it away, or name another run_dir") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); move it away, or choose another run_dir"
+        ) from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
@@ -228,18 +246,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             if not isinstance(record["step"], int):
                 raise TypeError
         except (ValueError, TypeError, KeyError):
-            raise ConfigError(
-                f"{path}: line {number} is not a record of a step; mend it, or take the line out"
-            ) from None
+            raise ConfigError(f"{path}: line {number} is not a record of a step; fix or remove the line") from None
         records.append(record)
     return records
 
 
 def _date_back_events(folder: Path) -> None:
-    """See that the event file of this start is the last by name, in which order TensorBoard reads them.
+    """Make sure that the event file of this start is the last by name, because TensorBoard reads them in that order.
 
-    The names begin with the time. After the clock was set back the new file, which takes back what it overlaps, would
-    come first, and TensorBoard would show nothing new. Then the older files are renamed to just before now.
+    The names begin with the time. If the clock was set back, the new file, which makes overlapping events obsolete,
+    would come first, and TensorBoard would show nothing new. Then the older files get a time just before now.
     """
     dated = [(match, path) for path in sorted(folder.glob(f"{EVENTS}*")) if (match := EVENT_TIME.match(path.name))]
     now = int(time.time())
@@ -250,6 +266,6 @@ def _date_back_events(folder: Path) -> None:
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Drop the records beyond `last_step` and a line that was cut off."""
+    """Remove the records after `last_step`, and a line that was cut off."""
     kept = [r for r in read_metrics(path.parent) if r["step"] <= last_step]
     write_whole(path, "".join(json.dumps(r) + "\n" for r in kept).encode())

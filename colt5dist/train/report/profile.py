@@ -14,7 +14,12 @@ from colt5dist.train.ranks import Ranks
 class Profile:
     """Records the steps of `profile.steps` on rank 0 and writes a trace that a Chromium browser or Perfetto opens.
 
-    A run that begins or ends inside the window records its part of it.
+    A run that starts or ends inside the window records its part of it.
+
+    Args:
+        config: section `profile` of the configuration.
+        run_dir: folder of the run.
+        ranks: place of this rank.
     """
 
     def __init__(self, config: ProfileConfig, run_dir: Path, ranks: Ranks) -> None:
@@ -24,7 +29,11 @@ class Profile:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around every step."""
+        """Wrap a step, and record it if it is in the window.
+
+        Args:
+            step: number of the step.
+        """
         if step in self.window and self._profiler is None:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
@@ -33,7 +42,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded; a profiler that is still running when Python ends would crash it."""
+        """Write the trace; a profiler that is still running when Python exits would crash it."""
         if self._profiler:
             self._profiler.stop()
             try:

@@ -1,4 +1,4 @@
-"""The routers' statistics: a collapse, and what is routed where, can be seen in them."""
+"""The routers' statistics of a step: they show a collapse, and which positions are routed."""
 
 import torch
 
@@ -8,7 +8,13 @@ from colt5dist.train.report.monitor import Monitor, Record
 
 
 def record_routing(monitor: Monitor, step: int, routing: tuple[LayerRouting, ...], mask: torch.Tensor) -> Record:
-    """Statistics of rank 0's last micro-batch of the step; the histograms go to TensorBoard at once.
+    """Compute the statistics of rank 0's last micro-batch of the step, and write the histograms to TensorBoard.
+
+    Args:
+        monitor: writes the histograms.
+        step: number of the step.
+        routing: decisions of every layer's routers; empty if they were not collected.
+        mask: (batch, tokens) boolean, True for valid tokens.
 
     Returns:
         The scalars, for the step's record; empty on the other ranks.

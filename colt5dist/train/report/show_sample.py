@@ -1,4 +1,4 @@
-"""A sample as the model sees it: its ids as text, what was done to it, where the text comes from, and who gets it."""
+"""Shows a sample as the model sees it: its ids as text, its objective, where its text comes from, and its rank."""
 
 from collections.abc import Iterable
 
@@ -22,14 +22,17 @@ SHOWN_PIECES = 5
 
 
 def show_sample(path: str, settings: list[str], number: int, *, world_size: int, colour: bool) -> list[str]:
-    """Lines that show sample `number` of the run that a configuration describes.
+    """Describe a sample of the run that a configuration describes.
 
     Args:
-        path: a configuration of launch/pretrain.py.
+        path: a configuration file of launch/pretrain.py.
         settings: `key=value`, which replace those of the file.
-        number: of the sample in the run.
-        world_size: GPUs of the run, which decide the rank that gets the sample.
+        number: number of the sample in the run, from 0.
+        world_size: number of GPUs, which decides the rank that gets the sample.
         colour: whether sentinels, mode tokens and end tokens are coloured.
+
+    Returns:
+        Lines to print.
 
     Raises:
         ConfigError: the configuration or the shards are wrong, or no step has the sample.
@@ -38,8 +41,7 @@ def show_sample(path: str, settings: list[str], number: int, *, world_size: int,
     if problems := config.batch_problems(world_size):
         raise ConfigError("\n".join(problems))
     step, position = find_step(config, number)
-    entries = config.data.length_schedule
-    stage = sum(entry.step <= step for entry in entries)
+    stage = config.stage_number(step)
     lengths = config.stages[stage]
     sources = open_sources(config.data)
     samples = Samples(sources, lengths.data, seed=config.seed, stage=stage)
@@ -75,7 +77,7 @@ def show_sample(path: str, settings: list[str], number: int, *, world_size: int,
         sentinels = f", {num_sentinels} of them sentinels" if num_sentinels else ""
         lines.append(f"{title}, {count(len(valid), 'token')}{sentinels}:")
         lines.append(render(valid, sources.tokenizer, samples.first_sentinel, colour))
-    lines.append("(sentinels and end tokens in the targets count in the loss; they stand for no bytes of text)")
+    lines.append("(sentinels and end tokens in the targets count in the loss, but are no bytes of text)")
     return lines
 
 
@@ -96,7 +98,14 @@ def find_step(config: RunConfig, number: int) -> tuple[int, int]:
 
 
 def render(ids: Iterable[int], tokenizer: Tokenizer, first_sentinel: int, colour: bool) -> str:
-    """The text of ids; <k> is sentinel k, <R> a mode token, </s> the end token."""
+    """Decode ids to text; <k> is sentinel k, <R> a mode token, </s> the end token.
+
+    Args:
+        ids: token ids.
+        tokenizer: tokenizer of the shards.
+        first_sentinel: smallest id of a sentinel.
+        colour: whether special tokens are coloured.
+    """
     parts: list[str] = []
     text: list[int] = []
 

@@ -1,10 +1,10 @@
-"""The few lines that a run ends with."""
+"""The lines that a run prints at its end."""
 
 from pathlib import Path
 
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import TrainerState
-from colt5dist.train.report.monitor import read_metrics
+from colt5dist.train.report.monitor import TENSORBOARD, read_metrics
 
 
 def summary(
@@ -15,18 +15,22 @@ def summary(
     unigram_entropy: float,
     tokens_per_second: float | None,
 ) -> str:
-    """Held-out loss before and after, speed, where the run lies, and how to look at it.
+    """Summarise a run: held-out loss before and after, speed, its folder, and how to look at it.
 
     Args:
-        run_dir: the run's folder.
-        state: where the run has ended, with the held-out loss before its first step.
-        stopped: why before its last step; None if it is finished.
-        unigram_entropy: entropy of the held-out target tokens' frequencies, nats: the loss of counting tokens alone.
-        tokens_per_second: of this start; None if it trained no step.
+        run_dir: folder of the run.
+        state: the trainer's state at the end, with the held-out loss before the first step.
+        stopped: why the run stopped before its last step; None if it is finished.
+        unigram_entropy: entropy of the held-out target tokens' frequencies, in nats: the loss of a model that only
+            knows how often each token occurs.
+        tokens_per_second: speed of this start; None if it trained no step.
+
+    Returns:
+        Several lines.
     """
     try:
         records = read_metrics(run_dir)
-    except ConfigError:  # the run has ended well all the same
+    except ConfigError:  # the run itself ended without an error
         records = []
     evaluations = [r for r in records if r.get("eval/loss") is not None]
     first_loss = state.first_held_out_loss
@@ -36,21 +40,22 @@ def summary(
         change = last["eval/loss"] / unigram_entropy - 1
         side = f"{abs(change):.1%} {'below' if change < 0 else 'above'} it"
         lines.append(
-            f"held-out loss: {first_loss:.4f} before, {last['eval/loss']:.4f} after step {last['step']} (nats a token)"
+            f"held-out loss: {first_loss:.4f} before, {last['eval/loss']:.4f} after step {last['step']} "
+            "(nats per token)"
         )
         lines.append(f"unigram entropy of the held-out tokens: {unigram_entropy:.4f}; the loss is {side}")
         lines.append(
-            f"held-out bits a byte of the text that is asked for: {last['eval/bits_per_byte']:.4f} (sentinels and end "
-            "tokens cost bits, and are no bytes)"
+            f"held-out bits per byte of target text: {last['eval/bits_per_byte']:.4f} (sentinels and end tokens cost "
+            "bits, but are no bytes)"
         )
         if last.get("eval/loss_shuffled_inputs") is not None:
             change = last["eval/loss_shuffled_inputs"] / last["eval/loss"] - 1
             lines.append(
                 f"held-out loss with another sample's input: {last['eval/loss_shuffled_inputs']:.4f} ({change:+.1%}; "
-                "near 0 % until the decoder has learnt to read the encoder, after some thousand steps)"
+                "near 0 % until the decoder has learnt to read the encoder, after about a thousand steps)"
             )
     if tokens_per_second:
         lines.append(f"speed: {tokens_per_second:,.0f} tokens/s")
     lines.append(f"run: {run_dir}")
-    lines.append(f"look at it: tensorboard --logdir {run_dir / 'tensorboard'}")
+    lines.append(f"look at it: tensorboard --logdir {run_dir / TENSORBOARD}")
     return "\n".join(lines)

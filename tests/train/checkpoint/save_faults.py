@@ -1,8 +1,8 @@
-"""Runs whose saves go wrong on one rank of two; started by test_checkpoint_faults.py, writes what happened as JSON.
+"""Runs whose saves fail on one of two ranks; started by test_checkpoint_faults.py, writes the results as JSON.
 
     torchrun --nproc-per-node 2 tests/train/checkpoint/save_faults.py OUTPUT FOLDER FULL_FOLDER SETTING...
 
-FULL_FOLDER: a file system with room for one checkpoint, or "-".
+FULL_FOLDER: a file system with space for one checkpoint, or "-".
 """
 
 import io
@@ -37,7 +37,7 @@ RANKS = ranks_from_environment()
 
 
 def attempt(call: Callable[[], object]) -> dict[str, Any]:
-    """What a call returns or raises, on each rank, and what rank 0 prints."""
+    """Return what a call returns or raises on each rank, and what this rank prints."""
     printed = io.StringIO()
     with redirect_stdout(printed):
         try:
@@ -48,7 +48,7 @@ def attempt(call: Callable[[], object]) -> dict[str, Any]:
 
 
 def run(run_dir: Path, settings: list[str], *more: str) -> dict[str, Any]:
-    """A run, or its continuation, and the checkpoints that are there after it."""
+    """Start or resume a run; returns its outcome, and its checkpoints and losses afterwards."""
     result = attempt(lambda: pretrain(load_config(TINY, [*settings, f"run_dir={run_dir}", *more]), RANKS))
     wait_for_deletions()
     folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -57,7 +57,7 @@ def run(run_dir: Path, settings: list[str], *more: str) -> dict[str, Any]:
 
 @contextmanager
 def last_checkpoints_come_late(root: Path, *names: str) -> Iterator[None]:
-    """A start makes its plan while the run before it has still to write some checkpoints, and to leave the folder."""
+    """Make some checkpoints appear only after a start has made its plan, as if the run before it were still writing."""
     if RANKS.is_first:
         for name in names:
             (root / name).rename(root.parent / name)
@@ -75,7 +75,7 @@ def last_checkpoints_come_late(root: Path, *names: str) -> Iterator[None]:
 
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond: writing ends in the middle with OSError, as on a full disk."""
+    """Limit the size of files that this process writes: writing fails with OSError, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -86,7 +86,7 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def without_write_permission(folder: Path) -> Iterator[None]:
-    """A folder in which this process may make nothing; root has to become somebody else for that."""
+    """Make a folder read-only for this process; root must change its user for that."""
     mode, user = folder.stat().st_mode, os.geteuid()
     folder.chmod(0o555)
     if user == 0:
@@ -100,13 +100,13 @@ def without_write_permission(folder: Path) -> Iterator[None]:
 
 
 def write_while_training() -> None:
-    """From now on a save in the background begins to write only when the next steps have changed the weights."""
+    """From now on a save in the background starts to write only after the next step has changed the weights."""
     write = saver.write_rank_file
     owners: list[tuple[Engine, int]] = []
     original = Saver.save
 
     def save(self: Saver, state: TrainerState, **options: bool) -> None:
-        self.finish()  # what is under way needs the step of its own save
+        self.finish()  # a save in progress waits for the step of its own save
         owners[:] = [(self.engine, self.engine.deepspeed.global_steps)]
         original(self, state, **options)
 
@@ -122,7 +122,7 @@ def write_while_training() -> None:
 
 
 def save_at_fault(root: Path, settings: list[str], device: Any) -> dict[str, Any]:
-    """Saves of an engine that is not trained: one whole, one whose folder the last rank may not write in, one whole."""
+    """Three saves of an engine that is not trained; at the second the last rank may not write into the folder."""
     config = load_config(TINY, [*settings, "checkpoint.on_error=stop", "checkpoint.keep_last=1"])
     engine = Engine(config, RANKS.world_size, device)
     one = Saver(root, engine, config.checkpoint, run_id="one")
@@ -132,7 +132,7 @@ def save_at_fault(root: Path, settings: list[str], device: Any) -> dict[str, Any
     if last:
         temporary.mkdir()
     with without_write_permission(temporary) if last else nullcontext():
-        dist.barrier()  # before it the first rank would make the folder too
+        dist.barrier()  # otherwise the first rank could make the folder first
         fault = attempt(lambda: one.save(TrainerState(step=2)))
     folders = gather_objects(sorted(path.name for path in root.iterdir()))[0]
     after = attempt(lambda: one.save(TrainerState(step=2)))
@@ -143,7 +143,7 @@ def save_at_fault(root: Path, settings: list[str], device: Any) -> dict[str, Any
 
 
 def main(output: Path, folder: Path, full: str, settings: list[str]) -> None:
-    """All runs, in one process group: DeepSpeed cannot be started twice in a process."""
+    """Make all runs in one process group, because DeepSpeed cannot be started twice in a process."""
     leave = dist.destroy_process_group
     dist.destroy_process_group = lambda *arguments: None
     device = initialise_process_group(RANKS, 5)

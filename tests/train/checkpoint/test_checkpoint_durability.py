@@ -1,4 +1,4 @@
-"""A checkpoint survives a loss of power: what reaches the disk before its name does, seen in the calls."""
+"""A checkpoint survives a power failure: the order of fsync and rename calls."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from colt5dist.train.checkpoint import Saver, TrainerState, find_checkpoints, read_marker
+from colt5dist.train.checkpoint import Saver, TrainerState, find_checkpoints, read_complete
 from colt5dist.train.checkpoint import save as saver
 from colt5dist.train.checkpoint.commit import wait_for_deletions
 from colt5dist.train.config.schema import CheckpointConfig
@@ -27,7 +27,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """Every fsync, with the size that a file has then, and every rename; paths are relative to the root."""
+    """Every fsync, with the size of the file at that time, and every rename; paths are relative to the root."""
     seen: list[Call] = []
     fsync, rename = os.fsync, os.rename
 
@@ -50,7 +50,7 @@ def calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 def test_a_checkpoint_is_on_the_disk_before_it_counts(
     in_background: bool, root: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All other files, then COMPLETE, then the name of the folder, and only then the older checkpoint goes."""
+    """First all other files, then COMPLETE, then the name of the folder; only then the older checkpoint is deleted."""
     weights = [Fragment("p", "weight", 0, (1000,), torch.arange(1000.0))]
     monkeypatch.setattr(saver, "owned_fragments", lambda engine: iter(weights))
     monkeypatch.setattr(saver, "gather_objects", lambda mine: [mine])
@@ -64,17 +64,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(
     wait_for_deletions()
     assert find_checkpoints(root) == ([root / FINAL], [])
 
-    folder, marker = ("fsync", TEMPORARY, ""), read_marker(root / FINAL)
+    folder, complete_file = ("fsync", TEMPORARY, ""), read_complete(root / FINAL)
     complete = calls.index(("rename", f"{TEMPORARY}/COMPLETE.tmp", f"{TEMPORARY}/COMPLETE"))
     named = calls.index(("rename", TEMPORARY, FINAL))
     deleted = calls.index(("rename", "step_00000001", ".step_00000001.deleted"))
-    assert {entry.name for entry in marker.files} == {"rank_00000.safetensors", "index.json", "trainer.json"}
-    for entry in marker.files:  # whole, under its name or under that which it has before
+    assert {entry.name for entry in complete_file.files} == {"rank_00000.safetensors", "index.json", "trainer.json"}
+    for entry in complete_file.files:  # flushed with its full size, under its final or its temporary name
         names = (f"{TEMPORARY}/{entry.name}", f"{TEMPORARY}/{entry.name}.tmp")
         assert any(("fsync", name, str(entry.bytes)) in calls[:complete] for name in names), entry.name
     others = max(n for n, call in enumerate(calls[:complete]) if call[0] == "rename")
     assert folder in calls[others:complete], "their names"
     size = str((root / FINAL / "COMPLETE").stat().st_size)
     assert ("fsync", f"{TEMPORARY}/COMPLETE.tmp", size) in calls[others:complete]
-    assert set(calls[complete + 1 : named]) == {folder}, "the name COMPLETE, and nothing else any more"
+    assert set(calls[complete + 1 : named]) == {folder}, "only the name COMPLETE"
     assert ("fsync", ".", "") in calls[named:deleted], "the checkpoint's name"

@@ -1,10 +1,12 @@
-"""Settings from files and arguments, and the DeepSpeed configuration derived from them."""
+"""Settings from files and arguments, and DeepSpeed's configuration, which is derived from them."""
 
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from colt5dist.errors import ConfigError
+from colt5dist.train.config.deepspeed_sections import FREE, FREE_ZERO, OWNED, WITHOUT_EFFECT, deepspeed_problems
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage
@@ -12,7 +14,7 @@ from colt5dist.train.engine.engine import device_problems
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
-    """A configuration from the text of a YAML file."""
+    """Load a configuration from the text of a YAML file."""
     path = tmp_path / "some.yaml"
     path.write_text(text)
     return load_config(path, list(overrides))
@@ -24,7 +26,7 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
     assert config.run_dir == "runs/some"
 
 
-def test_an_included_piece_is_the_base_of_its_section(tmp_path: Path) -> None:
+def test_an_included_file_is_the_base_of_its_section(tmp_path: Path) -> None:
     (tmp_path / "pieces").mkdir()
     (tmp_path / "pieces" / "z.yaml").write_text("stage: 2\noffload: optimizer\n")
     config = load(tmp_path, "include: {zero: pieces/z.yaml}\nzero: {stage: 1}")
@@ -39,7 +41,7 @@ def test_problems_of_file_and_arguments_are_named_together(tmp_path: Path) -> No
     assert second.startswith("zero.stages: no such key; did you mean zero.stage?") and "command line" in second
 
 
-def test_deepspeed_gets_every_number_from_its_one_place(tmp_path: Path) -> None:
+def test_deepspeeds_configuration_is_derived_from_ours(tmp_path: Path) -> None:
     config = load(
         tmp_path,
         "",
@@ -58,7 +60,7 @@ def test_deepspeed_gets_every_number_from_its_one_place(tmp_path: Path) -> None:
     assert "optimizer" not in derived and "scheduler" not in derived
 
 
-def test_no_clipping_is_said_to_deepspeed(tmp_path: Path) -> None:
+def test_no_clipping_is_passed_to_deepspeed(tmp_path: Path) -> None:
     """DeepSpeed's own default is 1.0."""
     config = load(tmp_path, "", "optimizer.gradient_clipping=0")
     assert deepspeed_config(config, world_size=1, on_gpu=False)["gradient_clipping"] == 0.0
@@ -70,6 +72,32 @@ def test_the_free_section_is_merged_last(tmp_path: Path) -> None:
     assert derived["zero_optimization"]["overlap_comm"] is False
     assert derived["zero_optimization"]["stage"] == 1
     assert derived["wall_clock_breakdown"] is True
+
+
+def test_every_zero_key_of_deepspeed_is_classified() -> None:
+    """May be given, is set by a key of our own, or has no effect: fails where a new DeepSpeed adds or drops a key."""
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    inner = "zero_optimization."
+    refused = {key.removeprefix(inner) for key in (*OWNED, *WITHOUT_EFFECT) if key.startswith(inner)}
+    assert names - set(FREE_ZERO) - refused == set()
+    assert set(FREE_ZERO) <= names and not set(FREE_ZERO) & refused and not set(FREE) & {*OWNED, *WITHOUT_EFFECT}
+
+
+@pytest.mark.parametrize("key", sorted({*OWNED, *WITHOUT_EFFECT}))
+def test_a_refused_key_of_deepspeed_gets_one_line(key: str) -> None:
+    section: dict[str, object] = {}
+    outer, _, inner = key.partition(".")
+    section[outer] = {inner: 1} if inner else 1
+    (problem,) = deepspeed_problems(section)
+    assert problem.startswith(f"deepspeed.{key}: ") and "\n" not in problem
+
+
+def test_types_of_the_free_section(tmp_path: Path) -> None:
+    """An integer may be written as 1.0e+9; true is not a number."""
+    assert deepspeed_problems({"zero_optimization": {"sub_group_size": 1.0e9}, "gradient_predivide_factor": 2}) == []
+    for section in ({"steps_per_print": True}, {"zero_optimization": 3}, {"zero_optimization": {"overlap_comm": 1}}):
+        (problem,) = deepspeed_problems(section)
+        assert "is not of type" in problem
 
 
 def test_bf16_at_stage_0_runs_as_stage_1(tmp_path: Path) -> None:

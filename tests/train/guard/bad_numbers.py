@@ -1,11 +1,11 @@
-"""Trains with bad numbers put in, at several ZeRO stages, and writes what was recorded; started by test_bad_numbers.py.
+"""Trains with bad numbers on purpose, at several ZeRO stages, and writes the records; started by test_bad_numbers.py.
 
     torchrun --nproc-per-node 2 tests/train/guard/bad_numbers.py OUTPUT FOLDER VARIANT... -- SETTING...
 
 A variant is PRECISION-OFFLOAD-STAGE, for instance bf16-optimizer-2. Steps 1 and 7 are good. Step 2: a loss of the last
 rank is NaN and all gradients are finite. Step 3: a loss of the first rank is infinite. Step 4: one gradient of the last
-rank is NaN. Step 5: one element of one gradient of the first rank is infinite; step 6: it is 1e20, whose square float32
-does not hold. The losses of steps 4 to 6 are good.
+rank is NaN. Step 5: one element of one gradient of the first rank is infinite; step 6: it is 1e20, whose square
+overflows float32. The losses of steps 4 to 6 are good.
 
 The variant "given up", at stage 3, has one gradient of the last rank NaN from step 2 on, and allows two such steps.
 """
@@ -41,17 +41,17 @@ TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
 SCHEDULE = {2: "NaN loss", 3: "infinite loss", 4: "NaN gradient", 5: "infinite gradient", 6: "large gradient"}
 ALWAYS = dict.fromkeys(range(2, 100), "NaN gradient")
 PARAMETER = "encoder.layers.0.feed_forward.light_ff.to_hidden.weight"
-"""Whose gradient is made bad."""
+"""Parameter whose gradient is made bad."""
 
 
 def weights_and_moments(engine: Engine) -> list[torch.Tensor]:
-    """Copies of all that this rank would save."""
+    """Copy everything that this rank would save."""
     return [f.tensor.clone() for f in fragments.owned_fragments(engine)]
 
 
 @contextmanager
 def bad_numbers(engine: Engine, state: TrainerState, ranks: Ranks, schedule: dict[int, str]) -> Iterator[list[bool]]:
-    """Put bad numbers into this rank's steps; gives whether each step left weights and moments as they were."""
+    """Put bad numbers into this rank's steps; yields a list that tells for each step whether it changed nothing."""
     first, last = ranks.is_first, ranks.rank == ranks.world_size - 1
     forward, step = engine.forward, engine.step
     unchanged: list[bool] = []
@@ -92,7 +92,7 @@ def bad_numbers(engine: Engine, state: TrainerState, ranks: Ranks, schedule: dic
 def train_badly(
     config: RunConfig, run_dir: Path, ranks: Ranks, device: torch.device, schedule: dict[int, str]
 ) -> dict[str, Any]:
-    """Train in `run_dir`; returns its records, lines of the log, state, and which steps changed nothing on any rank."""
+    """Train in `run_dir`; returns records, log lines, state, and which steps changed nothing on each rank."""
     engine = Engine(config, ranks.world_size, device)
     state = TrainerState(first_held_out_loss=0.0)
     run_dir.mkdir(parents=True, exist_ok=True)

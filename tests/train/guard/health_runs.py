@@ -1,4 +1,4 @@
-"""Whole runs in one process with numbers made bad on purpose; started by test_health.py.
+"""Complete runs in one process, with losses changed on purpose; started by test_health.py.
 
     python tests/train/guard/health_runs.py OUTPUT FOLDER SETTING...
 
@@ -37,7 +37,7 @@ Start = tuple[tuple[str, ...], bool]
 
 
 def high(loss: torch.Tensor) -> torch.Tensor:
-    """A loss that is a spike, without a gradient of its own."""
+    """A loss that is a spike, with unchanged gradients."""
     return loss + 5000
 
 
@@ -48,13 +48,13 @@ def not_finite(loss: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def writing_is_held() -> Iterator[None]:
-    """A save in the background writes nothing before the run waits for it."""
+    """A save in the background writes nothing until the run waits for it."""
     write, finish = saver.write_rank_file, Saver.finish
     awaited = threading.Event()
 
     def write_later(*arguments: Any, **options: Any) -> Any:
         if threading.current_thread().name == "checkpoint":
-            assert awaited.wait(60), "nobody waits for the save"
+            assert awaited.wait(60), "the run does not wait for the save"
             awaited.clear()
         return write(*arguments, **options)
 
@@ -69,7 +69,7 @@ def writing_is_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_in_a_save() -> Iterator[None]:
-    """The same, and the run is asked to stop when the first save in the background has begun."""
+    """Like `writing_is_held`; a signal asks the run to stop once the first save in the background has started."""
     save = Saver.save
 
     def save_and_ask(self: Saver, *arguments: Any, **options: Any) -> None:
@@ -83,7 +83,7 @@ def stop_in_a_save() -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_write_fails() -> Iterator[None]:
-    """The first save finds no space."""
+    """The first save fails for lack of space."""
     write = saver.write_rank_file
     failures = iter([OSError(28, "No space left on device")])
 
@@ -98,7 +98,7 @@ def first_write_fails() -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpoint_of_step_4_is_damaged() -> Iterator[None]:
-    """A byte in its weights or moments changes once it is whole."""
+    """A byte in its weights or moments changes after it was written."""
     save = Saver.save
 
     def save_and_damage(self: Saver, state: TrainerState, **options: Any) -> None:
@@ -115,7 +115,7 @@ def checkpoint_of_step_4_is_damaged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_in_a_rollback() -> Iterator[None]:
-    """The first rollback is interrupted by a signal, before it opens the data again."""
+    """A signal arrives during the first rollback, before the data is opened again."""
     roll_back = Monitor.roll_back
     signals = iter([signal.SIGTERM])
 
@@ -163,7 +163,7 @@ RUNS: dict[str, tuple[range, Change, list[Start]]] = {
     "skipping": (range(0), high, [((*BACK, "train.steps=8", "data.skip=[[32,48]]"), False)]),
     "no checkpoint": (range(40, 41), high, [((*BACK, "train.steps=6", "checkpoint.every_steps=100"), True)]),
     "used up": (range(40, 41), high, [((*BACK, "train.steps=6", "health.max_rollbacks=0"), True)]),
-    # the save of step 3 is under way until the rollback of step 6
+    # the save of step 3 is in progress until the rollback of step 6
     "rolled back, beside a save": (range(40, 41), high, [((*BACK, "train.steps=8", BESIDE), True)]),
     "no checkpoint, beside a save": (
         range(40, 41),
@@ -182,7 +182,7 @@ RUNS: dict[str, tuple[range, Change, list[Start]]] = {
         not_finite,
         [(("checkpoint.every_steps=4", "health.max_skipped=3", "train.steps=9", BESIDE), True)],
     ),
-    # the third step on
+    # bad from the third step on
     "given up": (
         range(16, 1000),
         not_finite,
@@ -196,7 +196,7 @@ RUNS: dict[str, tuple[range, Change, list[Start]]] = {
 
 
 def last_state(run_dir: Path) -> tuple[str, Any]:
-    """Name and state of the newest checkpoint."""
+    """Return name and state of the newest checkpoint."""
     folder = max((run_dir / "checkpoints").glob("step_*"))
     return folder.name, json.loads((folder / "trainer.json").read_text())["state"]
 
@@ -209,13 +209,13 @@ def run(
     starts: list[Start],
     circumstances: contextlib.AbstractContextManager[None],
 ) -> dict[str, Any]:
-    """Start a run as often as told."""
+    """Make all starts of a run; returns the outcome of each."""
     forward = Engine.forward
-    spoilt = True
+    damaged = True
 
     def bad_forward(engine: Engine, batch: Any, **options: Any) -> Any:
         output = forward(engine, batch, **options)
-        rows = torch.tensor([spoilt and int(number) in bad for number in batch["sample_index"]])
+        rows = torch.tensor([damaged and int(number) in bad for number in batch["sample_index"]])
         if not rows.any() or not torch.is_grad_enabled():
             return output
         first = (torch.arange(output.token_loss.shape[1]) == 0) & rows[:, None]
@@ -223,7 +223,7 @@ def run(
 
     result: dict[str, Any] = {"starts": []}
     with circumstances, patch.object(Engine, "forward", bad_forward):
-        for own, spoilt in starts:  # noqa: B007 (bad_forward reads it)
+        for own, damaged in starts:  # noqa: B007 (bad_forward reads it)
             printed, errors = io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
                 status = main([f"run_dir={run_dir}", *settings, *own])

@@ -1,11 +1,11 @@
-"""Pairs of ranks over gloo of which one goes wrong in some way; started by test_heartbeat.py.
+"""Pairs of ranks over gloo, one of which fails in some way; started by test_heartbeat.py.
 
     python tests/train/guard/heartbeat_ranks.py FOLDER TIMEOUT_SECONDS WAY=SURVIVOR...
 
-Runs all pairs at once, each in a folder of its way's name, until the survivors, by rank, have ended; prints as JSON, by
-way, the survivor's exit status and the seconds that it took, and leaves in the folder what it printed as `stderr_RANK`.
-In the ways "slow-save" and "slow-step" nothing is wrong: rank 1 only takes longer than the timeout to save, or for the
-first step with new lengths.
+A WAY is how one rank fails; SURVIVOR is the rank of the other one. All pairs run at once, each in FOLDER/WAY, until the
+survivors have ended. Prints as JSON, by way, the survivor's exit status and the seconds until it ended; its output is
+in the folder as `stderr_RANK`. In the ways "slow-save" and "slow-step" no rank fails: rank 1 only takes longer than the
+timeout to save, or for the first step with new lengths.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from colt5dist.train.config.load import load_config
-from colt5dist.train.guard.failures import failures_kept
+from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
 from colt5dist.train.ranks import ranks_from_environment, set_collective_timeout
 
@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from forks import become_rank, rank_places  # noqa: E402
 
 
-def go_wrong(way: str, rank: int, step: int) -> None:
-    """What rank 1 does at step 3; "first" is the same of rank 0."""
+def fail(way: str, rank: int, step: int) -> None:
+    """Fail on rank 1 at step 3; on rank 0 if the way ends with "first"."""
     if step != 3 or rank != (0 if way.endswith("first") else 1):
         return
     match way.split("-")[0]:
@@ -43,7 +43,7 @@ def go_wrong(way: str, rank: int, step: int) -> None:
         case "pause":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "raise":
-            raise ValueError("a fault of this rank alone")
+            raise ValueError("an error of this rank only")
         case "memory":
             torch.empty(2**58, dtype=torch.uint8)
         case "wait":
@@ -51,7 +51,7 @@ def go_wrong(way: str, rank: int, step: int) -> None:
 
 
 def run_rank(run_dir: Path, way: str, timeout_seconds: float) -> None:
-    """Add numbers up for ever."""
+    """Sum numbers over the ranks until one of them fails."""
     ranks = ranks_from_environment()
     meeting = f"file://{run_dir.absolute() / 'meeting'}"
     dist.init_process_group(
@@ -60,10 +60,10 @@ def run_rank(run_dir: Path, way: str, timeout_seconds: float) -> None:
     config = load_config(TINY, [f"run_dir={run_dir}", "zero.stage=1"])
     hosts = ["host-a", "host-b"]
     heartbeat = Heartbeat(ranks, hosts, run_dir, start_seconds=1800, timeout_seconds=timeout_seconds)
-    with heartbeat, failures_kept(config, ranks, hosts, heartbeat.explain):
+    with heartbeat, record_failures(config, ranks, hosts, heartbeat.explain):
         for step in range(1, 1_000_000):
             heartbeat.at("training", step)
-            go_wrong(way, ranks.rank, step)
+            fail(way, ranks.rank, step)
             if way.startswith("slow") and step == 3:
                 if way == "slow-step":
                     heartbeat.first_step_follows()
@@ -74,7 +74,7 @@ def run_rank(run_dir: Path, way: str, timeout_seconds: float) -> None:
                 break
             heartbeat.at("agreeing on the step", step)
             if step == 3 and "collective" in way:
-                set_collective_timeout(2)  # the operation's own, which the heartbeat would else come before
+                set_collective_timeout(2)  # the operation times out before the heartbeat does
             dist.all_reduce(torch.ones(1))
             if step == 1:
                 heartbeat.step_is_done()
@@ -82,7 +82,7 @@ def run_rank(run_dir: Path, way: str, timeout_seconds: float) -> None:
 
 
 def start(run_dir: Path, timeout_seconds: str) -> list[int]:
-    """Two ranks as forks; their process ids."""
+    """Start two ranks as forks; returns their process ids."""
     run_dir.mkdir()
     pids = []
     for place in rank_places(2, 0):

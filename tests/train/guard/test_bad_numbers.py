@@ -1,6 +1,6 @@
-"""A loss or gradient of one rank that is not finite: skipped alike at every ZeRO stage, in fp32, bf16 and offloaded.
+"""A loss or gradient that is not finite on one rank: skipped equally at every ZeRO stage, in fp32, bf16, offloaded.
 
-This also probes the semi-private places of DeepSpeed that colt5dist/train/engine/gradients.py relies on.
+This also tests the semi-private parts of DeepSpeed that colt5dist/train/engine/gradients.py relies on.
 """
 
 import json
@@ -33,7 +33,7 @@ def results(
     short_texts: Path,
     run_ranks: Callable[..., str],
 ) -> dict[str, dict[str, Any]]:
-    """Seven steps of two processes for each variant, in one launch."""
+    """Seven steps on two processes for each variant, in one start."""
     folder = tmp_path_factory.mktemp("bad")
     settings = [*micro_settings, f"data.shards={short_texts}", "train.micro_batch_size=2", "train.steps=7"]
     own = [str(folder / "out.json"), str(folder), *VARIANTS, "--", *settings, "train.eval_samples=2"]
@@ -42,8 +42,8 @@ def results(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_weights_and_moments_of_before_on_all_ranks(results: dict[str, dict[str, Any]], variant: str) -> None:
-    """To the bit in every bad step, and they move in the good ones."""
+def test_bad_steps_change_nothing_on_any_rank(results: dict[str, dict[str, Any]], variant: str) -> None:
+    """Weights and moments are equal to the bit after a bad step, and changed after a good one."""
     expected = [step in BAD_STEPS for step in range(1, 8)]
     assert results[variant]["unchanged"] == [expected, expected]
 
@@ -65,7 +65,7 @@ def test_counted_and_logged_with_the_samples(results: dict[str, dict[str, Any]],
     assert "step 2 is skipped, samples 8 to 15: not finite is the loss of sample 9 (rank 1, micro-batch 0)" in lines
     for step in (4, 5, 6):
         samples = f"{8 * step - 8} to {8 * step - 1}"
-        # and of no other parameter
+        # no other parameter is named
         assert f"step {step} is skipped, samples {samples}: not finite is the gradient of {PARAMETER}\n" in lines
 
 
@@ -80,7 +80,7 @@ def test_the_same_numbers_at_every_stage(results: dict[str, dict[str, Any]], var
 
 
 def test_the_diagnosis_names_parameter_rank_and_samples(results: dict[str, dict[str, Any]]) -> None:
-    """At stage 3, where the summed gradient no longer tells which rank spoilt it: the batch is run again for that."""
+    """At stage 3, where the summed gradient does not show which rank caused it: the batch is run again to find out."""
     given_up = results["given up"]
     assert [record["skipped_steps"] for record in given_up["records"]] == [0, 1, 2]
     assert "steps 2 to 3 were skipped" in given_up["fault"] and "data.skip=[[8,24]]" in given_up["fault"]

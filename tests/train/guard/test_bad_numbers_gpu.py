@@ -1,4 +1,4 @@
-"""Bad numbers in bf16 over NCCL, on one GPU or on two where there are two; deterministic runs there."""
+"""Bad numbers in bf16 over NCCL, on one GPU or two; deterministic runs on GPUs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ VARIANTS = ("auto-none-1", "auto-none-2", "auto-none-3", "auto-optimizer-2", "au
 
 
 def run(command: list[str]) -> None:
-    """Run to its end."""
+    """Run a command; it must succeed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -27,7 +27,7 @@ def run(command: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def settings(micro_settings: tuple[str, ...], short_texts: Path) -> list[str]:
-    """The micro model on its own text."""
+    """Settings of the micro model on short texts."""
     return [*micro_settings, f"data.shards={short_texts}", "train.micro_batch_size=2", "train.eval_samples=2"]
 
 
@@ -44,7 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> di
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bad_steps_are_skipped_and_counted(results: dict[str, dict[str, Any]], variant: str) -> None:
-    """Weights and moments of before, to the bit, on all ranks."""
+    """They change no weight and no moment, to the bit, on any rank."""
     expected = [step in (2, 3, 4, 5, 6) for step in range(1, 8)]
     assert all(unchanged == expected for unchanged in results[variant]["unchanged"])
     records = results[variant]["records"]

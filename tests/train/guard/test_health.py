@@ -1,4 +1,4 @@
-"""Runs with bad numbers: given up after many skipped steps, loss spikes told and rolled back, what a restart knows."""
+"""Bad numbers: a run ends after many skipped steps, loss spikes are logged and rolled back, restarts remember them."""
 
 import json
 from collections.abc import Callable
@@ -20,22 +20,22 @@ TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
 
 
 class Runs:
-    """What health_runs.py did."""
+    """Results of health_runs.py."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results: dict[str, Any] = json.loads((folder / "out.json").read_text())
 
     def starts(self, name: str) -> list[dict[str, Any]]:
-        """What each start of a run ended with."""
+        """Return the outcome of each start of a run."""
         return self.results[name]["starts"]
 
     def directory(self, name: str) -> Path:
-        """A run's folder."""
+        """Return the folder of a run."""
         return self.folder / name.replace(", ", "-").replace(" ", "-")
 
     def numbers(self, name: str) -> list[tuple[int, float, float]]:
-        """Step, loss and gradient norm of each record."""
+        """Return step, loss and gradient norm of each record."""
         return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(self.directory(name))]
 
 
@@ -54,7 +54,7 @@ def runs(
 
 
 def test_many_skipped_steps_in_a_row_end_the_run_with_a_diagnosis(runs: Runs) -> None:
-    """Steps 3 to 5 are skipped, 3 are allowed: a fault, one line that says what to type, and a file that says what."""
+    """Steps 3 to 5 are skipped, 3 are allowed: status 1, one line with what to type, and a file with the details."""
     first = runs.starts("given up")[0]
     assert first["status"] == 1 and first["status.json"]["status"] == "failed"
     (line,) = first["errors"].splitlines()
@@ -68,26 +68,26 @@ def test_many_skipped_steps_in_a_row_end_the_run_with_a_diagnosis(runs: Runs) ->
     assert all("embedding.weight" in micro_batch["gradients_not_finite"] for micro_batch in again)
 
 
-def test_a_restart_of_a_run_that_was_given_up_does_not_train_in_circles(runs: Runs) -> None:
-    """The checkpoint of step 4 knows of the two steps before it: the next start ends at step 5, too, and says so."""
+def test_a_restart_of_a_run_that_was_given_up_ends_at_the_same_step(runs: Runs) -> None:
+    """The checkpoint of step 4 holds the count of two skipped steps, so the next start also ends at step 5."""
     first, second, third = runs.starts("given up")
     assert first["checkpoint"] == second["checkpoint"] == "step_00000004"
     assert first["state"] == second["state"] and first["state"]["skipped_in_a_row"] == 2
     assert second["status"] == 1 and second["errors"] == first["errors"]
-    # with what the line says to type
+    # with the settings that the line names
     assert third["status"] == 0 and third["state"]["skipped_steps"] == 2 and third["state"]["skipped_in_a_row"] == 0
     losses = [loss for _, loss, _ in runs.numbers("given up")]
     assert losses[2:4] == [None, None] and None not in losses[4:]
 
 
-def test_a_spike_is_told_and_counted(runs: Runs) -> None:
+def test_a_spike_is_logged_and_counted(runs: Runs) -> None:
     (start,) = runs.starts("warned")
     assert "step 6: the loss 17.4" in start["printed"] and "robust standard deviations above" in start["printed"]
     counts = [(r["loss_spikes"], r["rollbacks"]) for r in read_metrics(runs.directory("warned"))]
     assert counts == [(0, 0)] * 5 + [(1, 0)] * 3
 
 
-def test_the_window_of_losses_goes_on_in_a_resumed_run(runs: Runs) -> None:
+def test_a_resumed_run_keeps_the_window_of_losses(runs: Runs) -> None:
     assert runs.starts("warned, resumed")[1]["state"] == runs.starts("warned")[0]["state"]
     assert runs.numbers("warned, resumed") == runs.numbers("warned")
 
@@ -102,10 +102,10 @@ def test_the_window_of_losses_goes_on_in_a_resumed_run(runs: Runs) -> None:
         "rolled back, past a damaged checkpoint",
     ],
 )
-def test_a_rolled_back_run_is_the_run_that_passes_over_those_samples(runs: Runs, name: str) -> None:
-    """To the bit: metrics, TensorBoard and state; also if it was started again after the rollback.
+def test_a_rolled_back_run_equals_the_run_without_those_samples(runs: Runs, name: str) -> None:
+    """To the bit in metrics, TensorBoard and state; also if it was restarted after the rollback.
 
-    And if the checkpoint that it goes back to was being written or is damaged, or a signal stops it while it goes back.
+    Also if the checkpoint was still being written or is damaged, or a signal stops the run during the rollback.
     """
     assert "rolled back to" in runs.starts(name)[0]["printed"]
     assert "samples 32 to 47 are passed over" in runs.starts(name)[0]["printed"]
@@ -118,45 +118,45 @@ def test_a_rolled_back_run_is_the_run_that_passes_over_those_samples(runs: Runs,
     assert state == {**expected, "rolled_back_samples": [[32, 48]], "spikes": 1, "rollbacks": 1}
 
 
-def test_a_damaged_checkpoint_is_put_aside_in_a_rollback(runs: Runs) -> None:
+def test_a_rollback_renames_a_damaged_checkpoint(runs: Runs) -> None:
     name = "rolled back, past a damaged checkpoint"
     printed, root = runs.starts(name)[0]["printed"], runs.directory(name) / "checkpoints"
     assert f"passed over {root / 'step_00000004'}: rank_00000.safetensors was changed after it was written" in printed
     assert f"rolled back to {root / 'step_00000002'}" in printed and (root / "step_00000004.damaged").is_dir()
 
 
-def test_a_stop_in_a_rollback_leaves_the_checkpoint_to_go_on_from(runs: Runs) -> None:
+def test_after_a_stop_in_a_rollback_the_run_resumes(runs: Runs) -> None:
     first, second = runs.starts("rolled back, stopped there")
     assert first["status"] == 75 and first["checkpoint"] == "step_00000003"
     assert first["status.json"] == {"status": "stopped", "step": 3, "reason": "signal"}
-    assert second["status"] == 0 and "going on from" in second["printed"]
+    assert second["status"] == 0 and "resuming from" in second["printed"]
 
 
 def test_a_stop_waits_for_the_save_in_the_background(runs: Runs) -> None:
-    """Both are whole: that of step 3, which was under way, and that of the stop."""
+    """Both checkpoints are whole: that of step 3, which was in progress, and that of the stop."""
     (start,) = runs.starts("stopped, beside a save")
     assert start["status"] == 75 and start["status.json"] == {"status": "stopped", "step": 4, "reason": "signal"}
     whole, others = find_checkpoints(runs.directory("stopped, beside a save") / "checkpoints")
     assert [folder.name for folder in whole] == ["step_00000003", "step_00000004"] and not others
 
 
-def test_a_run_that_is_given_up_ends_the_save_in_the_background(runs: Runs) -> None:
-    """The checkpoint of step 4, in the middle of the skipped steps, holds their count."""
+def test_a_run_that_is_given_up_finishes_the_save_in_the_background(runs: Runs) -> None:
+    """The checkpoint of step 4, between the skipped steps, holds their count."""
     (start,) = runs.starts("given up, beside a save")
     assert start["status"] == 1 and start["checkpoint"] == "step_00000004" and start["state"]["skipped_in_a_row"] == 2
 
 
 def test_a_rollback_after_a_save_that_failed(runs: Runs) -> None:
-    """It is told of, there is nothing to go back to, and the run goes on."""
+    """The failure is reported, there is no checkpoint to go back to, and the run continues."""
     (start,) = runs.starts("no checkpoint, beside a save")
     failed = start["printed"].index("checkpoint of step 5 is not written: rank 0: ")
-    assert failed < start["printed"].index("going on: there is no whole checkpoint to roll back to")
+    assert failed < start["printed"].index("continuing: there is no whole checkpoint to roll back to")
     assert start["checkpoint"] == "step_00000006"
 
 
 @pytest.mark.parametrize("stage", ["0", "2", "3", "3 offloaded"])
-def test_every_stage_goes_back(runs: Runs, stage: str) -> None:
-    """The weights and moments that an engine holds in the middle of a run are replaced at each ZeRO stage."""
+def test_every_stage_rolls_back(runs: Runs, stage: str) -> None:
+    """Weights and moments in the engine are replaced at each ZeRO stage."""
     name = f"rolled back, stage {stage}"
     assert runs.starts(name)[0]["state"]["rollbacks"] == 1
     for got, expected in zip(runs.numbers(name), runs.numbers("skipping"), strict=True):
@@ -171,22 +171,24 @@ def test_every_stage_goes_back(runs: Runs, stage: str) -> None:
         ("used up", "health.max_rollbacks=0 rollbacks are used up"),
     ],
 )
-def test_a_spike_that_cannot_be_rolled_back_is_told(runs: Runs, name: str, words: str) -> None:
+def test_a_spike_that_cannot_be_rolled_back_is_logged(runs: Runs, name: str, words: str) -> None:
     (start,) = runs.starts(name)
-    assert f"going on: {words}" in start["printed"]
+    assert f"continuing: {words}" in start["printed"]
     assert start["status"] == 0 and start["state"]["rollbacks"] == 0 and start["state"]["step"] == 6
 
 
-def test_spike_score_does_not_mind_earlier_spikes() -> None:
-    """Median 3, median absolute deviation 0.1; a mean and standard deviation would be those of the spike."""
+def test_spike_score_is_robust_to_earlier_spikes() -> None:
+    """Median 3, median absolute deviation 0.1; the spike would dominate a mean and a standard deviation."""
     recent = [2.9, 3.0, 3.1, 2.8, 3.2, 50.0, 3.0]
     assert spike_score(recent, 4.4826) == pytest.approx(10.0)
     assert spike_score(recent, 3.0) == 0.0
-    assert spike_score([3.0] * 5, 3.03) == pytest.approx(10.0)  # a loss that does not move: parts in a thousand
+    assert spike_score([3.0] * 5, 3.03) == pytest.approx(
+        10.0
+    )  # a constant loss: the lower bound, a thousandth of the median
 
 
 def small_config(**health: Any) -> RunConfig:
-    """A run with other lengths from step 7 on."""
+    """Configuration of a run with other lengths from step 7 on."""
     config = load_config(TINY, ["data.length_schedule=[{step: 7, target_length: 64}]", "data.skip=[[40,44]]"])
     config.health = HealthConfig(**health)
     return config
@@ -194,18 +196,18 @@ def small_config(**health: Any) -> RunConfig:
 
 def test_the_window_starts_anew_with_other_lengths() -> None:
     config = small_config(spike_window=4, spike_threshold=5.0)
-    state, told = TrainerState(), []
+    state, spikes = TrainerState(), []
     for loss in (3.0, 3.1, 2.9, 3.0, 9.0, 3.0, 9.0, 9.1, 8.9, 9.0, 30.0):
         state.step += 1
         if observe(state, config, loss) is not None:
-            told.append(state.step)
-    assert told == [5, 11]
+            spikes.append(state.step)
+    assert spikes == [5, 11]
     assert state.recent_losses == [9.1, 8.9, 9.0, 30.0]
 
 
 @pytest.mark.parametrize(("num_steps", "first"), [(1, 52), (2, 40), (3, 32), (5, 24), (100, 24)])
 def test_samples_around_a_spike(num_steps: int, first: int) -> None:
-    """Eight samples a step from 24 on, and 40 to 43 passed over: the last steps', but none before the checkpoint."""
+    """Eight samples per step from 24 on, without 40 to 43: those of the last steps, but none before the checkpoint."""
     config = small_config()
     skip, position = SkipList([[40, 44]]), 24
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""A rank that is gone, fails or stands still is named by the other, which ends in time; two processes over gloo."""
+"""A rank that is lost, fails or hangs is named by the other, which ends in time; two processes over gloo."""
 
 import json
 import os
@@ -11,33 +11,33 @@ import pytest
 import torch
 
 from colt5dist.train.config.load import load_config
-from colt5dist.train.guard.failures import failures_kept, memory_advice
+from colt5dist.train.guard.failures import memory_advice, record_failures
 from colt5dist.train.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("heartbeat_ranks.py")
 TINY = ROOT / "configs" / "tiny.yaml"
 TIMEOUT_SECONDS = 12.0
-GONE = "is gone: killed (for want of memory?) or paused, or its host is down or cut off"
+LOST = "is lost: killed (out of memory?) or paused, or its host is down or cut off"
 
 
 WAYS = {
-    "kill": (0, f"rank 1 on host-b {GONE}"),
-    "kill-first": (1, f"rank 0 on host-a {GONE}"),
-    "raise": (0, "rank 1 on host-b failed: ValueError: a fault of this rank alone"),
+    "kill": (0, f"rank 1 on host-b {LOST}"),
+    "kill-first": (1, f"rank 0 on host-a {LOST}"),
+    "raise": (0, "rank 1 on host-b failed: ValueError: an error of this rank only"),
     "memory": (0, "rank 1 on host-b failed: RuntimeError"),
-    "pause": (0, f"rank 1 on host-b {GONE}"),
-    "pause-collective": (0, f"rank 1 on host-b {GONE}"),
+    "pause": (0, f"rank 1 on host-b {LOST}"),
+    "pause-collective": (0, f"rank 1 on host-b {LOST}"),
     "wait": (
         0,
-        "nothing moved on for 12 s (rank 0 on host-a: agreeing on the step, step 3; rank 1 on host-b: training",
+        "no progress for 12 s (rank 0 on host-a: agreeing on the step, step 3; rank 1 on host-b: training",
     ),
 }
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, float, int, str]]:
-    """By way: the run's folder, seconds until the other rank ended, its status, what it printed. All at once."""
+    """By way: folder of the run, seconds until the other rank ended, its exit status and output. All run at once."""
     root = tmp_path_factory.mktemp("heartbeat")
     survivors = {**{way: survivor for way, (survivor, _) in WAYS.items()}, "slow-save": 0, "slow-step": 0}
     command = [sys.executable, str(SCRIPT), str(root), str(TIMEOUT_SECONDS)]
@@ -56,49 +56,47 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, flo
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_other_rank_ends_and_names_the_one(way: str, ended: dict[str, tuple[Path, float, int, str]]) -> None:
+def test_the_other_rank_ends_and_names_the_failed_one(way: str, ended: dict[str, tuple[Path, float, int, str]]) -> None:
     survivor, message = WAYS[way]
     run_dir, _, status, printed = ended[way]
     assert status not in (0, -signal.SIGKILL)
     assert message in printed
     assert message in (run_dir / "failures" / f"rank_{survivor}.txt").read_text()
-    # rank 0 speaks for the run, and rank 1 where rank 0 cannot
+    # rank 0 writes it, or rank 1 if rank 0 cannot
     written = json.loads((run_dir / "status.json").read_text())
-    assert (written["status"] == "failed" and "fault" in written["reason"]) or message in written["reason"]
+    assert (written["status"] == "failed" and "an error of" in written["reason"]) or message in written["reason"]
 
 
 @pytest.mark.parametrize("way", ["slow-save", "slow-step"])
 def test_a_save_or_a_first_step_may_take_longer(way: str, ended: dict[str, tuple[Path, float, int, str]]) -> None:
-    """One rank still writes, or compiles for new lengths, when train.timeout_seconds are over; the other waits."""
+    """One rank takes longer than train.timeout_seconds to write, or to compile for new lengths; the other waits."""
     run_dir, seconds, status, printed = ended[way]
     assert (status, printed) == (0, "") and seconds > 1.25 * TIMEOUT_SECONDS
     assert not (run_dir / "failures").exists() and not (run_dir / "status.json").exists()
 
 
-def test_an_allocation_that_fails_says_what_to_lower(tmp_path: Path) -> None:
-
+def test_a_failed_allocation_says_what_to_lower(tmp_path: Path) -> None:
     config = load_config(TINY, [f"run_dir={tmp_path}", "zero.stage=1"])
     ranks = Ranks(rank=0, local_rank=0, world_size=2, local_world_size=2)
-    with pytest.raises(RuntimeError), failures_kept(config, ranks, ["a", "b"], lambda error: ""):
+    with pytest.raises(RuntimeError), record_failures(config, ranks, ["a", "b"], lambda error: ""):
         torch.empty(2**58, dtype=torch.uint8)
     text = (tmp_path / "failures" / "rank_0.txt").read_text()
     assert "train.micro_batch_size 4, data.input_length 2048, data.target_length 456" in text
-    for mend in ("lower train.micro_batch_size (to 2, say)", "full_keep_routing", "raise zero.stage (to 2)"):
-        assert mend in text
+    for fix in ("lower train.micro_batch_size (for instance to 2)", "full_keep_routing", "raise zero.stage (to 2)"):
+        assert fix in text
     assert "Traceback" in text
 
 
 @pytest.mark.gpu
-def test_a_gpu_that_is_full_says_what_to_lower(tmp_path: Path) -> None:
-
+def test_a_full_gpu_says_what_to_lower(tmp_path: Path) -> None:
     config = load_config(TINY, [f"run_dir={tmp_path}"])
     ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
-    with pytest.raises(torch.OutOfMemoryError), failures_kept(config, ranks, ["a"], lambda error: ""):
+    with pytest.raises(torch.OutOfMemoryError), record_failures(config, ranks, ["a"], lambda error: ""):
         torch.empty(2**48, dtype=torch.uint8, device="cuda")
     assert "out of memory with train.micro_batch_size 4" in (tmp_path / "failures" / "rank_0.txt").read_text()
 
 
-def test_what_is_lowered_already_is_not_advised() -> None:
+def test_what_is_already_low_is_not_advised() -> None:
     settings = ["zero.stage=3", "zero.offload=parameters", "train.micro_batch_size=1", "train.global_batch_size=8"]
     config = load_config(TINY, [*settings, "train.activation_checkpointing=full"])
     advice = memory_advice(config, 2, 1)

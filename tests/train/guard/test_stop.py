@@ -1,4 +1,4 @@
-"""Requests to stop: signals, their echoes, files, the clock, the launcher's death."""
+"""Requests to stop: signals, repeated signals, files, the time limit, a launcher that has ended."""
 
 import os
 import signal
@@ -26,19 +26,19 @@ def restore_handlers() -> Iterator[None]:
 
 
 def requests(run_dir: Path, **options: object) -> StopRequests:
-    """Requests of a rank that watches files."""
+    """Make the requests of a rank that watches files."""
     return StopRequests(run_dir, **{"watch_files": True, "max_minutes": None, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_and_its_echoes_change_nothing(
+def test_a_signal_is_a_request_and_repeated_ones_change_nothing(
     tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests were started with nohup
     stop = requests(tmp_path)
     assert stop.reason() is None
-    for echo in (number, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
-        os.kill(os.getpid(), echo)
+    for repeated in (number, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), repeated)
         assert stop.reason() is StopReason.SIGNAL
     assert capfd.readouterr().err.count("the run ends after this step") == 1
 
@@ -55,21 +55,21 @@ def test_files_count_once(tmp_path: Path) -> None:
     assert stop.reason() is None
 
 
-def test_only_the_first_rank_looks_for_files(tmp_path: Path) -> None:
+def test_other_ranks_ignore_files(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     (tmp_path / "SAVE").touch()
     stop = requests(tmp_path, watch_files=False)
     assert stop.reason() is None and not stop.save_requested()
 
 
-def test_the_clock(tmp_path: Path) -> None:
+def test_the_time_limit(tmp_path: Path) -> None:
     stop = requests(tmp_path, max_minutes=0.0001)
     time.sleep(0.01)
     assert stop.reason() is StopReason.TIME
 
 
 def test_a_second_interrupt_by_hand_ends_at_once(tmp_path: Path) -> None:
-    """An interrupt within 3 s is the same key press or the launcher's echo; a later one is impatience."""
+    """A second interrupt within 3 s may be the launcher's; a later one comes from the user."""
     script = """
         import os, signal, sys, time
         from pathlib import Path
@@ -90,8 +90,8 @@ def test_a_second_interrupt_by_hand_ends_at_once(tmp_path: Path) -> None:
     assert done.stdout == "still here\n"
 
 
-def test_the_launchers_death_is_a_request(tmp_path: Path) -> None:
-    """A rank whose launcher (here a stand-in of its name) is killed sees it; else it would train on as an orphan."""
+def test_a_launcher_that_has_ended_is_a_request(tmp_path: Path) -> None:
+    """A rank notices that its launcher (here a script of that name) was killed; otherwise it would keep training."""
     rank = tmp_path / "rank.py"
     rank.write_text(
         textwrap.dedent(
@@ -123,7 +123,7 @@ def test_the_launchers_death_is_a_request(tmp_path: Path) -> None:
 
 
 def wait_for(path: Path) -> None:
-    """Wait until a file is there and not empty-handed."""
+    """Wait until a file exists."""
     deadline = time.monotonic() + 40
     while not path.exists():
         assert time.monotonic() < deadline, path

@@ -1,4 +1,4 @@
-"""What the trainer does when: it stops by the clock, tells its heartbeat where it is, and ends without its data."""
+"""The order of the trainer's work: stopping at the time limit, progress told to the heartbeat, ending without data."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from colt5dist.train.report.monitor import read_metrics
 
 SCRIPT = Path(__file__).with_name("watched_runs.py")
 LONG, SHORT = 20 * 60 + 60, 500 + 60
-"""Seconds that a collective operation may take while the one or the other timeout counts."""
+"""Timeouts of collective operations in seconds, while train.timeout_minutes or train.timeout_seconds counts."""
 SETTINGS = (
     "train.timeout_minutes=20",
     "train.timeout_seconds=500",
@@ -27,18 +27,18 @@ SETTINGS = (
 
 
 class Watched:
-    """What watched_runs.py saw, on two processes."""
+    """Results of watched_runs.py on two processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ranks: list[dict[str, Any]] = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
 
     def ended(self, start: int) -> list[Any]:
-        """The exit status, or the error, of a start on each rank."""
+        """Return the exit status, or the error, of a start on each rank."""
         return [rank["ended"][start] for rank in self.ranks]
 
     def checkpoints(self, run: str) -> list[str]:
-        """The whole ones of a run; there are no others."""
+        """Return the names of a run's whole checkpoints; there must be no others."""
         whole, damaged = find_checkpoints(self.folder / run / "checkpoints")
         assert not damaged
         return [folder.name for folder in whole]
@@ -51,14 +51,14 @@ def watched(
     short_texts: Path,
     run_ranks: Callable[..., str],
 ) -> Watched:
-    """All runs, in one go."""
+    """All runs, in one start of the script."""
     folder = tmp_path_factory.mktemp("watched")
     run_ranks(SCRIPT, str(folder), *micro_settings, f"data.shards={short_texts}", *SETTINGS, processes=2)
     return Watched(folder)
 
 
-def test_the_clock_of_one_rank_stops_all_with_a_checkpoint(watched: Watched) -> None:
-    """62 minutes are over after step 2, and the limit is 60: step 3 is the last, is saved, and is gone on from."""
+def test_the_time_limit_on_one_rank_stops_all_with_a_checkpoint(watched: Watched) -> None:
+    """62 minutes have passed after step 2, the limit is 60: step 3 is the last one, is saved, and is resumed from."""
     assert watched.ended(0) == [75, 75]
     assert watched.ranks[0]["status"] == {"status": "stopped", "step": 3, "reason": "train.max_minutes"}
     assert watched.ended(1) == [0, 0]
@@ -67,7 +67,7 @@ def test_the_clock_of_one_rank_stops_all_with_a_checkpoint(watched: Watched) -> 
 
 
 def a_step(step: int, timeout: int, *, is_last: bool = False) -> list[list[Any]]:
-    """What is done in a step of one micro-batch, and where the heartbeat says that the training is then."""
+    """The calls in a step of one micro-batch, each with the place, step and timeout of the heartbeat."""
     wait = [] if is_last else [["read", "waiting for data", step, timeout]]
     agreeing = "agreeing on the step"
     own = [["agree", agreeing, step, timeout], ["step", agreeing, step, timeout]]
@@ -75,9 +75,11 @@ def a_step(step: int, timeout: int, *, is_last: bool = False) -> list[list[Any]]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_heartbeat_is_told_of_all_that_is_done(watched: Watched, rank: int) -> None:
-    """Where the training is; and the long timeout counts for the first step of a start, or of new lengths, and around
-    the data's opening and every save, the short one for all else."""
+def test_the_heartbeat_is_told_of_every_part_of_a_run(watched: Watched, rank: int) -> None:
+    """The long timeout counts for the first step of a start and of new lengths, while data is opened, and in saves.
+
+    The short one counts at all other times.
+    """
     first, second = watched.ranks[rank]["seen"]
     assert first == [
         ["held-out samples", "reading the held-out samples", 1, LONG],
@@ -105,8 +107,8 @@ def test_the_heartbeat_is_told_of_all_that_is_done(watched: Watched, rank: int) 
     ]
 
 
-def test_a_lost_reader_of_one_rank_ends_all_with_a_checkpoint(watched: Watched) -> None:
-    """Both ranks end by the same error, which names the rank; the last step is in a whole checkpoint."""
+def test_a_killed_reader_of_one_rank_ends_all_with_a_checkpoint(watched: Watched) -> None:
+    """Both ranks end with the same error, which names the rank; the last step is in a whole checkpoint."""
     error, other = watched.ended(2)
     assert error == other and error.startswith("DataWorkerError: rank 1: a reader process of rank 1 ended (")
     for rank in (0, 1):

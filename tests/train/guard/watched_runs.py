@@ -1,10 +1,10 @@
-"""Runs of some ranks in which it is written down what is done when; started by test_watched_runs.py.
+"""Runs that record the order of their calls; started by test_watched_runs.py.
 
     torchrun --nproc-per-node 2 tests/train/guard/watched_runs.py FOLDER SETTING...
 
-First a run that the clock of the last rank alone stops in its middle, then the same run to its end. Lengths change at
-step 3. Last a run of which the last rank loses its reader process after step 2. Each rank writes what it saw, and how
-its starts ended, to FOLDER/rank_N.json.
+First a run that only the last rank's time limit stops, then the same run to its end. Lengths change at step 3. At last
+a run in which the reader process of the last rank is killed after step 2. Each rank writes its calls, and how its
+starts ended, to FOLDER/rank_N.json.
 """
 
 import json
@@ -41,12 +41,12 @@ WATCHED: list[tuple[str, Any, str]] = [
     ("step", Engine, "step"),
     ("save", Saver, "save"),
 ]
-"""What is watched: its name here, and the function."""
+"""The recorded calls: name in the results, owner and name of the function."""
 
 
 @contextmanager
 def watched(seen: list[list[Any]]) -> Iterator[None]:
-    """Whatever is done from now on is added to `seen`, with the place, step and timeout that were told before it."""
+    """Append each call to `seen`, with the place, step and timeout that the heartbeat was told before it."""
     told: dict[str, Any] = {"place": "", "step": 0, "timeout": None}
     at, set_timeout = Heartbeat.at, heartbeat.set_collective_timeout
 
@@ -74,26 +74,26 @@ def watched(seen: list[list[Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def clock(minutes_a_step: float) -> Iterator[None]:
-    """The clock of train.max_minutes: it stands still on all ranks but the last, and there between two steps."""
+def clock(minutes_per_step: float) -> Iterator[None]:
+    """Replace the clock of train.max_minutes: it advances on the last rank only, by `minutes_per_step`."""
     now = [0.0]
     step = Engine.step
 
-    def step_and_move_on(self: Engine, rate: float) -> Any:
+    def step_and_advance(self: Engine, rate: float) -> Any:
         outcome = step(self, rate)
-        now[0] += 60 * minutes_a_step * IS_LAST
+        now[0] += 60 * minutes_per_step * IS_LAST
         return outcome
 
     with (
         patch("colt5dist.train.guard.stop.time", SimpleNamespace(monotonic=lambda: now[0])),
-        patch.object(Engine, "step", step_and_move_on),
+        patch.object(Engine, "step", step_and_advance),
     ):
         yield
 
 
 @contextmanager
-def reader_is_lost(after_step: int) -> Iterator[None]:
-    """The last rank's reader processes are killed, as by a system that is short of memory."""
+def reader_is_killed(after_step: int) -> Iterator[None]:
+    """Kill the last rank's reader processes, as a system without free memory does."""
     step = Engine.step
     steps_left = [after_step]
 
@@ -111,22 +111,22 @@ def reader_is_lost(after_step: int) -> Iterator[None]:
 
 
 def run_all(folder: Path, settings: list[str]) -> dict[str, Any]:
-    """All runs; how their starts ended, and what was seen at those of the first run."""
+    """Make all runs; returns how their starts ended, and the calls of the first run's starts."""
     stopped = [f"run_dir={folder / 'stopped'}", *settings, "data.num_workers=0"]
     lost = [f"run_dir={folder / 'lost'}", *settings, "data.num_workers=1", "train.steps=1000"]
     seen: tuple[list[list[Any]], list[list[Any]]] = ([], [])
     ended: list[Any] = []
     # one process group for all runs: DeepSpeed cannot make a second one in a process
     with patch("colt5dist.train.pretrain.finish_process_group", lambda: None):
-        with clock(minutes_a_step=31), watched(seen[0]):
+        with clock(minutes_per_step=31), watched(seen[0]):
             ended.append(main([*stopped, "train.max_minutes=60"]))
-        barrier()  # the first rank has written it
+        barrier()  # the first rank has written status.json
         status = json.loads((folder / "stopped" / "status.json").read_text())
-        barrier()  # and all have read it, which the next start removes
+        barrier()  # all ranks have read it; the next start removes it
         with watched(seen[1]):
             ended.append(main([*stopped, "checkpoint.every_steps=2"]))
     try:
-        with reader_is_lost(after_step=2):
+        with reader_is_killed(after_step=2):
             ended.append(main(lost))
     except DataWorkerError as error:
         ended.append(f"DataWorkerError: {error}")

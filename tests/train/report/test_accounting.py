@@ -1,4 +1,4 @@
-"""The FLOPs formula against PyTorch's own count, and the model states' memory."""
+"""The FLOPs formula against PyTorch's own count, and the memory of the model states."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 @pytest.mark.parametrize("encoder", ["conditional", "dense"])
 def test_formula_counts_what_pytorch_counts(encoder: str) -> None:
-    """The formula takes local attention by its 2 * radius + 1 keys; the package computes 3 blocks of `radius` keys."""
+    """The formula counts local attention with 2 * radius + 1 keys; the package computes 3 blocks of `radius` keys."""
     config = load_config(CONFIGS / "tiny.yaml", [f"model.encoder={encoder}", "model.light_radius=64"])
     model = build_model(config)
     n, t = config.data.input_length, config.data.target_length
     ids, targets = torch.randint(3, 250, (1, n)), torch.randint(3, 250, (1, t))
-    # the counter knows the products of plain attention, not those of the CPU's fused kernel
+    # the counter knows plain attention, but not the CPU's fused kernel
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, targets, targets, sample_index=torch.zeros(1, dtype=torch.int64))
     counted = counter.get_total_flops() / 2

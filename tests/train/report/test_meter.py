@@ -1,4 +1,4 @@
-"""The rates of the steps, and the rank that the others wait for; a clock of the test's own."""
+"""Speed of the steps, and the slowest rank; with a simulated clock."""
 
 from types import SimpleNamespace
 
@@ -16,39 +16,39 @@ MEANS = LossMeans(
 
 
 class Clock:
-    """Moves on when it is told to."""
+    """A clock that tests advance."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
     def perf_counter(self) -> float:
-        """As time's."""
+        """Like time.perf_counter."""
         return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of all meters."""
+    """Clock that all meters use."""
     own = Clock()
     monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=own.perf_counter))
     return own
 
 
 def two_steps(own: Meter, clock: Clock) -> None:
-    """Two steps of a second, of which the data takes 0.25 s and two forward passes 0.25 s."""
+    """Two steps of one second each: 0.25 s for the data, 0.25 s for two micro-batches."""
     for _ in range(2):
         with own.step():
             with own.waiting_for_data():
                 clock.now += 0.25
             for _ in range(2):
-                with own.forward():
+                with own.computing():
                     clock.now += 0.125
             clock.now += 0.5
         own.count(MEANS)
 
 
 def others(monkeypatch: pytest.MonkeyPatch, *rows: list[float]) -> list[list[float]]:
-    """Gather the rows of other ranks after this one's own; which was that, is seen in the list that is returned."""
+    """Make `gather_rows` add the rows of other ranks; returns a list that collects this rank's own rows."""
     mine: list[list[float]] = []
 
     def gather_rows(row: list[float], device: torch.device) -> list[list[float]]:
@@ -60,7 +60,7 @@ def others(monkeypatch: pytest.MonkeyPatch, *rows: list[float]) -> list[list[flo
 
 
 def test_the_slowest_rank_is_named_with_its_host(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are as long on all ranks, as they wait for each other; the data and the forward passes tell."""
+    """Steps take equally long on all ranks, because they wait for each other; data and computation show the slowest."""
     own = Meter(torch.device("cpu"), ["host-a", "host-a", "host-b", "host-b"], step_flops=0)
     mine = others(monkeypatch, [1.0, 0.0, 0.25, 7.0], [1.125, 0.5, 0.375, 5.0], [1.0, 0.125, 0.5, 5.0])
     two_steps(own, clock)
@@ -73,7 +73,7 @@ def test_the_slowest_rank_is_named_with_its_host(clock: Clock, monkeypatch: pyte
     assert record["tokens_per_second"] == 1000.0 == own.mean_rate
 
 
-def test_each_interval_is_measured_by_itself(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_interval_is_measured_separately(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Meter(torch.device("cpu"), ["host-a", "host-b"], step_flops=0)
     others(monkeypatch, [1.0, 0.0, 0.25, 0.0])
     two_steps(own, clock)
@@ -87,8 +87,10 @@ def test_each_interval_is_measured_by_itself(clock: Clock, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("hosts", [["host-a"], ["host-a", "host-b"]])
-def test_the_line_of_a_step_ends_with_it(hosts: list[str], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are several ranks; one alone is not compared."""
+def test_the_line_of_a_step_ends_with_the_slowest_rank(
+    hosts: list[str], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several ranks; a single one is not compared."""
     own = Meter(torch.device("cpu"), hosts, step_flops=0)
     others(monkeypatch, *[[1.0, 0.0, 0.25, 0.0]] * (len(hosts) - 1))
     two_steps(own, clock)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard after an interruption; what is shown on a terminal."""
+"""metrics.jsonl and TensorBoard after an interruption and on a full disk; the output on a terminal."""
 
 import os
 import pty
@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from colt5dist.train.report.monitor import Monitor, read_metrics
 
 
-def test_what_was_recorded_beyond_the_resumed_step_is_gone(tmp_path: Path) -> None:
+def test_records_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
         for step in range(1, 6):
             monitor.record(step, {"loss": float(step)})
@@ -42,8 +42,10 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_goes_on_after_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files are read in the order of the times in their names: the new one must come last."""
+def test_tensorboard_shows_new_steps_after_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads files in the order of the times in their names, so the new one must come last."""
     with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
         for step in range(1, 6):
             monitor.record(step, {"loss": float(step)})
@@ -57,7 +59,7 @@ def test_tensorboard_goes_on_after_the_clock_was_set_back(tmp_path: Path, monkey
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_rollback_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is undone goes, written or not; what stays and could not be written yet follows when it can."""
+    """Records that are undone are removed, written or not; the others are written when there is space."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
         for step in (1, 2):
@@ -77,8 +79,8 @@ def test_a_rollback_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "warning: metrics cannot be written (File too large)" in capsys.readouterr().err
 
 
-def test_a_full_disk_costs_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No file may grow for a while: the run goes on, and metrics.jsonl has every record in order afterwards."""
+def test_a_full_disk_loses_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file may grow for a while: the run continues, and metrics.jsonl has every record in order afterwards."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
         monitor.record(1, {"loss": 1.0})
@@ -96,16 +98,16 @@ def test_a_full_disk_costs_no_record(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 4 in [e.step for e in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")]
 
 
-END = b"<all is printed>"
+END = b"<end of output>"
 
 
 def on_a_terminal(work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a terminal of its own gets while `work` has it as sys.stdout."""
+    """Run `work` with a new terminal as sys.stdout; returns what the terminal receives."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "25"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("rich._console", None)  # the one that rich keeps has read another environment
+    monkeypatch.setattr("rich._console", None)  # rich keeps a console that has read another environment
     terminal, stdout = pty.openpty()
     got = b""
 
@@ -130,7 +132,7 @@ def on_a_terminal(work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def shown(printed: str) -> list[str]:
-    """The lines that a very wide terminal shows after it has got `printed`."""
+    """The lines that a very wide terminal shows after it has received `printed`."""
     lines, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", printed):
         if part == "\r":
@@ -149,27 +151,27 @@ def shown(printed: str) -> list[str]:
 
 
 LINES = ["step 1/9 | loss 5.9 [bold] :smile: " + "and so on " * 20 + "1", "step 2/9"]
-"""The first is no markup, and is wider than the terminal."""
+"""The first looks like markup, and is wider than the terminal."""
 
 
 def say_lines(run_dir: Path, *, is_first: bool) -> None:
-    """Two of nine steps, a line each."""
+    """Two of nine steps, one line each."""
     with Monitor(run_dir, is_first=is_first, first_step=0, num_steps=9) as monitor:
         for step, line in enumerate(LINES, start=1):
             monitor.say(line)
             monitor.advance(step)
 
 
-def test_lines_come_above_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They stand there as they are, and the bar, redrawn below them, is where the run is."""
+def test_lines_appear_above_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are printed unchanged, and the bar is redrawn below them with the current step."""
     printed = on_a_terminal(lambda: say_lines(tmp_path, is_first=True), monkeypatch)
     *lines, bar, end = shown(printed)
-    assert lines == LINES and end == "" and all(line in printed for line in LINES)  # without colours, too
+    assert lines == LINES and end == "" and all(line in printed for line in LINES)  # also without colours
     assert re.fullmatch(r"step \S.*\S 2/9 [-\d:]+", bar)
-    assert printed.endswith("\x1b[?25h")  # the cursor is back
+    assert printed.endswith("\x1b[?25h")  # the cursor is visible again
 
 
-def test_other_ranks_show_nothing_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_print_nothing_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_a_terminal(lambda: say_lines(tmp_path, is_first=False), monkeypatch) == ""
 
 
