@@ -26,3 +26,8 @@ class TrainingFault(RuntimeError):
 
     It is raised on all ranks, after rank 0 has printed why. The scripts end with status 1, without a traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Type of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"

@@ -28,6 +28,16 @@ def compile_layers(model: nn.Module) -> None:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)  # type: ignore
 
 
+def gather_layers_whole(model: nn.Module) -> None:
+    """At ZeRO stage 3, have DeepSpeed gather a layer's parameters together, not module by module.
+
+    Its hooks then run Python once per layer, and not inside compiled code.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, sorted({type(m) for m in model.modules() if isinstance(m, LAYERS)}, key=str))
+
+
 @contextmanager
 def without_compiled_code() -> Iterator[None]:
     """Run compiled layers as they are written: for passes so rare that a compilation would not pay."""

@@ -11,10 +11,11 @@ from torch import nn
 from torch.profiler import record_function
 
 from colt5dist.data.read.batch import Batch
+from colt5dist.errors import first_line
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.compile import compile_layers, without_compiled_code
+from colt5dist.train.engine.compile import compile_layers, gather_layers_whole, without_compiled_code
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
 from colt5dist.train.engine.flat_gradients import FlatGradients
 from colt5dist.train.engine.gradients import DeepSpeedGradients
@@ -48,6 +49,10 @@ class Engine:
         self.dtype = torch.bfloat16 if uses_bf16(config, on_gpu) else torch.float32
         self.z_loss = config.train.z_loss
         settings = deepspeed_config(config, world_size, on_gpu)
+        if on_gpu:
+            # CUDA graphs cannot be captured on the default stream; and autograd adds the gradient of a parameter on the
+            # stream that was current when DeepSpeed first looked at it, so that one stream has to serve throughout
+            torch.cuda.set_stream(torch.cuda.Stream(device))
         torch.manual_seed(config.seed)
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -57,6 +62,8 @@ class Engine:
         self._compiled = on_gpu and config.train.compile != "off"
         if self._compiled:
             compile_layers(model)
+        if self.stage == 3 and on_gpu:
+            gather_layers_whole(model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optimizer), config=settings
         )
@@ -67,25 +74,22 @@ class Engine:
         if flat_gradients is None:
             flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
         self.gradients: FlatGradients | DeepSpeedGradients
-        self._stream: torch.cuda.Stream | None = None
         if flat_gradients:
             reduce_dtype = torch.bfloat16 if uses_bf16(config, on_gpu) and config.zero.reduce_dtype == "bf16" else None
-            self._stream = torch.cuda.Stream(device) if on_gpu else None
-            with torch.cuda.stream(self._stream):
-                self.gradients = FlatGradients(
-                    self.deepspeed,
-                    self.stage,
-                    clipping=config.optimizer.gradient_clipping,
-                    reduce_dtype=reduce_dtype or torch.float32,
-                )
+            self.gradients = FlatGradients(
+                self.deepspeed,
+                self.stage,
+                clipping=config.optimizer.gradient_clipping,
+                reduce_dtype=reduce_dtype or torch.float32,
+            )
         else:
             self.gradients = DeepSpeedGradients(
                 self.deepspeed, self.stage, clipping=config.optimizer.gradient_clipping, device=device
             )
 
         self._graphs: MicroBatchGraphs | None = None
-        if self._stream is not None and config.train.compile == "auto":
-            self._graphs = MicroBatchGraphs(self._pass, self._dropped_pass, self._stream, self.news.append)
+        if flat_gradients and on_gpu and config.train.compile == "auto":
+            self._graphs = MicroBatchGraphs(self._pass, self._dropped_pass, self.news.append)
 
     def _pass(self, batch: Batch, num_targets: torch.Tensor) -> CoLT5Output:
         """Forward and backward of a micro-batch that is on the device."""
@@ -143,8 +147,10 @@ class Engine:
         if self._graphs is not None:
             try:
                 return self._replay(self._graphs, batch, num_targets, collect_routing)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a compiler or a capture may raise
-                failure = error.with_traceback(None)  # whose frames would keep the graph's memory
+                failure = first_cause(error)
             self._fall_back(failure, batch, num_targets)
         on_device = to_device(batch, self.device)
         with record_function("forward"):
@@ -168,7 +174,7 @@ class Engine:
                 output = output._replace(routing=self.forward(on_device, collect_routing=True).routing)
         return on_device, output
 
-    def _fall_back(self, error: Exception, batch: Batch, num_targets: torch.Tensor) -> None:
+    def _fall_back(self, error: BaseException, batch: Batch, num_targets: torch.Tensor) -> None:
         """Go on without CUDA graphs, or if it is the compiler that fails without compiled layers, and say so."""
         self._graphs = None
         gc.collect()
@@ -179,8 +185,7 @@ class Engine:
         except Exception as again:
             self._compiled = False
             error, failed, instead = again, "the layers could not be compiled", "they run as they are"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        self.news.append(f"note: train.compile: {failed}, {instead}, slower ({type(error).__name__}: {reason})")
+        self.news.append(f"note: train.compile: {failed}, {instead}, slower ({first_line(error)})")
 
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
         """Token losses of one micro-batch that is on the device."""
@@ -263,3 +268,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     tensors: dict[str, Any] = {**batch}
     moved: Any = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     return moved
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that came first of those that followed from each other; none keeps the memory of its frames."""
+    while True:
+        error.__traceback__ = None
+        earlier = error.__cause__ or error.__context__
+        if earlier is None:
+            return error
+        error.__cause__ = error.__context__ = None
+        error = earlier

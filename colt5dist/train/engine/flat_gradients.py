@@ -105,8 +105,8 @@ class FlatGradients:
             assert parameter.grad is not None
             gradient = parameter.grad.view(-1)
             if self._dropping:
-                pass
-            elif self.sums_whole:
+                gradient = torch.zeros_like(gradient)
+            if self.sums_whole:
                 accumulate_(target, gradient)
             else:
                 target.copy_(gradient)
@@ -121,7 +121,7 @@ class FlatGradients:
 
     @contextmanager
     def dropped(self) -> Iterator[None]:
-        """Within it the gradients of backward passes go nowhere."""
+        """Within it zeros are added in place of gradients, by the same kernels."""
         self._dropping = True
         try:
             yield

@@ -32,19 +32,19 @@ class _Captured:
 
 
 class MicroBatchGraphs:
-    """Captures and replays forward and backward passes.
+    """Captures and replays forward and backward passes, on the current stream, which is not the default one.
 
     Args:
         run: forward and backward of a micro-batch on the device, given the global batch's number of targets; adds the
             gradients to memory that stays where it is.
         warm_up: the same, whose gradients go nowhere.
-        stream: the stream on which passes are captured, and gradients are added.
         say: takes a line for the log about each graph.
     """
 
-    def __init__(self, run: Pass, warm_up: Pass, stream: torch.cuda.Stream, say: Callable[[str], None]) -> None:
-        self._run, self._warm_up, self._stream, self._say = run, warm_up, stream, say
-        self.device = device = stream.device
+    def __init__(self, run: Pass, warm_up: Pass, say: Callable[[str], None]) -> None:
+        self._run, self._warm_up, self._say = run, warm_up, say
+        self._stream = torch.cuda.current_stream()
+        self.device = device = self._stream.device
         self._num_targets = torch.ones((), device=device)
         self._graphs: dict[Hashable, _Captured] = {}
         self._pool: Any = None
@@ -74,11 +74,8 @@ class MicroBatchGraphs:
         batch = cast(Batch, {name: tensor.to(self.device) for name, tensor in tensors.items()})
         given = batch if padded else cast(Batch, {**batch, "input_mask": None})
         self._num_targets.copy_(num_targets)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP_RUNS):
-                self._warm_up(given, self._num_targets)
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        for _ in range(WARM_UP_RUNS):
+            self._warm_up(given, self._num_targets)
         torch.cuda.synchronize(self.device)
         gc.collect()
         torch.cuda.empty_cache()  # what the warm-up left would be kept beside the graph's own memory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from colt5dist.errors import ConfigError, SaveError, TrainingFault
+from colt5dist.errors import ConfigError, SaveError, TrainingFault, first_line
 from colt5dist.files import write_whole
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.ranks import Ranks
@@ -77,11 +77,6 @@ def write_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, fi
     # two halves of a cluster may each have lost the other: then what rank 0 writes counts
     if ranks.is_first or (first_rank_failed and not (run_dir / STATUS).exists()):
         _try_to_write_status(run_dir, message, writer=f"rank_{ranks.rank}")
-
-
-def first_line(error: BaseException) -> str:
-    """Type of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
 def last_step(run_dir: Path) -> int:

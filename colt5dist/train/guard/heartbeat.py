@@ -20,7 +20,8 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from colt5dist.train.guard.failures import first_line, write_failure
+from colt5dist.errors import first_line
+from colt5dist.train.guard.failures import write_failure
 from colt5dist.train.ranks import Ranks, broadcast_from_first, set_collective_timeout
 
 STORE_SECONDS = 30.0
