@@ -60,6 +60,7 @@ MICRO_SETTINGS = (
     "train.routing_every=2",
     "schedule.warmup_steps=4",
     "zero.persistence_threshold=0",
+    "train.compile=off",
 )
 """A complete CoLT5 of some ten thousand parameters; the threshold makes stage 3 shard even its smallest ones."""
 

@@ -11,6 +11,7 @@ from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.schedule import learning_rate
 from colt5dist.train.evaluation import CutShortError, evaluate
+from colt5dist.train.garbage import collect_after
 from colt5dist.train.guard.health import Health
 from colt5dist.train.guard.spikes import ranges_to_skip, skip_list
 from colt5dist.train.guard.stop import StopReason
@@ -90,6 +91,7 @@ def account(run: Run, agreement: Agreement, applied: bool) -> None:
     run.state.bad_records += agreement.bad_records
     run.meter.count(agreement.means)
     run.heartbeat.step_is_done()
+    collect_after(run.state.step)
     if agreement.background_save_done:
         run.saver.advance()
 
@@ -138,7 +140,7 @@ def console_line(step: int, num_steps: int, record: Record, slowest: str) -> str
     parts = [f"step {step}/{num_steps}", f"loss {record['loss']:.4f}", f"grad norm {record['grad_norm']:.3f}"]
     parts.append(f"lr {record['lr']:.2e}")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"{record['step_seconds']:.3f} s a step (data {record['data_wait_seconds']:.3f})")
+    parts.append(f"{record['step_seconds']:.3f} s per step (data {record['data_wait_seconds']:.3f})")
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
     if "eval/loss" in record:
@@ -160,7 +162,7 @@ def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
     if len(run.config.stages) > 1:
         run.monitor.say(
             f"from step {run.state.step + 1} on: {stage.data.input_length} input and {stage.data.target_length} target "
-            f"tokens, {stage.micro_batch_size(run.ranks.world_size)} samples a micro-batch"
+            f"tokens, {stage.micro_batch_size(run.ranks.world_size)} samples per micro-batch"
         )
     with run.heartbeat.patient("reading the held-out samples", run.state.step + 1):
         held_out: list[Batch] = []
@@ -200,7 +202,7 @@ def first_evaluation(run: Run, held_out: list[Batch]) -> float | None:
     every = run.config.train.log_every
     if loss is not None:
         lines = f"; a line follows for the first step, then every {count(every, 'step')}" if every > 1 else ""
-        run.monitor.say(f"held-out loss before the first step: {loss:.4f} nats a token{lines}")
+        run.monitor.say(f"held-out loss before the first step: {loss:.4f} nats per token{lines}")
     return loss
 
 

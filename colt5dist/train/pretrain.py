@@ -19,6 +19,7 @@ from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
+from colt5dist.train.garbage import collected_by_step
 from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
 from colt5dist.train.guard.stop import StopReason, StopRequests
@@ -111,7 +112,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 heartbeat=heartbeat,
             )
             try:
-                reason = train(run)
+                with collected_by_step():
+                    reason = train(run)
             except SaveError:
                 stop.obeyed("STOP")
                 raise

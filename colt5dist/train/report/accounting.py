@@ -109,9 +109,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory that this process has used so far: of the GPU, or resident on the host."""
+    """Largest memory that this process has used so far: of the GPU, or resident on the host.
+
+    On a GPU it is what PyTorch has reserved: the memory of CUDA graphs counts as allocated only while they are made.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -96,6 +96,6 @@ def test_the_line_of_a_step_ends_with_the_slowest_rank(
     two_steps(own, clock)
     record = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "skipped_steps": 0, **own.read()}
     line = console_line(1, 9, record, own.slowest)
-    start = "step 1/9 | loss 1.0000 | grad norm 1.000 | lr 1.00e-01 | 1,000 tokens/s | 1.000 s a step (data 0.250)"
+    start = "step 1/9 | loss 1.0000 | grad norm 1.000 | lr 1.00e-01 | 1,000 tokens/s | 1.000 s per step (data 0.250)"
     slowest = " | host-a 1.000 s, host-b 1.000 s; slowest rank 0 on host-a: data and forward 0.500 s, median 0.375"
     assert line == start + slowest * (len(hosts) - 1)

@@ -1,0 +1,61 @@
+"""Compiled layers and CUDA graphs train as plain PyTorch does, on one GPU or on two where there are two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+SCRIPT = Path(__file__).with_name("fast_path.py")
+VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none", "3-none")
+GRAPHED = VARIANTS[:-1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]) -> dict[str, Any]:
+    """What fast_path.py finds."""
+    output = tmp_path_factory.mktemp("fast") / "out.json"
+    processes = str(min(2, torch.cuda.device_count()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(output), *micro_settings, "train.micro_batch_size=2", "train.global_batch_size=12"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_are_those_of_plain_pytorch(results: dict[str, Any], variant: str) -> None:
+    """To 2e-3 relative: bf16 has 8 bits, and a compiler rounds in other places."""
+    fast, slow = results[variant]["fast"]["losses"], results[variant]["slow"]["losses"]
+    assert fast == pytest.approx(slow, rel=2e-3)
+    assert slow[-1] < slow[0]
+
+
+@pytest.mark.parametrize("variant", GRAPHED)
+def test_every_gradient_is_that_of_plain_pytorch(results: dict[str, Any], variant: str) -> None:
+    """To 5 % of its norm in bf16: near-ties may route other tokens; a gradient that is lost or doubled is far off."""
+    bad = {name: error for name, error in results[variant]["errors"].items() if not error < 0.05}
+    assert len(results[variant]["errors"]) > 20 and not bad
+
+
+@pytest.mark.parametrize("variant", GRAPHED)
+def test_graphs_were_used_with_and_without_padding(results: dict[str, Any], variant: str) -> None:
+    news = results[variant]["fast"]["news"]
+    assert any("without padding in one CUDA graph" in line for line in news), news
+    assert any("with padding in one CUDA graph" in line for line in news), news
+
+
+@pytest.mark.parametrize("variant", GRAPHED)
+@pytest.mark.parametrize("way", ["fast", "slow"])
+def test_a_step_with_nan_changes_nothing(results: dict[str, Any], variant: str, way: str) -> None:
+    assert results[variant][way]["unchanged"] is True
