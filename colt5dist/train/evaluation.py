@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 
 from colt5dist.data.read.batch import Batch
-from colt5dist.train.engine.engine import Engine, to_device
+from colt5dist.train.engine.engine import Engine
+from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.losses import LossMeans, LossSums
 from colt5dist.train.report.monitor import Record
 

@@ -1,8 +1,10 @@
 """torch.compile for the model's layers, with a cache that survives restarts."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,6 +16,12 @@ from colt5dist.model.encoder import ConditionalEncoderLayer, DenseEncoderLayer
 
 LAYERS = (ConditionalEncoderLayer, DenseEncoderLayer, DecoderLayer, CausalLayer)
 """Modules that are compiled, each by itself: layers of one kind are alike, so that one compilation serves them all."""
+LOSS_TOLERANCE = 2e-3
+"""Relative."""
+NORM_TOLERANCE = 0.5
+"""Relative, of the norm of one parameter's gradient."""
+NORM_FLOOR = 2e-3
+"""Share of the norm of all gradients, by which a single one may differ besides."""
 MOST_FORMS = 64
 """Compiled forms of one piece of code (lengths, with and without a mask, with random routing one a layer)."""
 
@@ -28,21 +36,43 @@ def compile_layers(model: nn.Module) -> None:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)  # type: ignore
 
 
-def gather_layers_whole(model: nn.Module) -> None:
-    """At ZeRO stage 3, have DeepSpeed gather a layer's parameters together, not module by module.
-
-    Its hooks then run Python once per layer, and not inside compiled code.
-    """
-    from deepspeed.utils import set_z3_leaf_modules
-
-    set_z3_leaf_modules(model, sorted({type(m) for m in model.modules() if isinstance(m, LAYERS)}, key=str))
-
-
 @contextmanager
 def without_compiled_code() -> Iterator[None]:
     """Run compiled layers as they are written: for passes so rare that a compilation would not pay."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@dataclass(frozen=True)
+class PassNumbers:
+    """What a forward and backward pass computed, to be compared with another over the same micro-batch."""
+
+    loss: torch.Tensor
+    """Sum of the token losses, a scalar on the device."""
+    gradient_norms: dict[str, torch.Tensor]
+    """Norm of each parameter's gradient, scalars on the device."""
+
+
+def difference(fast: PassNumbers, slow: PassNumbers) -> str | None:
+    """What differs by more than rounding explains, as text; None where nothing does. Waits for the device.
+
+    A compiler that loses or repeats a gradient is noticed so before it trains: PyTorch 2.11 has lost some. In bf16 a
+    near-tie of routing scores may fall the other way, which moves the loss by less than 2e-3 of it, and the norms of
+    small gradients by more. Where the slow pass is not finite itself, there is nothing to compare.
+    """
+    names = list(slow.gradient_norms)
+    ours = [float(fast.loss), *torch.stack([fast.gradient_norms[name] for name in names]).tolist()]
+    theirs = [float(slow.loss), *torch.stack([slow.gradient_norms[name] for name in names]).tolist()]
+    if not all(map(math.isfinite, theirs)):
+        return None
+    if not abs(ours[0] - theirs[0]) <= LOSS_TOLERANCE * abs(theirs[0]):
+        return f"the loss is {ours[0]:g}, not {theirs[0]:g}"
+    total = math.hypot(*theirs[1:])
+    for name, here, there in zip(names, ours[1:], theirs[1:], strict=True):
+        lost = here == 0 and there > 0
+        if lost or not abs(here - there) <= NORM_TOLERANCE * max(here, there) + NORM_FLOOR * total:
+            return f"the gradient of {name} has norm {here:g}, not {there:g}"
+    return None
 
 
 def _use_cache() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,13 +16,22 @@ from colt5dist.errors import first_line
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.compile import compile_layers, gather_layers_whole, without_compiled_code
+from colt5dist.train.engine.compile import PassNumbers, compile_layers, difference, without_compiled_code
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
 from colt5dist.train.engine.flat_gradients import FlatGradients
 from colt5dist.train.engine.gradients import DeepSpeedGradients
-from colt5dist.train.engine.micro_batch_graph import MicroBatchGraphs, arrange
+from colt5dist.train.engine.micro_batch_graph import (
+    MicroBatchGraphs,
+    arrange,
+    is_padded,
+    to_device,
+    without_needless_mask,
+)
 from colt5dist.train.engine.optimizer import build_optimizer
 from colt5dist.train.losses import training_loss
+
+WARM_UP_RUNS = 2
+"""Passes before a capture: the first compiles, the second makes the workspaces that compiled code needs."""
 
 
 class Engine:
@@ -59,11 +69,11 @@ class Engine:
                 model = build_model(config)
         else:
             model = build_model(config)
-        self._compiled = on_gpu and config.train.compile != "off"
+        if flat_gradients is None:
+            flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
+        self._compiled = on_gpu and flat_gradients and config.train.compile != "off" and not config.train.deterministic
         if self._compiled:
             compile_layers(model)
-        if self.stage == 3 and on_gpu:
-            gather_layers_whole(model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optimizer), config=settings
         )
@@ -71,8 +81,11 @@ class Engine:
         """Lines for the log about what has been compiled; whoever prints them clears the list."""
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
-        if flat_gradients is None:
-            flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
+        if on_gpu and not self._compiled and config.train.compile != "off":
+            self.news.append(
+                "note: train.compile: layers are not compiled; it serves zero.stage 1 and 2 without zero.offload and "
+                "without train.deterministic"
+            )
         self.gradients: FlatGradients | DeepSpeedGradients
         if flat_gradients:
             reduce_dtype = torch.bfloat16 if uses_bf16(config, on_gpu) and config.zero.reduce_dtype == "bf16" else None
@@ -87,9 +100,10 @@ class Engine:
                 self.deepspeed, self.stage, clipping=config.optimizer.gradient_clipping, device=device
             )
 
+        self._unproven = self._compiled
         self._graphs: MicroBatchGraphs | None = None
-        if flat_gradients and on_gpu and config.train.compile == "auto":
-            self._graphs = MicroBatchGraphs(self._pass, self._dropped_pass, self.news.append)
+        if self._compiled and config.train.compile == "auto":
+            self._graphs = MicroBatchGraphs(self._pass, device)
 
     def _pass(self, batch: Batch, num_targets: torch.Tensor) -> CoLT5Output:
         """Forward and backward of a micro-batch that is on the device."""
@@ -97,11 +111,12 @@ class Engine:
         training_loss(output, num_targets, self.z_loss).backward()
         return CoLT5Output(output.token_loss.detach(), output.z_loss.detach(), ())
 
-    def _dropped_pass(self, batch: Batch, num_targets: torch.Tensor) -> CoLT5Output:
+    def _dropped_pass(self, batch: Batch, num_targets: torch.Tensor) -> PassNumbers:
         """The same, whose gradients go nowhere."""
         assert isinstance(self.gradients, FlatGradients)
-        with self.gradients.dropped():
-            return self._pass(batch, num_targets)
+        with self.gradients.dropped() as norms:
+            output = self._pass(batch, num_targets)
+        return PassNumbers(output.token_loss.sum(), norms)
 
     def arrange(self, micro_batches: list[Batch]) -> list[Batch]:
         """A step's micro-batches with their rows in the order in which they run fastest."""
@@ -118,6 +133,8 @@ class Engine:
         if hasattr(self.deepspeed.optimizer, "gradient_accumulation_steps"):
             self.deepspeed.optimizer.gradient_accumulation_steps = self._num_micro_batches
         model_config: Any = self.module.config
+        if model_config.num_heavy_tokens != stage.model.num_heavy_tokens and self._graphs is not None:
+            self._graphs = MicroBatchGraphs(self._pass, self.device)  # those that are there have the other share
         model_config.num_heavy_tokens = stage.model.num_heavy_tokens
 
     @property
@@ -144,14 +161,10 @@ class Engine:
         Returns:
             The micro-batch on the device, and the model's output; both may be overwritten by the next call.
         """
+        if self._unproven or (self._graphs is not None and not self._graphs.has(batch)):
+            self._prove(batch, num_targets)
         if self._graphs is not None:
-            try:
-                return self._replay(self._graphs, batch, num_targets, collect_routing)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a compiler or a capture may raise
-                failure = first_cause(error)
-            self._fall_back(failure, batch, num_targets)
+            return self._replay(self._graphs, batch, num_targets, collect_routing)
         on_device = to_device(batch, self.device)
         with record_function("forward"):
             output = self.forward(on_device, collect_routing=collect_routing)
@@ -165,7 +178,7 @@ class Engine:
     ) -> tuple[Batch, CoLT5Output]:
         """`forward_backward` by CUDA graph."""
         with record_function("forward and backward"):
-            on_device, output = graphs(batch, num_targets)
+            on_device, output = graphs.run(batch, num_targets)
         assert isinstance(self.gradients, FlatGradients)
         self.gradients.after_micro_batch()
         self._micro_batch += 1
@@ -174,18 +187,77 @@ class Engine:
                 output = output._replace(routing=self.forward(on_device, collect_routing=True).routing)
         return on_device, output
 
-    def _fall_back(self, error: BaseException, batch: Batch, num_targets: torch.Tensor) -> None:
-        """Go on without CUDA graphs, or if it is the compiler that fails without compiled layers, and say so."""
-        self._graphs = None
-        gc.collect()
-        torch.cuda.empty_cache()
-        failed, instead = "no CUDA graph could be made", "compiled layers are launched one by one"
+    def _prove(self, batch: Batch, num_targets: torch.Tensor) -> None:
+        """Compile and capture for the form of a micro-batch, and take what fails or computes something else off."""
+        begin = time.monotonic()
+        size, n = batch["input_ids"].shape
+        form = f"{size} x {n} inputs {'with' if is_padded(batch) else 'without'} padding"
+        on_device = without_needless_mask(to_device(batch, self.device), batch)
+        self._unproven = False
         try:
-            self._dropped_pass(to_device(batch, self.device), num_targets)
-        except Exception as again:
-            self._compiled = False
-            error, failed, instead = again, "the layers could not be compiled", "they run as they are"
-        self.news.append(f"note: train.compile: {failed}, {instead}, slower ({first_line(error)})")
+            compiled = self._compile(on_device, num_targets)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler may raise
+            self._compiled, self._graphs = False, None
+            self._note(f"the layers are not compiled and run slower ({first_line(first_cause(error))})")
+            return
+        if self._graphs is None:
+            self.news.append(f"compile: layers for {form} in {time.monotonic() - begin:.1f} s")
+            return
+        try:
+            self._capture(self._graphs, batch, num_targets, compiled)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a capture may raise
+            self._graphs = None
+            self._note(f"no CUDA graph; layers are launched one by one, slower ({first_line(first_cause(error))})")
+            return
+        seconds = time.monotonic() - begin
+        self.news.append(f"compile: forward and backward of {form} in one CUDA graph, made in {seconds:.1f} s")
+
+    def _compile(self, on_device: Batch, num_targets: torch.Tensor) -> PassNumbers:
+        """Run compiled layers for the first time, and compare them with the layers as they are written.
+
+        Raises:
+            RuntimeError: they compute something else.
+        """
+        for _ in range(WARM_UP_RUNS):
+            compiled = self._dropped_pass(on_device, num_targets)
+        try:
+            with without_compiled_code():
+                plain = self._dropped_pass(on_device, num_targets)
+        except torch.OutOfMemoryError:  # they keep more activations
+            torch.cuda.empty_cache()
+            return compiled
+        problem = difference(compiled, plain)
+        if problem:
+            raise RuntimeError(f"compiled, {problem}")
+        return compiled
+
+    def _capture(
+        self, graphs: MicroBatchGraphs, batch: Batch, num_targets: torch.Tensor, compiled: PassNumbers
+    ) -> None:
+        """Capture a graph; before the first micro-batch of a step also replay it, and compare.
+
+        Raises:
+            RuntimeError: the graph computes something else.
+        """
+        graphs.add(batch, num_targets)
+        if self._micro_batch == 0:
+            assert isinstance(self.gradients, FlatGradients)
+            _, output = graphs.run(batch, num_targets)
+            problem = difference(PassNumbers(output.token_loss.sum(), self.gradients.last_norms()), compiled)
+            self.gradients.clear()
+            if problem:
+                raise RuntimeError(f"in a CUDA graph, {problem}")
+
+    def _note(self, reason: str) -> None:
+        """Say why the fast path is left, once its memory is free."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.news.append(f"note: train.compile: {reason}")
 
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
         """Token losses of one micro-batch that is on the device."""
@@ -261,13 +333,6 @@ def device_problems(config: RunConfig, world_size: int, cuda_devices: int, local
             f"--num_gpus {cuda_devices}, or set CUDA_VISIBLE_DEVICES= to run on CPUs"
         )
     return found
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to the device, without waiting where its memory is pinned."""
-    tensors: dict[str, Any] = {**batch}
-    moved: Any = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return moved
 
 
 def first_cause(error: BaseException) -> BaseException:

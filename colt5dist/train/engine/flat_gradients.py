@@ -89,7 +89,7 @@ class FlatGradients:
             self._add_hook(name, p)
         self._reduced = False
         self._refused = False
-        self._dropping = False
+        self._dropped: dict[str, torch.Tensor] | None = None
         self._norm: float | None = None
 
     def _add_hook(self, name: str, p: nn.Parameter) -> None:
@@ -104,7 +104,8 @@ class FlatGradients:
         def take(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             gradient = parameter.grad.view(-1)
-            if self._dropping:
+            if self._dropped is not None:
+                self._dropped[name] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
                 gradient = torch.zeros_like(gradient)
             if self.sums_whole:
                 accumulate_(target, gradient)
@@ -120,13 +121,27 @@ class FlatGradients:
         self.after_micro_batch()
 
     @contextmanager
-    def dropped(self) -> Iterator[None]:
-        """Within it zeros are added in place of gradients, by the same kernels."""
-        self._dropping = True
+    def dropped(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Within it zeros are added in place of gradients, by the same kernels; gives the norms of the gradients."""
+        norms: dict[str, torch.Tensor] = {}
+        self._dropped = norms
         try:
-            yield
+            yield norms
         finally:
-            self._dropping = False
+            self._dropped = None
+
+    def last_norms(self) -> dict[str, torch.Tensor]:
+        """Norm of each parameter's gradient on this rank, after the first micro-batch of a step."""
+        whole = self.sums if self.sums_whole else self.incoming
+        return {
+            name: torch.linalg.vector_norm(whole[group][offset : offset + count])
+            for name, (group, offset, count) in self._places.items()
+        }
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for total in (*self.sums, *self.incoming):
+            total.zero_()
 
     def after_micro_batch(self) -> None:
         """Stage 2 on several ranks: add the micro-batch's gradient, summed over ranks, to this rank's partition."""
@@ -197,8 +212,7 @@ class FlatGradients:
         applied = not self._refused and norm <= LARGEST
         if applied:
             self._apply(norm)
-        for total in self.sums:
-            total.zero_()
+        self.clear()
         self._reduced = self._refused = False
         self._norm = None
         return applied, norm

@@ -1,12 +1,11 @@
-"""Forward, loss and backward of a micro-batch as one CUDA graph: a launch, whatever the host does.
+"""Forward, loss and backward of a micro-batch as one CUDA graph: one launch, however slow the host is.
 
-A graph is captured for each form of micro-batch that comes: its shapes, and whether any input is padded. All share one
-memory pool, for one runs after the other. Padding needs masks, and with a mask PyTorch's attention kernels take half
-as long again; so rows are arranged such that as few micro-batches as possible have any.
+A graph is captured for each form of micro-batch: its shapes, and whether any input is padded. All share one memory
+pool, because one runs after the other. Padding needs masks, and PyTorch's attention kernels take half as long again
+with a mask; so rows are arranged such that as few micro-batches as possible have any.
 """
 
 import gc
-import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,75 +15,96 @@ import torch
 from colt5dist.data.read.batch import Batch
 from colt5dist.model.colt5 import CoLT5Output
 
-WARM_UP_RUNS = 2
-"""Runs before the capture, which compile, choose kernels and make the workspaces that they need."""
-
 Pass = Callable[[Batch, torch.Tensor], CoLT5Output]
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """A graph and the memory that it reads and writes."""
+class Captured:
+    """What is replayed, and the memory that it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     batch: Batch
     output: CoLT5Output
 
 
 class MicroBatchGraphs:
-    """Captures and replays forward and backward passes, on the current stream, which is not the default one.
+    """Captures and replays forward and backward passes, on the current stream, which must not be the default one.
 
     Args:
         run: forward and backward of a micro-batch on the device, given the global batch's number of targets; adds the
             gradients to memory that stays where it is.
-        warm_up: the same, whose gradients go nowhere.
-        say: takes a line for the log about each graph.
+        device: the GPU.
     """
 
-    def __init__(self, run: Pass, warm_up: Pass, say: Callable[[str], None]) -> None:
-        self._run, self._warm_up, self._say = run, warm_up, say
-        self._stream = torch.cuda.current_stream()
-        self.device = device = self._stream.device
+    def __init__(self, run: Pass, device: torch.device) -> None:
+        self._run = run
+        self.device = device
         self._num_targets = torch.ones((), device=device)
-        self._graphs: dict[Hashable, _Captured] = {}
+        self._forms: dict[Hashable, Captured] = {}
         self._pool: Any = None
 
-    def __call__(self, batch: Batch, num_targets: torch.Tensor) -> tuple[Batch, CoLT5Output]:
-        """Run a micro-batch that is on the host; returns it on the device, and the output: the next call's memory."""
-        padded = bool((~batch["input_mask"]).any())
-        tensors = cast(dict[str, torch.Tensor], batch)
-        key = padded, tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-        captured = self._graphs.get(key)
-        if captured is None:
-            begin = time.monotonic()
-            captured = self._graphs[key] = self._capture(tensors, padded, num_targets)
-            size, n = batch["input_ids"].shape
-            form = f"{size} x {n} inputs {'with' if padded else 'without'} padding"
-            seconds = time.monotonic() - begin
-            self._say(f"compile: forward and backward of {form} in one CUDA graph, made in {seconds:.1f} s")
+    def has(self, batch: Batch) -> bool:
+        """Whether there is a graph for micro-batches of this form."""
+        return _form(batch) in self._forms
+
+    def add(self, batch: Batch, num_targets: torch.Tensor) -> None:
+        """Capture the passes over micro-batches of this form, which have run before, so that nothing is left to load.
+
+        The gradients of the capture go nowhere: nothing runs in it.
+        """
+        static = to_device(batch, self.device)
+        self._num_targets.copy_(num_targets)
+        replay, output = self._capture(without_needless_mask(static, batch))
+        self._forms[_form(batch)] = Captured(replay, static, output)
+
+    def run(self, batch: Batch, num_targets: torch.Tensor) -> tuple[Batch, CoLT5Output]:
+        """Run a micro-batch that is on the host.
+
+        Returns:
+            The micro-batch on the device, and the output: memory that the next call overwrites.
+        """
+        captured = self._forms[_form(batch)]
         inputs = cast(dict[str, torch.Tensor], captured.batch)
-        for name, tensor in tensors.items():
+        for name, tensor in cast(dict[str, torch.Tensor], batch).items():
             inputs[name].copy_(tensor, non_blocking=True)
         self._num_targets.copy_(num_targets)
-        captured.graph.replay()
+        captured.replay()
         return captured.batch, captured.output
 
-    def _capture(self, tensors: dict[str, torch.Tensor], padded: bool, num_targets: torch.Tensor) -> _Captured:
-        """Record the passes over a micro-batch of this form."""
-        batch = cast(Batch, {name: tensor.to(self.device) for name, tensor in tensors.items()})
-        given = batch if padded else cast(Batch, {**batch, "input_mask": None})
-        self._num_targets.copy_(num_targets)
-        for _ in range(WARM_UP_RUNS):
-            self._warm_up(given, self._num_targets)
+    def _capture(self, batch: Batch) -> tuple[Callable[[], None], CoLT5Output]:
+        """Record the passes; returns what repeats them, and the output that it writes."""
         torch.cuda.synchronize(self.device)
         gc.collect()
-        torch.cuda.empty_cache()  # what the warm-up left would be kept beside the graph's own memory
+        torch.cuda.empty_cache()  # what earlier passes left would be kept beside the graph's own memory
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.device)
         # thread_local: the thread that reads ahead may page-lock memory meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = self._run(given, self._num_targets)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            output = self._run(batch, self._num_targets)
         self._pool = graph.pool()
-        return _Captured(graph, batch, output)
+        return graph.replay, output
+
+
+def _form(batch: Batch) -> Hashable:
+    """What a graph is made for: shapes, and whether any input is padded."""
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in cast(dict[str, torch.Tensor], batch).items())
+    return is_padded(batch), shapes
+
+
+def is_padded(batch: Batch) -> bool:
+    """Whether any input of a micro-batch on the host has padding."""
+    return not bool(batch["input_mask"].all())
+
+
+def without_needless_mask(on_device: Batch, batch: Batch) -> Batch:
+    """The micro-batch on the device, without its input mask where the same micro-batch on the host has no padding."""
+    return on_device if is_padded(batch) else cast(Batch, {**on_device, "input_mask": None})
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to the device, without waiting where its memory is page-locked."""
+    tensors = cast(dict[str, torch.Tensor], batch)
+    return cast(Batch, {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def arrange(micro_batches: list[Batch]) -> list[Batch]:

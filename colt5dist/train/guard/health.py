@@ -16,8 +16,8 @@ import torch
 from colt5dist.errors import TrainingFault
 from colt5dist.files import write_whole
 from colt5dist.train.engine import fragments
-from colt5dist.train.engine.engine import to_device
 from colt5dist.train.engine.gradients import are_bad
+from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.guard import spikes
 from colt5dist.train.losses import LossMeans, count_target_tokens, training_loss
 from colt5dist.train.ranks import barrier, gather_objects

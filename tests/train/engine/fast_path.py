@@ -23,7 +23,7 @@ from colt5dist.train.losses import LossSums, count_target_tokens
 from colt5dist.train.ranks import Ranks, finish_process_group, initialise_process_group, ranks_from_environment
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
-VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none", "3-none")
+VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none")
 STEPS = 12
 NAN_STEP = 6
 
@@ -46,7 +46,9 @@ def micro_batches(config: RunConfig, step: int, ranks: Ranks) -> list[Batch]:
         sample_index=torch.arange(size) + step * size,
         target_bytes=lengths.squeeze(1),
     )
-    mine = {name: tensor[ranks.rank :: ranks.world_size].pin_memory() for name, tensor in whole.items()}
+    mine = {name: tensor[ranks.rank :: ranks.world_size] for name, tensor in whole.items()}
+    if torch.cuda.is_available():
+        mine = {name: tensor.pin_memory() for name, tensor in mine.items()}
     width = config.train.micro_batch_size
     starts = range(0, size // ranks.world_size, width)
     return [Batch(**{name: tensor[i : i + width] for name, tensor in mine.items()}) for i in starts]

@@ -26,8 +26,9 @@ from colt5dist.train.checkpoint import (
 )
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.engine import Engine, to_device
+from colt5dist.train.engine.engine import Engine
 from colt5dist.train.engine.fragments import refresh_parameters
+from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.losses import LossSums, count_target_tokens
 from colt5dist.train.ranks import finish_process_group, initialise_process_group, ranks_from_environment
 
