@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -16,9 +17,18 @@ class CutShortError(Exception):
     """An evaluation was not finished, on any rank, because a stop was requested."""
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """This rank's part of the held-out samples, as many micro-batches as every other rank has."""
+
+    batches: list[Batch]
+    with_other_inputs: list[Batch] | None
+    """The same targets, each with the input of the sample before it; None where that is not measured."""
+
+
 def evaluate(
     engine: Engine,
-    batches: list[Batch],
+    held_out: HeldOut,
     objectives: tuple[str, ...],
     *,
     shuffled_inputs: bool = False,
@@ -28,7 +38,7 @@ def evaluate(
 
     Args:
         engine: the engine; the model is in training mode again afterwards.
-        batches: this rank's micro-batches; every rank must have equally many.
+        held_out: the samples; every rank calls this with its part.
         objectives: names of the objectives, in the order of `batch["objective"]`.
         shuffled_inputs: also measure with each sample given its neighbour's input: the loss of a decoder that reads
             another document's encoder output. It is far above the loss once the decoder has learnt to read its input.
@@ -40,12 +50,13 @@ def evaluate(
     Raises:
         CutShortError: on all ranks, if `stop_wanted` returns True.
     """
-    means = _measure(engine, batches, objectives, stop_wanted)
+    means = _measure(engine, held_out.batches, objectives, stop_wanted)
     record: Record = {"eval/loss": means.loss}
     record.update({f"eval/loss/{name}": loss for name, loss in means.by_objective.items()})
     record["eval/bits_per_byte"] = means.loss_sum / math.log(2) / means.target_bytes if means.target_bytes else None
-    if shuffled_inputs:
-        record["eval/loss_shuffled_inputs"] = _measure(engine, _shuffle_inputs(batches), objectives, stop_wanted).loss
+    if shuffled_inputs and held_out.with_other_inputs is not None:
+        others = held_out.with_other_inputs
+        record["eval/loss_shuffled_inputs"] = _measure(engine, others, objectives, stop_wanted).loss
     return record
 
 
@@ -64,17 +75,3 @@ def _measure(
     finally:
         engine.train(True)
     return sums.read()
-
-
-def _shuffle_inputs(batches: list[Batch]) -> list[Batch]:
-    """Give each sample the inputs of the one before it; the first gets those of the last."""
-    ids = torch.cat([batch["input_ids"] for batch in batches])
-    mask = torch.cat([batch["input_mask"] for batch in batches])
-    valid = torch.cat([batch["sample_index"] for batch in batches]) >= 0  # a filler row has no input to pass on
-    ids[valid], mask[valid] = ids[valid].roll(1, dims=0), mask[valid].roll(1, dims=0)
-    moved = []
-    for batch in batches:
-        size = len(batch["input_ids"])
-        moved.append(Batch(**{**batch, "input_ids": ids[:size], "input_mask": mask[:size]}))  # type: ignore[typeddict-item]
-        ids, mask = ids[size:], mask[size:]
-    return moved

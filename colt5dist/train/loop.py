@@ -10,7 +10,7 @@ from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.schedule import learning_rate
-from colt5dist.train.evaluation import CutShortError, evaluate
+from colt5dist.train.evaluation import CutShortError, HeldOut, evaluate
 from colt5dist.train.garbage import collect_after
 from colt5dist.train.guard.health import Health
 from colt5dist.train.guard.spikes import ranges_to_skip, skip_list
@@ -150,7 +150,7 @@ def console_line(step: int, num_steps: int, record: Record, slowest: str) -> str
     return " | ".join([*parts, slowest] if slowest else parts)
 
 
-def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
+def begin_stage(run: Run, stage: RunConfig) -> HeldOut:
     """Change to the lengths of a stage; returns this rank's part of the samples that its evaluations use.
 
     Raises:
@@ -165,24 +165,28 @@ def begin_stage(run: Run, stage: RunConfig) -> list[Batch]:
             f"tokens, {stage.micro_batch_size(run.ranks.world_size)} samples per micro-batch"
         )
     with run.heartbeat.patient("reading the held-out samples", run.state.step + 1):
-        held_out: list[Batch] = []
+        parts: list[list[Batch]] = []
         problem = None
         try:
-            held_out = held_out_batches(
-                run.shards,
-                stage.data,
-                num_samples=stage.train.eval_samples,
-                micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
-                rank=run.ranks.rank,
-                world_size=run.ranks.world_size,
-            )
+            for inputs_of_previous in (False, True)[: 1 + stage.train.eval_shuffled_inputs]:
+                parts.append(
+                    held_out_batches(
+                        run.shards,
+                        stage.data,
+                        num_samples=stage.train.eval_samples,
+                        micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
+                        rank=run.ranks.rank,
+                        world_size=run.ranks.world_size,
+                        inputs_of_previous=inputs_of_previous,
+                    )
+                )
         except ConfigError as error:
             problem = str(error)
         raise_together(problem)
-    return held_out
+    return HeldOut(parts[0], parts[1] if len(parts) > 1 else None)
 
 
-def run_evaluation(run: Run, held_out: list[Batch], *, shuffled_inputs: bool = False) -> Record:
+def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False) -> Record:
     """The held-out numbers; none if a request to stop cuts the evaluation short, so that the checkpoint is in time."""
 
     def stop_wanted() -> bool:
@@ -196,7 +200,7 @@ def run_evaluation(run: Run, held_out: list[Batch], *, shuffled_inputs: bool = F
         return {}
 
 
-def first_evaluation(run: Run, held_out: list[Batch]) -> float | None:
+def first_evaluation(run: Run, held_out: HeldOut) -> float | None:
     """The held-out loss before the first step, said at once: what follows can take minutes on a CPU."""
     loss = run_evaluation(run, held_out).get("eval/loss")
     every = run.config.train.log_every

@@ -192,7 +192,7 @@ def test_arguments_of_the_routers(router_kwargs):
         (topk, {"n_iters": "20"}),
         (topk, {"coor_descent_k_ratio": "1"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_functions(function, arguments):
     first = "scores" if function is soft_topk else "x"

@@ -21,6 +21,7 @@ def held_out_batches(
     micro_batch_size: int,
     rank: int,
     world_size: int,
+    inputs_of_previous: bool = False,
 ) -> list[Batch]:
     """Return one rank's share of the held-out samples 0..num_samples-1.
 
@@ -33,6 +34,7 @@ def held_out_batches(
         micro_batch_size: rows (samples) per batch.
         rank: number of this rank.
         world_size: number of ranks.
+        inputs_of_previous: whether each sample gets the input of the sample before it, and the first that of the last.
 
     Returns:
         The same number of batches for every rank; rows without a sample have sample_index -1 and masks that are False.
@@ -42,7 +44,13 @@ def held_out_batches(
     numbers = np.arange(-(-num_samples // samples_per_batch) * samples_per_batch)
     numbers[numbers >= num_samples] = FILLER
     layout = BatchLayout(world_size=world_size, micro_batch_size=micro_batch_size)
-    return [make_batch(samples, batch) for batch in layout.micro_batches(numbers, rank).tolist()]
+    batches = [make_batch(samples, batch) for batch in layout.micro_batches(numbers, rank).tolist()]
+    if inputs_of_previous:
+        others = np.where(numbers == FILLER, FILLER, (numbers - 1) % num_samples)
+        for batch, rows in zip(batches, layout.micro_batches(others, rank).tolist(), strict=True):
+            other = make_batch(samples, rows)
+            batch["input_ids"], batch["input_mask"] = other["input_ids"], other["input_mask"]
+    return batches
 
 
 def unigram_entropy(shards: ShardSet | Sources, config: DataConfig, *, num_samples: int) -> float:

@@ -204,6 +204,33 @@ def test_held_out_samples(shards: ShardSet, world_size: int) -> None:
     assert [row[1] for row in found] == [0, 1, 2, 3] * 5
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_inputs_of_the_previous_sample(shards: ShardSet, world_size: int) -> None:
+    """Each sample has the input of the one before it, whatever rank that is on, and the first that of the last."""
+    own, other = (
+        {
+            int(number): (ids.tolist(), targets.tolist())
+            for rank in range(world_size)
+            for batch in held_out_batches(
+                shards,
+                config(),
+                num_samples=8,
+                micro_batch_size=2,
+                rank=rank,
+                world_size=world_size,
+                inputs_of_previous=shifted,
+            )
+            for number, ids, targets in zip(batch["sample_index"], batch["input_ids"], batch["target_ids"], strict=True)
+            if number >= 0
+        }
+        for shifted in (False, True)
+    )
+    assert sorted(other) == list(range(8))
+    for number, (ids, targets) in other.items():
+        assert targets == own[number][1]
+        assert ids == own[(number - 1) % 8][0]
+
+
 def test_held_out_text_is_not_trained_on(shards: ShardSet) -> None:
     """No held-out sample shares a passage of its text with the training documents."""
     texts = {}
