@@ -9,8 +9,6 @@ LongT5 of Hugging Face (transient-global attention) is trained on random tokens,
 
 import argparse
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from colt5dist.benchmark import device_line
@@ -169,8 +168,11 @@ def wait_for(process: subprocess.Popen[bytes], trace: Path, seconds: float) -> N
 
 def with_children_ended(process: subprocess.Popen[bytes]) -> None:
     """End a trainer and its launcher at once; nothing that it writes is kept."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(psutil.NoSuchProcess):  # torchrun starts its workers in sessions of their own
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
     process.wait()
 
 

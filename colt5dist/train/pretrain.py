@@ -61,7 +61,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     check_devices(config, ranks)
     shards = open_run_shards(config)
     shapes = parameter_shapes(config)
-    plan = resume.plan_start(config, shards.fingerprint, shapes)
+    plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
     run_dir = Path(str(config.run_dir))
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
@@ -81,7 +81,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     )
     with heartbeat, record_failures(config, ranks, hosts, heartbeat.explain):
         heartbeat.at("comparing hashes", plan.state.step)
-        plan = resume.confirm_plan(config, shards.fingerprint, shapes, ranks)
+        plan = resume.confirm_plan(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes, ranks)
         if plan.is_finished(config):  # the run before this one finished meanwhile
             finish_process_group()
             return report_finished(run_dir, ranks, plan.state, entropy)

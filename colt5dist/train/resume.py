@@ -82,6 +82,7 @@ class StartPlan:
 def plan_start(
     config: RunConfig,
     fingerprint: str,
+    tokenizer_fingerprint: str,
     shapes: dict[str, tuple[int, ...]],
     damaged: Mapping[Path, Damage] | None = None,
 ) -> StartPlan:
@@ -90,6 +91,7 @@ def plan_start(
     Args:
         config: the run.
         fingerprint: fingerprint of the shards' manifest.
+        tokenizer_fingerprint: fingerprint of the shards' tokenizer.
         shapes: name and shape of every parameter of the model.
         damaged: checkpoints that are known to be damaged although their sizes are right, and what is wrong with them.
 
@@ -138,6 +140,7 @@ def plan_start(
             problems.append(
                 f"{_shards_name(config)} is not what this run was trained on; name the same shards, or another run_dir"
             )
+        state.tokenizer_fingerprint = tokenizer_fingerprint  # older checkpoints do not name it
         if not problems:
             return StartPlan(whole[-1], None, state, (*notes, f"resuming from {whole[-1]}"))
     init_from = None
@@ -148,15 +151,34 @@ def plan_start(
             raise ConfigError(f"init_from: {config.init_from} cannot be read ({error.strerror}); name a run") from None
         notes += [f"passed over {folder}: {size_problem(folder)}" for folder in others]
         problems += model_problems(init_from, shapes)
+        trained_with = read_state(init_from).tokenizer_fingerprint
+        if not trained_with:
+            notes.append(f"init_from: {init_from} does not name its tokenizer; it must be that of the shards here")
+        elif trained_with != tokenizer_fingerprint:
+            problems.append(
+                f"init_from: {init_from} was trained with another tokenizer than that of {_shards_name(config)}; its "
+                "ids mean something else; prepare the shards with its tokenizer"
+            )
         notes.append(f"weights from {init_from}")
     if problems:
         raise ConfigError("\n".join(problems))
     if started:
         notes.append(f"no {'whole ' if passed_over else ''}checkpoint in {root}: starting at step 0")
-    return StartPlan(None, init_from, TrainerState(data_fingerprint=fingerprint), tuple(notes))
+    return StartPlan(
+        None,
+        init_from,
+        TrainerState(data_fingerprint=fingerprint, tokenizer_fingerprint=tokenizer_fingerprint),
+        tuple(notes),
+    )
 
 
-def confirm_plan(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[int, ...]], ranks: Ranks) -> StartPlan:
+def confirm_plan(
+    config: RunConfig,
+    fingerprint: str,
+    tokenizer_fingerprint: str,
+    shapes: dict[str, tuple[int, ...]],
+    ranks: Ranks,
+) -> StartPlan:
     """Make the plan again, now that no other run can change the folder, and check the checkpoint's hashes; collective.
 
     The run before this one may have written its last checkpoint after the first plan was made. The ranks share the
@@ -165,6 +187,7 @@ def confirm_plan(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[in
     Args:
         config: the run.
         fingerprint: fingerprint of the shards' manifest.
+        tokenizer_fingerprint: fingerprint of the shards' tokenizer.
         shapes: name and shape of every parameter of the model.
         ranks: place of this rank.
 
@@ -175,7 +198,7 @@ def confirm_plan(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[in
         ConfigError: on all ranks, if no checkpoint is left, or a rank sees another one than rank 0.
     """
     with errors_on_all_ranks():
-        plan = plan_start(config, fingerprint, shapes)
+        plan = plan_start(config, fingerprint, tokenizer_fingerprint, shapes)
     agree_on_start(plan)
     damaged: dict[Path, Damage] = {}
     notes: list[str] = []
@@ -190,7 +213,7 @@ def confirm_plan(config: RunConfig, fingerprint: str, shapes: dict[str, tuple[in
             if folder == plan.init_from:
                 raise ConfigError(f"init_from: {folder} cannot be used: {damage}; name another checkpoint")
             damaged[folder] = damage
-            plan = plan_start(config, fingerprint, shapes, damaged)
+            plan = plan_start(config, fingerprint, tokenizer_fingerprint, shapes, damaged)
         agree_on_start(plan)
     if ranks.is_first:
         # or the next start would take them for whole

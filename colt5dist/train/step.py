@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward over this rank's micro-batches, then the vote on which all ranks agree."""
 
+import sys
 from dataclasses import astuple, dataclass, fields
 
 from torch.profiler import record_function
@@ -107,11 +108,14 @@ def forward_and_backward(run: Run, step: int, micro_batches: list[Batch]) -> Loc
     routing_due = every > 0 and step % every == 0
     for number, batch in enumerate(micro_batches, start=1):
         collect_routing = routing_due and number == len(micro_batches)
-        with run.meter.computing():
-            on_device, output = engine.forward_backward(batch, num_targets, collect_routing=collect_routing)
+        on_device, output = engine.forward_backward(
+            batch, num_targets, collect_routing=collect_routing, timed=run.meter.computing
+        )
         sums.add(on_device, output)
     for line in engine.news:
         run.monitor.say(line)
+        if not run.ranks.is_first and line.startswith("note: "):
+            print(f"rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
     engine.news.clear()
     routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
     routing = record_routing(run.monitor, step, output.routing, routed_mask)

@@ -5,6 +5,7 @@ that it belongs to, so that all ranks can stop together.
 """
 
 import atexit
+import gc
 import multiprocessing.connection
 import signal
 import threading
@@ -85,7 +86,7 @@ def training_batches(
     workers: dict[str, Any] = {}
     if config.num_workers:
         # fork: the memory-mapped index is shared, and nothing has to be pickled
-        workers = {"multiprocessing_context": "fork", "worker_init_fn": ignore_stop_signals, "prefetch_factor": 4}
+        workers = {"multiprocessing_context": "fork", "worker_init_fn": prepare_worker, "prefetch_factor": 4}
     loader = DataLoader(
         MicroBatches(shards, config, seed=seed, stage=sampler.stage_at(first_step)),
         batch_size=None,
@@ -314,8 +315,13 @@ def _kill_if_alive(reference: "weakref.ref[TrainingBatches]") -> None:
         batches.kill_workers()
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Ignore SIGTERM and SIGINT in a worker: a signal to the whole process group must not end the trainer's readers."""
+def prepare_worker(worker: int) -> None:
+    """Let a worker collect garbage by itself, and ignore SIGTERM and SIGINT.
+
+    The trainer it was forked from may have switched the collector off. A signal to the whole process group must not end
+    the trainer's readers.
+    """
+    gc.enable()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

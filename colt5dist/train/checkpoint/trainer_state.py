@@ -21,6 +21,8 @@ class TrainerState:
     """Number of the first sample of the steps that are counted in `skipped_in_a_row`."""
     data_fingerprint: str = ""
     """Fingerprint of the shards' manifest."""
+    tokenizer_fingerprint: str = ""
+    """Fingerprint of the shards' tokenizer; empty in checkpoints that were written before it was kept."""
     skipped_samples: list[list[int]] = field(default_factory=list)
     """Ranges [first, sample after the last] of samples that data.skip has left out so far."""
     bad_records: int = 0

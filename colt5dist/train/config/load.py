@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from colt5dist.errors import ConfigError
 from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.config.text import keep_texts
 
 FREE_SECTIONS = ("deepspeed",)
 """Sections whose keys are not fields of `RunConfig`."""
@@ -40,7 +41,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     known = [name for name, _ in _values(OmegaConf.to_container(tree), "")]
     settings = _read_yaml(Path(path))
     for text in overrides:
-        key, separator, _ = text.partition("=")
+        key, separator, typed = text.partition("=")
         if not separator or not key:
             problems.append(f"{text}: not of the form key=value; write for instance train.steps=100")
             continue
@@ -52,7 +53,8 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         except (OmegaConfBaseException, yaml.YAMLError, UnicodeError):
             problems.append(f"{key}: the value in {text!r} is not readable as YAML; quote it")
             continue
-        settings.extend((k, v, "command line") for k, v in _values(OmegaConf.to_container(node), ""))
+        for k, v in _values(OmegaConf.to_container(node), ""):
+            settings.append((k, keep_texts(k, v, typed) if k == key else v, "command line"))
     for key, value, origin in settings:
         problem = _apply(tree, known, key, value)
         if problem:
@@ -108,14 +110,16 @@ def _read_yaml(path: Path) -> list[tuple[str, Any, str]]:
         if not isinstance(name, str):
             raise ConfigError(f"{path}: include.{section}: {name!r} is not the name of a file; write a path")
         piece = path.parent / name
-        settings.extend((f"{section}.{key}", value, str(piece)) for key, value in _values(_load_mapping(piece), ""))
+        values = _values(_load_mapping(piece, section), "")
+        settings.extend((f"{section}.{key}", value, str(piece)) for key, value in values)
     settings.extend((key, value, str(path)) for key, value in _values(content, ""))
     return settings
 
 
-def _load_mapping(path: Path) -> dict[str, Any]:
+def _load_mapping(path: Path, section: str = "") -> dict[str, Any]:
+    """A YAML file's keys and values; section: the one that the file fills."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = keep_texts(section, OmegaConf.to_container(OmegaConf.load(path)), path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file; name one that exists") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
@@ -137,8 +141,6 @@ def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | No
         if inside:
             return f"{key}: is a section, not a value; set for instance {inside[0]}"
         return f"{key}: no such key; {_did_you_mean(key, known)}"
-    if key == "train.compile" and value is False:
-        value = "off"  # YAML reads the word as false
     try:
         OmegaConf.update(tree, key, value, merge=True, force_add=section in FREE_SECTIONS)
     except OmegaConfBaseException as error:

@@ -18,7 +18,7 @@ LAYERS = (ConditionalEncoderLayer, DenseEncoderLayer, DecoderLayer, CausalLayer)
 """Modules that are compiled, each by itself: layers of one kind are alike, so that one compilation serves them all."""
 LOSS_TOLERANCE = 2e-3
 """Relative."""
-NORM_TOLERANCE = 0.5
+NORM_TOLERANCE = 0.3
 """Relative, of the norm of one parameter's gradient."""
 NORM_FLOOR = 2e-3
 """Share of the norm of all gradients, by which a single one may differ besides."""
@@ -34,6 +34,13 @@ def compile_layers(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, LAYERS):
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)  # type: ignore
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`."""
+    for layer in model.modules():
+        if isinstance(layer, LAYERS):
+            vars(layer).pop("forward", None)
 
 
 @contextmanager

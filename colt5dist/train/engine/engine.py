@@ -3,7 +3,8 @@
 import gc
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,19 +17,32 @@ from colt5dist.errors import first_line
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.compile import PassNumbers, compile_layers, difference, without_compiled_code
+from colt5dist.train.engine.compile import (
+    PassNumbers,
+    compile_layers,
+    difference,
+    restore_layers,
+    without_compiled_code,
+)
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
 from colt5dist.train.engine.flat_gradients import FlatGradients
 from colt5dist.train.engine.gradients import DeepSpeedGradients
 from colt5dist.train.engine.micro_batch_graph import (
     MicroBatchGraphs,
     arrange,
+    form_of,
     is_padded,
     to_device,
+    with_other_padding,
     without_needless_mask,
 )
 from colt5dist.train.engine.optimizer import build_optimizer
 from colt5dist.train.losses import training_loss
+
+
+class CaptureError(RuntimeError):
+    """A CUDA graph cannot be made, or computes something else than what it was made of."""
+
 
 WARM_UP_RUNS = 2
 """Passes before a capture: the first compiles, the second makes the workspaces that compiled code needs."""
@@ -59,7 +73,9 @@ class Engine:
         self.dtype = torch.bfloat16 if uses_bf16(config, on_gpu) else torch.float32
         self.z_loss = config.train.z_loss
         settings = deepspeed_config(config, world_size, on_gpu)
-        if on_gpu:
+        if flat_gradients is None:
+            flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
+        if on_gpu and flat_gradients:
             # CUDA graphs cannot be captured on the default stream; and autograd adds the gradient of a parameter on the
             # stream that was current when DeepSpeed first looked at it, so that one stream has to serve throughout
             torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -69,8 +85,6 @@ class Engine:
                 model = build_model(config)
         else:
             model = build_model(config)
-        if flat_gradients is None:
-            flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
         self._compiled = on_gpu and flat_gradients and config.train.compile != "off" and not config.train.deterministic
         if self._compiled:
             compile_layers(model)
@@ -94,13 +108,14 @@ class Engine:
                 self.stage,
                 clipping=config.optimizer.gradient_clipping,
                 reduce_dtype=reduce_dtype or torch.float32,
+                bucket_size=config.zero.bucket_size,
             )
         else:
             self.gradients = DeepSpeedGradients(
                 self.deepspeed, self.stage, clipping=config.optimizer.gradient_clipping, device=device
             )
 
-        self._unproven = self._compiled
+        self._proven: set[Hashable] = set()
         self._graphs: MicroBatchGraphs | None = None
         if self._compiled and config.train.compile == "auto":
             self._graphs = MicroBatchGraphs(self._pass, device)
@@ -133,8 +148,9 @@ class Engine:
         if hasattr(self.deepspeed.optimizer, "gradient_accumulation_steps"):
             self.deepspeed.optimizer.gradient_accumulation_steps = self._num_micro_batches
         model_config: Any = self.module.config
-        if model_config.num_heavy_tokens != stage.model.num_heavy_tokens and self._graphs is not None:
-            self._graphs = MicroBatchGraphs(self._pass, self.device)  # those that are there have the other share
+        if self._graphs is not None:
+            self._graphs = MicroBatchGraphs(self._pass, self.device)  # those that are there were made for other lengths
+        self._proven.clear()
         model_config.num_heavy_tokens = stage.model.num_heavy_tokens
 
     @property
@@ -149,7 +165,12 @@ class Engine:
         return optimizer.optimizer if self.stage else optimizer
 
     def forward_backward(
-        self, batch: Batch, num_targets: torch.Tensor, *, collect_routing: bool = False
+        self,
+        batch: Batch,
+        num_targets: torch.Tensor,
+        *,
+        collect_routing: bool = False,
+        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[Batch, CoLT5Output]:
         """Run one micro-batch forward and backward, and add its gradient.
 
@@ -157,27 +178,37 @@ class Engine:
             batch: the micro-batch, on the host.
             num_targets: valid target tokens of the global batch, a float32 scalar on the device.
             collect_routing: whether the output says what the routers did.
+            timed: makes a context for the part of the work that waits for no other rank.
 
         Returns:
             The micro-batch on the device, and the model's output; both may be overwritten by the next call.
         """
-        if self._unproven or (self._graphs is not None and not self._graphs.has(batch)):
+        if self._compiled and form_of(batch) not in self._proven:
             self._prove(batch, num_targets)
         if self._graphs is not None:
-            return self._replay(self._graphs, batch, num_targets, collect_routing)
+            return self._replay(self._graphs, batch, num_targets, collect_routing, timed)
         on_device = to_device(batch, self.device)
-        with record_function("forward"):
-            output = self.forward(on_device, collect_routing=collect_routing)
-            loss = training_loss(output, num_targets, self.z_loss)
-        with record_function("backward"):
-            self.backward(loss)
+        compiled = self._compiled and not collect_routing
+        given = without_needless_mask(on_device, batch) if compiled else on_device
+        # around the backward pass, too, in which activation checkpointing runs the layers again
+        with nullcontext() if compiled else without_compiled_code():
+            with timed(), record_function("forward"):
+                output = self.forward(given, collect_routing=collect_routing)
+                loss = training_loss(output, num_targets, self.z_loss)
+            with record_function("backward"):
+                self.backward(loss)
         return on_device, output
 
     def _replay(
-        self, graphs: MicroBatchGraphs, batch: Batch, num_targets: torch.Tensor, collect_routing: bool
+        self,
+        graphs: MicroBatchGraphs,
+        batch: Batch,
+        num_targets: torch.Tensor,
+        collect_routing: bool,
+        timed: Callable[[], AbstractContextManager[None]],
     ) -> tuple[Batch, CoLT5Output]:
         """`forward_backward` by CUDA graph."""
-        with record_function("forward and backward"):
+        with timed(), record_function("forward and backward"):
             on_device, output = graphs.run(batch, num_targets)
         assert isinstance(self.gradients, FlatGradients)
         self.gradients.after_micro_batch()
@@ -188,36 +219,59 @@ class Engine:
         return on_device, output
 
     def _prove(self, batch: Batch, num_targets: torch.Tensor) -> None:
-        """Compile and capture for the form of a micro-batch, and take what fails or computes something else off."""
-        begin = time.monotonic()
-        size, n = batch["input_ids"].shape
-        form = f"{size} x {n} inputs {'with' if is_padded(batch) else 'without'} padding"
-        on_device = without_needless_mask(to_device(batch, self.device), batch)
-        self._unproven = False
-        try:
-            compiled = self._compile(on_device, num_targets)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler may raise
-            self._compiled, self._graphs = False, None
-            self._note(f"the layers are not compiled and run slower ({first_line(first_cause(error))})")
-            return
-        if self._graphs is None:
-            self.news.append(f"compile: layers for {form} in {time.monotonic() - begin:.1f} s")
-            return
-        try:
-            self._capture(self._graphs, batch, num_targets, compiled)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a capture may raise
-            self._graphs = None
-            self._note(f"no CUDA graph; layers are launched one by one, slower ({first_line(first_cause(error))})")
-            return
-        seconds = time.monotonic() - begin
-        self.news.append(f"compile: forward and backward of {form} in one CUDA graph, made in {seconds:.1f} s")
+        """Compile and capture for a shape, with padding and without, and leave what fails or computes something else.
 
-    def _compile(self, on_device: Batch, num_targets: torch.Tensor) -> PassNumbers:
+        Both forms at once: so a lack of memory shows at the start, and no rank compiles in the middle of a run.
+        """
+        forms = [batch] if batch["input_mask"].numel() == 0 else [batch, with_other_padding(batch)]
+        for of_form in forms:
+            if self._compiled:
+                self._prove_form(of_form, num_targets)
+            self._proven.add(form_of(of_form))
+
+    def _prove_form(self, batch: Batch, num_targets: torch.Tensor) -> None:
+        begin = time.monotonic()
+        size, n = batch["input_ids"].shape if batch["input_ids"].numel() else batch["target_ids"].shape
+        form = f"{size} x {n} tokens {'with' if is_padded(batch) else 'without'} padding"
+        on_device = without_needless_mask(to_device(batch, self.device), batch)
+        try:
+            compiled, compared = self._compile(on_device, num_targets)
+            if self._graphs is not None:
+                self._capture(self._graphs, batch, num_targets, compiled)
+        except Exception as error:  # whatever a compiler or a capture may raise
+            self._fall_back(error)
+            return
+        what = f"layers for {form}" if self._graphs is None else f"forward and backward of {form} in one CUDA graph,"
+        proof = "" if compared else "; not compared with the plain layers: no room for those"
+        self.news.append(f"compile: {what} made in {time.monotonic() - begin:.1f} s{proof}")
+
+    def _fall_back(self, error: Exception) -> None:
+        """Leave the graphs, or the compiled layers, free their memory, and say so.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for the first form, with which the plain layers would not help.
+        """
+        assert isinstance(self.gradients, FlatGradients)
+        self.gradients.forget_unfinished()
+        if isinstance(error, torch.OutOfMemoryError) and not self._proven:
+            raise error
+        in_capture = isinstance(error, (CaptureError, torch.OutOfMemoryError))
+        cause = first_line(first_cause(error))
+        self._graphs = None
+        if not in_capture:
+            self._compiled = False
+            restore_layers(self.module)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        left = "no CUDA graph; layers are launched one by one" if in_capture else "the layers are not compiled"
+        self.news.append(f"note: train.compile: {left}, slower ({cause})")
+
+    def _compile(self, on_device: Batch, num_targets: torch.Tensor) -> tuple[PassNumbers, bool]:
         """Run compiled layers for the first time, and compare them with the layers as they are written.
+
+        Returns:
+            What they computed, and whether there was room to compare it.
 
         Raises:
             RuntimeError: they compute something else.
@@ -228,36 +282,40 @@ class Engine:
             with without_compiled_code():
                 plain = self._dropped_pass(on_device, num_targets)
         except torch.OutOfMemoryError:  # they keep more activations
+            gc.collect()
             torch.cuda.empty_cache()
-            return compiled
+            return compiled, False
         problem = difference(compiled, plain)
         if problem:
             raise RuntimeError(f"compiled, {problem}")
-        return compiled
+        return compiled, True
 
     def _capture(
         self, graphs: MicroBatchGraphs, batch: Batch, num_targets: torch.Tensor, compiled: PassNumbers
     ) -> None:
-        """Capture a graph; before the first micro-batch of a step also replay it, and compare.
+        """Capture a graph, replay it, and compare; before the first micro-batch of a step, whose gradients are zero.
 
         Raises:
-            RuntimeError: the graph computes something else.
+            CaptureError: it cannot be captured, or computes something else.
         """
-        graphs.add(batch, num_targets)
-        if self._micro_batch == 0:
-            assert isinstance(self.gradients, FlatGradients)
+        assert isinstance(self.gradients, FlatGradients) and self._micro_batch == 0
+        try:
+            graphs.add(batch, num_targets)
             _, output = graphs.run(batch, num_targets)
             problem = difference(PassNumbers(output.token_loss.sum(), self.gradients.last_norms()), compiled)
+        except Exception as error:
+            raise CaptureError("the capture failed") from error
+        finally:
             self.gradients.clear()
-            if problem:
-                raise RuntimeError(f"in a CUDA graph, {problem}")
+        if problem:
+            raise CaptureError(f"in a CUDA graph, {problem}")
 
-    def _note(self, reason: str) -> None:
-        """Say why the fast path is left, once its memory is free."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.news.append(f"note: train.compile: {reason}")
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within it, and after it, nothing is captured or compiled: for looking into what went wrong."""
+        self._graphs, self._compiled = None, False
+        with without_compiled_code():
+            yield
 
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
         """Token losses of one micro-batch that is on the device."""

@@ -62,12 +62,16 @@ class FlatGradients:
         stage: 1 or 2.
         clipping: largest global gradient norm; 0: no clipping.
         reduce_dtype: number format of the sum over ranks.
+        bucket_size: elements that are summed over ranks at once.
     """
 
-    def __init__(self, deepspeed: Any, stage: int, *, clipping: float, reduce_dtype: torch.dtype) -> None:
+    def __init__(
+        self, deepspeed: Any, stage: int, *, clipping: float, reduce_dtype: torch.dtype, bucket_size: int
+    ) -> None:
         self.optimizer = deepspeed.optimizer
         self.clipping = clipping
         self.reduce_dtype = reduce_dtype
+        self.bucket_size = bucket_size
         self.world_size, self.rank = deepspeed.world_size, deepspeed.global_rank
         self.layouts = _layouts(self.optimizer)
         for hook in self.optimizer._grad_acc_hooks:
@@ -85,6 +89,7 @@ class FlatGradients:
                 self.sums.append(torch.zeros_like(layout.master))
                 self.incoming.append(torch.zeros_like(layout.weights))
         self._places: dict[str, tuple[int, int, int]] = {}
+        self._parameters = list(deepspeed.module.parameters())
         for name, p in deepspeed.module.named_parameters():
             self._add_hook(name, p)
         self._reduced = False
@@ -129,6 +134,12 @@ class FlatGradients:
             yield norms
         finally:
             self._dropped = None
+            self.forget_unfinished()
+
+    def forget_unfinished(self) -> None:
+        """Forget what a backward pass that failed has left at the parameters, which the next would add to."""
+        for p in self._parameters:
+            p.grad = None
 
     def last_norms(self) -> dict[str, torch.Tensor]:
         """Norm of each parameter's gradient on this rank, after the first micro-batch of a step."""
@@ -147,7 +158,8 @@ class FlatGradients:
         """Stage 2 on several ranks: add the micro-batch's gradient, summed over ranks, to this rank's partition."""
         if not self.sums_whole:
             for total, whole in zip(self.sums, self.incoming, strict=True):
-                total += self._reduce(whole)
+                for piece, reduced in self._reduced_pieces(whole):
+                    total[piece] += reduced
 
     def own_sums(self) -> list[torch.Tensor]:
         """The summed gradient of this rank's partition of each group, float32; reduced over ranks when first asked."""
@@ -157,22 +169,34 @@ class FlatGradients:
         if not self._reduced:
             self._reduced = True
             for part, whole in zip(parts, self.sums, strict=True):
-                part.copy_(self._reduce(whole))
+                for piece, reduced in self._reduced_pieces(whole):
+                    part[piece] = reduced
         return parts
 
-    def _reduce(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's partition of the sum over ranks of a flat tensor, in float32."""
-        whole = whole.to(self.reduce_dtype)
-        if dist.get_backend() != "nccl":  # gloo has no reduce-scatter
-            whole = whole.clone()
-            dist.all_reduce(whole)
-            return whole.chunk(self.world_size)[self.rank].float()
-        part = torch.empty(whole.numel() // self.world_size, dtype=whole.dtype, device=whole.device)
-        dist.reduce_scatter_tensor(part, whole)
-        return part.float()
+    def _reduced_pieces(self, whole: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Sum a flat tensor over ranks, piece by piece, which bounds the memory that the sums take.
+
+        Yields:
+            A piece of this rank's partition, and its sum over ranks in `reduce_dtype`.
+        """
+        rows = whole.view(self.world_size, -1)
+        size = max(1, self.bucket_size // self.world_size)
+        for first in range(0, rows.shape[1], size):
+            piece = slice(first, min(first + size, rows.shape[1]))
+            sent = rows[:, piece].to(self.reduce_dtype, memory_format=torch.contiguous_format, copy=True)
+            if dist.get_backend() == "nccl":
+                reduced = torch.empty_like(sent[0])
+                dist.reduce_scatter_tensor(reduced, sent)
+            else:  # gloo has no reduce-scatter
+                dist.all_reduce(sent)
+                reduced = sent[self.rank]
+            yield piece, reduced
 
     def summary(self) -> torch.Tensor:
-        """This rank's part of the squared global norm; (1,) float64 on the device, to be added over ranks."""
+        """This rank's part of the squared global norm; (1,) float64 on the device, to be added over ranks.
+
+        Collective when it is the first to need a step's sums over ranks.
+        """
         norms = torch.stack([torch.linalg.vector_norm(part) for part in self.own_sums()])
         return norms.double().square().sum().reshape(1)
 

@@ -43,10 +43,6 @@ class MicroBatchGraphs:
         self._forms: dict[Hashable, Captured] = {}
         self._pool: Any = None
 
-    def has(self, batch: Batch) -> bool:
-        """Whether there is a graph for micro-batches of this form."""
-        return _form(batch) in self._forms
-
     def add(self, batch: Batch, num_targets: torch.Tensor) -> None:
         """Capture the passes over micro-batches of this form, which have run before, so that nothing is left to load.
 
@@ -55,7 +51,7 @@ class MicroBatchGraphs:
         static = to_device(batch, self.device)
         self._num_targets.copy_(num_targets)
         replay, output = self._capture(without_needless_mask(static, batch))
-        self._forms[_form(batch)] = Captured(replay, static, output)
+        self._forms[form_of(batch)] = Captured(replay, static, output)
 
     def run(self, batch: Batch, num_targets: torch.Tensor) -> tuple[Batch, CoLT5Output]:
         """Run a micro-batch that is on the host.
@@ -63,7 +59,7 @@ class MicroBatchGraphs:
         Returns:
             The micro-batch on the device, and the output: memory that the next call overwrites.
         """
-        captured = self._forms[_form(batch)]
+        captured = self._forms[form_of(batch)]
         inputs = cast(dict[str, torch.Tensor], captured.batch)
         for name, tensor in cast(dict[str, torch.Tensor], batch).items():
             inputs[name].copy_(tensor, non_blocking=True)
@@ -85,7 +81,7 @@ class MicroBatchGraphs:
         return graph.replay, output
 
 
-def _form(batch: Batch) -> Hashable:
+def form_of(batch: Batch) -> Hashable:
     """What a graph is made for: shapes, and whether any input is padded."""
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in cast(dict[str, torch.Tensor], batch).items())
     return is_padded(batch), shapes
@@ -94,6 +90,13 @@ def _form(batch: Batch) -> Hashable:
 def is_padded(batch: Batch) -> bool:
     """Whether any input of a micro-batch on the host has padding."""
     return not bool(batch["input_mask"].all())
+
+
+def with_other_padding(batch: Batch) -> Batch:
+    """A micro-batch of the same shapes whose inputs have padding if those of this one have none, and the reverse."""
+    mask = torch.ones_like(batch["input_mask"])
+    mask[:, -1] = is_padded(batch)
+    return Batch(**{**batch, "input_mask": mask})  # type: ignore[typeddict-item]
 
 
 def without_needless_mask(on_device: Batch, batch: Batch) -> Batch:

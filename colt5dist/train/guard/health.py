@@ -254,7 +254,8 @@ class Health:
     def _run_again(self, local: LocalStep) -> list[dict[str, Any]]:
         """Repeat forward and backward, and check each gradient before it is summed over ranks; collective.
 
-        A micro-batch that is finite this time although its step was not points to a device that computes wrongly.
+        A micro-batch that is finite this time although its step was not points to a device that computes wrongly, or
+        to compiled code, which does not run here.
         """
         module, device = self.engine.module, self.engine.device
         flags: dict[str, torch.Tensor] = {}
@@ -269,8 +270,9 @@ class Health:
         found = []
         for number, batch in enumerate(local.micro_batches):
             flags.clear()
-            output = self.engine.forward(to_device(batch, device))
-            self.engine.backward(training_loss(output, num_targets, self.config.train.z_loss))
+            with self.engine.plain():
+                output = self.engine.forward(to_device(batch, device))
+                self.engine.backward(training_loss(output, num_targets, self.config.train.z_loss))
             finite = torch.isfinite(output.token_loss.detach().sum(dim=1)).cpu()
             found.append(
                 {

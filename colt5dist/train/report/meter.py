@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Measure the forward and backward passes of a micro-batch."""
+        """Measure a forward pass, or a CUDA graph: work that waits for no other rank, which so tells the slow one."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -229,7 +229,23 @@ def plan(run_dir: Path, settings: tuple[str, ...], *more: str) -> StartPlan:
     """Plan the next start of the run."""
     saves = ("checkpoint.every_steps=1", "checkpoint.keep_last=9", "checkpoint.keep_every=2", "train.steps=8")
     config = load_config(TINY, [*settings, *saves, f"run_dir={run_dir}", *more])
-    return plan_start(config, open_sources(config.data).fingerprint, parameter_shapes(config))
+    shards = open_sources(config.data)
+    return plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, parameter_shapes(config))
+
+
+def test_weights_of_a_run_with_another_tokenizer_are_refused(
+    run_dir: Path, results: dict[str, dict[str, Any]], micro_settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its ids mean something else."""
+    config = load_config(TINY, [*micro_settings, f"run_dir={tmp_path / 'new'}", f"init_from={run_dir}"])
+    shards = open_sources(config.data)
+    shapes = parameter_shapes(config)
+    taken = plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
+    assert taken.init_from is not None and taken.state.tokenizer_fingerprint == shards.tokenizer.fingerprint
+    with pytest.raises(
+        ConfigError, match=r"^init_from: .* was trained with another tokenizer than that of data\.shards"
+    ):
+        plan_start(config, shards.fingerprint, "another", shapes)
 
 
 def damage(checkpoint: Path, kind: str, other: Path) -> str:

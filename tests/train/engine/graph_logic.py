@@ -58,7 +58,7 @@ def train(config: RunConfig, kind: str) -> dict[str, Any]:
     graphs = Repeated(engine._pass, engine.device)
     graphs.broken = kind
     if kind != "plain":
-        engine._graphs = graphs
+        engine._graphs, engine._compiled = graphs, True
     losses, news = [], []
     for step in range(1, STEPS + 1):
         batches = engine.arrange(micro_batches(config, step, ranks))

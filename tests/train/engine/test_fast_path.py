@@ -36,8 +36,8 @@ def test_each_form_is_captured_once(results: dict[str, Any]) -> None:
     """Two forms: with and without padding; one line for each."""
     assert results["graphs"]["captures"] == 2 and results["graphs"]["graphs"]
     first, second = results["graphs"]["news"]
-    assert "2 x 256 inputs without padding in one CUDA graph" in first
-    assert "2 x 256 inputs with padding in one CUDA graph" in second
+    assert "2 x 256 tokens without padding in one CUDA graph" in first
+    assert "2 x 256 tokens with padding in one CUDA graph" in second
 
 
 def test_routing_is_collected_beside_a_graph(results: dict[str, Any]) -> None:
@@ -50,8 +50,9 @@ def test_routing_is_collected_beside_a_graph(results: dict[str, Any]) -> None:
 )
 def test_a_graph_that_fails_or_computes_something_else_is_left(results: dict[str, Any], kind: str, words: str) -> None:
     assert not results[kind]["graphs"] and results[kind]["captures"] == 1
-    (line,) = results[kind]["news"]
-    assert line.startswith("note: train.compile: no CUDA graph") and words in line
+    first, second = results[kind]["news"]
+    assert first.startswith("note: train.compile: no CUDA graph") and words in first
+    assert second.startswith("compile: layers for 2 x 256 tokens with padding")
 
 
 def numbers(loss: float, **norms: float) -> PassNumbers:
@@ -64,12 +65,13 @@ def numbers(loss: float, **norms: float) -> PassNumbers:
     [
         (numbers(100.1, a=1.02, b=0.011), None),
         (numbers(101.0, a=1.0, b=0.01), "the loss is 101, not 100"),
-        (numbers(100.0, a=2.1, b=0.01), "the gradient of a has norm 2.1, not 1"),
+        (numbers(100.0, a=2.0, b=0.01), "the gradient of a has norm 2, not 1"),
+        (numbers(100.0, a=0.5, b=0.01), "the gradient of a has norm 0.5, not 1"),
         (numbers(100.0, a=1.0, b=0.0), "the gradient of b has norm 0, not 0.01"),
         (numbers(float("nan"), a=1.0, b=0.01), "the loss is nan, not 100"),
         (numbers(100.0, a=float("nan"), b=0.01), "the gradient of a has norm nan, not 1"),
     ],
-    ids=["rounding", "loss", "doubled", "lost", "NaN loss", "NaN gradient"],
+    ids=["rounding", "loss", "doubled", "halved", "lost", "NaN loss", "NaN gradient"],
 )
 def test_difference(fast: PassNumbers, found: str | None) -> None:
     assert difference(fast, numbers(100.0, a=1.0, b=0.01)) == found
