@@ -217,9 +217,9 @@ def test_guarantees_name_a_test() -> None:
 @pytest.mark.parametrize("room", rooms(), ids=lambda room: str(room.relative_to(ROOT)))
 def test_rooms_and_their_files_are_described(room: Path) -> None:
     page = room / "README.md"
-    if not page.exists():
+    if room.parent.name == "ops":  # the operators share one page
         page = room.parent / "README.md"
-    assert page in TEXTS, f"{room} has no README, nor has its parent"
+    assert page in TEXTS, f"{room} has no README"
     spans = set(code_spans(TEXTS[page]))
     base = ROOT if room.name == "tests" else page.parent
     files = [*room.glob("*.py")] if room.name != "tests" else [*room.rglob("*.py")]

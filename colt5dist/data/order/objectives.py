@@ -1,4 +1,4 @@
-"""The denoising objectives, and the lengths of their samples.
+"""The settings of the denoising objectives, and the lengths of their samples; read/denoise.py makes the samples.
 
 A sample is made from `raw_tokens` consecutive tokens of text. Span corruption (Raffel et al. 2020, arXiv 1910.10683)
 replaces spans of them by sentinels, and the target is each sentinel followed by its span; prefix-LM cuts the text in

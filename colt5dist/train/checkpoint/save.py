@@ -1,4 +1,4 @@
-"""When checkpoints are written, and how the ranks agree on it, in the foreground or in the background.
+"""Saves a checkpoint: what the ranks do and exchange, in the foreground or in the background.
 
 A save has two parts: every rank writes its file, then rank 0 completes the checkpoint (commit.py). After each part the
 ranks exchange what went wrong, so that all of them know the same. In the foreground this happens at once. In the

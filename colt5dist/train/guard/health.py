@@ -1,4 +1,4 @@
-"""Bad numbers: a step with a loss or gradient that is not finite is skipped; many in a row end the run.
+"""Bad numbers: skips a step whose loss or gradient is not finite (train/step.py finds out); many in a row end the run.
 
 The order of calls in a step: if the ranks agree that a loss or gradient is not finite, `refuse` makes the optimizer's
 step change nothing. `note` keeps a description of a step that was not applied. Once the step is counted, `observe`
