@@ -86,6 +86,7 @@ class Engine:
         else:
             model = build_model(config)
         self._compiled = on_gpu and flat_gradients and config.train.compile != "off" and not config.train.deterministic
+        self._wrapped = self._compiled
         if self._compiled:
             compile_layers(model)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -191,7 +192,7 @@ class Engine:
         compiled = self._compiled and not collect_routing
         given = without_needless_mask(on_device, batch) if compiled else on_device
         # around the backward pass, too, in which activation checkpointing runs the layers again
-        with nullcontext() if compiled else without_compiled_code():
+        with self._code(compiled=compiled):
             with timed(), record_function("forward"):
                 output = self.forward(given, collect_routing=collect_routing)
                 loss = training_loss(output, num_targets, self.z_loss)
@@ -259,7 +260,7 @@ class Engine:
         cause = first_line(first_cause(error))
         self._graphs = None
         if not in_capture:
-            self._compiled = False
+            self._compiled = self._wrapped = False
             restore_layers(self.module)
         gc.collect()
         if self.device.type == "cuda":
@@ -279,7 +280,7 @@ class Engine:
         for _ in range(WARM_UP_RUNS):
             compiled = self._dropped_pass(on_device, num_targets)
         try:
-            with without_compiled_code():
+            with self._code(compiled=False):
                 plain = self._dropped_pass(on_device, num_targets)
         except torch.OutOfMemoryError:  # they keep more activations
             gc.collect()
@@ -314,15 +315,19 @@ class Engine:
     def plain(self) -> Iterator[None]:
         """Within it, and after it, nothing is captured or compiled: for looking into what went wrong."""
         self._graphs, self._compiled = None, False
-        with without_compiled_code():
+        with self._code(compiled=False):
             yield
 
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
         """Token losses of one micro-batch that is on the device."""
         module = self.module if isinstance(self.gradients, FlatGradients) else self.deepspeed
         compiled = self._compiled and torch.is_grad_enabled() and not collect_routing
-        with nullcontext() if compiled else without_compiled_code():
+        with self._code(compiled=compiled):
             return self._call(module, batch, collect_routing)
+
+    def _code(self, *, compiled: bool) -> AbstractContextManager[None]:
+        """A context in which layers run compiled, or as they are written."""
+        return nullcontext() if compiled or not self._wrapped else without_compiled_code()
 
     def _call(self, module: nn.Module, batch: Batch, collect_routing: bool) -> CoLT5Output:
         return module(
