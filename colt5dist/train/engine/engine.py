@@ -96,7 +96,7 @@ class Engine:
         """Lines for the log about what has been compiled; whoever prints them clears the list."""
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
-        if on_gpu and not self._compiled and config.train.compile != "off":
+        if on_gpu and not self._compiled and config.train.compile != "off" and self.deepspeed.global_rank == 0:
             self.news.append(
                 "note: train.compile: layers are not compiled; it serves zero.stage 1 and 2 without zero.offload and "
                 "without train.deterministic"
