@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,8 @@ WARM_UP_STEPS = 5
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 """Calls in which the host waits for the GPU."""
 POLL_SECONDS = 0.5
+MOST_KERNELS = 40
+"""Kernels whose time is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,8 @@ class Result:
     busy_share: float | None = None
     kernels: int | None = None
     host_waits: int | None = None
+    kernel_seconds: dict[str, float] = field(default_factory=dict)
+    """GPU time of the profiled step by kernel, the longest first."""
     problem: str | None = None
     step_times: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -188,6 +193,10 @@ def read_trace(trace: Path, result: Result) -> None:
         busy += max(0.0, last - max(first, end))
         end = max(end, last)
     result.busy_share = busy / (end - spans[0][0])
+    seconds: Counter[str] = Counter()
+    for e in work:
+        seconds[e["name"][:80]] += e["dur"] / 1e6
+    result.kernel_seconds = dict(seconds.most_common(MOST_KERNELS))
     result.kernels = len(work)
     result.host_waits = sum(e.get("name") in WAITS and e.get("dur", 0) > 20 for e in events)
 
@@ -293,6 +302,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], metavar="N", help="GPUs of this host (default: 1)")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only rows of these input lengths")
+    parser.add_argument("--stages", type=int, nargs="+", metavar="N", help="only rows of these ZeRO stages")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps that count (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=300, metavar="S", help="most for a row (default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for every row of ours")
@@ -309,6 +319,8 @@ def main(arguments: list[str]) -> int:
             for case in CASES.get(group, ()):
                 length = next((int(s.partition("=")[2]) for s in case.settings if "input_length" in s), 4096)
                 if options.lengths and length not in options.lengths:
+                    continue
+                if options.stages and not any(case.name.endswith(f"stage {stage}") for stage in options.stages):
                     continue
                 result = measure(
                     scaled(case, gpus), gpus=gpus, steps=options.steps, settings=options.set, seconds=options.seconds

@@ -35,6 +35,8 @@ def deepspeed_config(config: RunConfig, world_size: int, on_gpu: bool) -> dict[s
     if stage == 3:
         zero.pop("allgather_bucket_size")
         zero["stage3_param_persistence_threshold"] = config.zero.persistence_threshold
+        # else DeepSpeed replaces torch's linear function in the whole process, by one that no compiler sees through
+        zero["memory_efficient_linear"] = False
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if config.zero.offload == "parameters":

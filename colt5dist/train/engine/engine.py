@@ -18,6 +18,7 @@ from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.compile import (
+    LAYERS,
     PassNumbers,
     compile_layers,
     difference,
@@ -26,6 +27,7 @@ from colt5dist.train.engine.compile import (
 )
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
 from colt5dist.train.engine.flat_gradients import FlatGradients
+from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.engine.gradients import DeepSpeedGradients
 from colt5dist.train.engine.micro_batch_graph import (
     MicroBatchGraphs,
@@ -37,6 +39,7 @@ from colt5dist.train.engine.micro_batch_graph import (
     without_needless_mask,
 )
 from colt5dist.train.engine.optimizer import build_optimizer
+from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import training_loss
 
 
@@ -58,8 +61,8 @@ class Engine:
         config: the run.
         world_size: number of processes.
         device: device of this rank.
-        flat_gradients: whether ZeRO stages 1 and 2 sum gradients by `FlatGradients`, not by DeepSpeed's hooks;
-            None: on GPUs, unless the optimizer is offloaded.
+        flat_gradients: whether ZeRO stages 1-3 sum gradients by `FlatGradients` and `ShardedGradients`, not by
+            DeepSpeed's hooks; None: on GPUs, unless the optimizer is offloaded.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Engine:
         self.z_loss = config.train.z_loss
         settings = deepspeed_config(config, world_size, on_gpu)
         if flat_gradients is None:
-            flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
+            flat_gradients = on_gpu and self.stage > 0 and config.zero.offload == "none"
         if on_gpu and flat_gradients:
             # CUDA graphs cannot be captured on the default stream; and autograd adds the gradient of a parameter on the
             # stream that was current when DeepSpeed first looked at it, so that one stream has to serve throughout
@@ -98,28 +101,31 @@ class Engine:
         self._micro_batch = 0
         if on_gpu and not self._compiled and config.train.compile != "off" and self.deepspeed.global_rank == 0:
             self.news.append(
-                "note: train.compile: layers are not compiled; it serves zero.stage 1 and 2 without zero.offload and "
-                "without train.deterministic"
+                "note: train.compile: layers are not compiled; it serves runs without zero.offload and without "
+                "train.deterministic"
             )
-        self.gradients: FlatGradients | DeepSpeedGradients
-        if flat_gradients:
-            reduce_dtype = torch.bfloat16 if uses_bf16(config, on_gpu) and config.zero.reduce_dtype == "bf16" else None
-            self.gradients = FlatGradients(
-                self.deepspeed,
-                self.stage,
-                clipping=config.optimizer.gradient_clipping,
-                reduce_dtype=reduce_dtype or torch.float32,
-                bucket_size=config.zero.bucket_size,
-            )
-        else:
-            self.gradients = DeepSpeedGradients(
-                self.deepspeed, self.stage, clipping=config.optimizer.gradient_clipping, device=device
-            )
-
+        self.gradients = self._choose_gradients(config, flat_gradients)
         self._proven: set[Hashable] = set()
         self._graphs: MicroBatchGraphs | None = None
-        if self._compiled and config.train.compile == "auto":
+        # what ranks do together inside a pass stays outside of graphs
+        if self._compiled and config.train.compile == "auto" and (self.stage < 3 or world_size == 1):
             self._graphs = MicroBatchGraphs(self._pass, device)
+
+    def _choose_gradients(self, config: RunConfig, flat: bool) -> GradientSums | DeepSpeedGradients:
+        """What sums, judges and applies the gradients."""
+        clipping = config.optimizer.gradient_clipping
+        if not flat:
+            return DeepSpeedGradients(self.deepspeed, self.stage, clipping=clipping, device=self.device)
+        reduce_dtype = self.dtype if config.zero.reduce_dtype == "bf16" else torch.float32
+        if self.stage == 3:
+            return ShardedGradients(self.deepspeed, LAYERS, clipping=clipping, reduce_dtype=reduce_dtype)
+        return FlatGradients(
+            self.deepspeed,
+            self.stage,
+            clipping=clipping,
+            reduce_dtype=reduce_dtype,
+            bucket_size=config.zero.bucket_size,
+        )
 
     def _pass(self, batch: Batch, num_targets: torch.Tensor) -> CoLT5Output:
         """Forward and backward of a micro-batch that is on the device."""
@@ -129,7 +135,7 @@ class Engine:
 
     def _dropped_pass(self, batch: Batch, num_targets: torch.Tensor) -> PassNumbers:
         """The same, whose gradients go nowhere."""
-        assert isinstance(self.gradients, FlatGradients)
+        assert isinstance(self.gradients, GradientSums)
         with self.gradients.dropped() as norms:
             output = self._pass(batch, num_targets)
         return PassNumbers(output.token_loss.sum(), norms)
@@ -211,7 +217,7 @@ class Engine:
         """`forward_backward` by CUDA graph."""
         with timed(), record_function("forward and backward"):
             on_device, output = graphs.run(batch, num_targets)
-        assert isinstance(self.gradients, FlatGradients)
+        assert isinstance(self.gradients, GradientSums)
         self.gradients.after_micro_batch()
         self._micro_batch += 1
         if collect_routing:
@@ -252,7 +258,7 @@ class Engine:
         Raises:
             torch.OutOfMemoryError: there is no room for the first form, with which the plain layers would not help.
         """
-        assert isinstance(self.gradients, FlatGradients)
+        assert isinstance(self.gradients, GradientSums)
         self.gradients.forget_unfinished()
         if isinstance(error, torch.OutOfMemoryError) and not self._proven:
             raise error
@@ -299,7 +305,7 @@ class Engine:
         Raises:
             CaptureError: it cannot be captured, or computes something else.
         """
-        assert isinstance(self.gradients, FlatGradients) and self._micro_batch == 0
+        assert isinstance(self.gradients, GradientSums) and self._micro_batch == 0
         try:
             graphs.add(batch, num_targets)
             _, output = graphs.run(batch, num_targets)
@@ -320,7 +326,7 @@ class Engine:
 
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
         """Token losses of one micro-batch that is on the device."""
-        module = self.module if isinstance(self.gradients, FlatGradients) else self.deepspeed
+        module = self.module if isinstance(self.gradients, GradientSums) else self.deepspeed
         compiled = self._compiled and torch.is_grad_enabled() and not collect_routing
         with self._code(compiled=compiled):
             return self._call(module, batch, collect_routing)

@@ -14,9 +14,9 @@ from it is in `_layouts` alone (tests/train/engine/test_flat_gradients.py probes
 `fp32_groups_flat_partition`, `fp32_groups_gradients_flat`; both `_grad_acc_hooks` and `update_lp_params`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from colt5dist.ops.accumulate import accumulate_
-from colt5dist.train.engine.gradients import LARGEST, are_bad
-from colt5dist.train.ranks import sum_over_ranks
+from colt5dist.train.engine.gradient_sums import GradientSums
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def _layouts(optimizer: Any) -> list[Layout]:
     return [Layout(*triple) for triple in triples]
 
 
-class FlatGradients:
-    """Sums, reduces, judges and applies the gradients of a model under ZeRO stage 1 or 2.
+class FlatGradients(GradientSums):
+    """Gradients of a model under ZeRO stage 1 or 2.
 
     Args:
         deepspeed: the DeepSpeed engine, whose own gradient hooks are removed.
@@ -68,18 +67,12 @@ class FlatGradients:
     def __init__(
         self, deepspeed: Any, stage: int, *, clipping: float, reduce_dtype: torch.dtype, bucket_size: int
     ) -> None:
-        self.optimizer = deepspeed.optimizer
-        self.clipping = clipping
-        self.reduce_dtype = reduce_dtype
+        super().__init__(deepspeed, clipping=clipping, reduce_dtype=reduce_dtype)
         self.bucket_size = bucket_size
-        self.world_size, self.rank = deepspeed.world_size, deepspeed.global_rank
         self.layouts = _layouts(self.optimizer)
-        for hook in self.optimizer._grad_acc_hooks:
-            hook.remove()
-        self.optimizer._grad_acc_hooks.clear()
         # stage 2 keeps the sums of this rank's partition only, and the whole gradient of one micro-batch at a time
         self.sums_whole = stage == 1 or self.world_size == 1
-        self.sums: list[torch.Tensor] = []
+        self.sums = []
         self.incoming: list[torch.Tensor] = []
         for layout in self.layouts:
             if self.sums_whole:
@@ -89,60 +82,20 @@ class FlatGradients:
                 self.sums.append(torch.zeros_like(layout.master))
                 self.incoming.append(torch.zeros_like(layout.weights))
         self._places: dict[str, tuple[int, int, int]] = {}
-        self._parameters = list(deepspeed.module.parameters())
         for name, p in deepspeed.module.named_parameters():
-            self._add_hook(name, p)
+            group, offset, count = self._places[name] = self._place(p)
+            target = (self.sums if self.sums_whole else self.incoming)[group][offset : offset + count]
+            self._add_hook(name, p, partial(accumulate_ if self.sums_whole else torch.Tensor.copy_, target))
         self._reduced = False
-        self._refused = False
-        self._dropped: dict[str, torch.Tensor] | None = None
-        self._norm: float | None = None
 
-    def _add_hook(self, name: str, p: nn.Parameter) -> None:
-        """Have a parameter's gradient moved to its place as soon as autograd has it."""
+    def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
+        """Group of a parameter, and its first element and number of elements in the group's flat tensor."""
         starts = [(p.data_ptr() - layout.weights.data_ptr()) // p.element_size() for layout in self.layouts]
         sizes = [layout.weights.numel() for layout in self.layouts]
         group = next(i for i, (start, size) in enumerate(zip(starts, sizes, strict=True)) if 0 <= start < size)
-        offset = starts[group]
-        self._places[name] = group, offset, p.numel()
-        target = (self.sums if self.sums_whole else self.incoming)[group][offset : offset + p.numel()]
-
-        def take(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            gradient = parameter.grad.view(-1)
-            if self._dropped is not None:
-                self._dropped[name] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-                gradient = torch.zeros_like(gradient)
-            if self.sums_whole:
-                accumulate_(target, gradient)
-            else:
-                target.copy_(gradient)
-            parameter.grad = None
-
-        p.register_post_accumulate_grad_hook(take)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of this rank's share of the global loss."""
-        loss.backward()
-        self.after_micro_batch()
-
-    @contextmanager
-    def dropped(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Within it zeros are added in place of gradients, by the same kernels; gives the norms of the gradients."""
-        norms: dict[str, torch.Tensor] = {}
-        self._dropped = norms
-        try:
-            yield norms
-        finally:
-            self._dropped = None
-            self.forget_unfinished()
-
-    def forget_unfinished(self) -> None:
-        """Forget what a backward pass that failed has left at the parameters, which the next would add to."""
-        for p in self._parameters:
-            p.grad = None
+        return group, starts[group], p.numel()
 
     def last_norms(self) -> dict[str, torch.Tensor]:
-        """Norm of each parameter's gradient on this rank, after the first micro-batch of a step."""
         whole = self.sums if self.sums_whole else self.incoming
         return {
             name: torch.linalg.vector_norm(whole[group][offset : offset + count])
@@ -150,9 +103,10 @@ class FlatGradients:
         }
 
     def clear(self) -> None:
-        """Forget the gradients."""
-        for total in (*self.sums, *self.incoming):
-            total.zero_()
+        super().clear()
+        for whole in self.incoming:
+            whole.zero_()
+        self._reduced = False
 
     def after_micro_batch(self) -> None:
         """Stage 2 on several ranks: add the micro-batch's gradient, summed over ranks, to this rank's partition."""
@@ -162,7 +116,6 @@ class FlatGradients:
                     total[piece] += reduced
 
     def own_sums(self) -> list[torch.Tensor]:
-        """The summed gradient of this rank's partition of each group, float32; reduced over ranks when first asked."""
         if not self.sums_whole or self.world_size == 1:
             return self.sums
         parts = [whole.chunk(self.world_size)[self.rank] for whole in self.sums]
@@ -192,25 +145,7 @@ class FlatGradients:
                 reduced = sent[self.rank]
             yield piece, reduced
 
-    def summary(self) -> torch.Tensor:
-        """This rank's part of the squared global norm; (1,) float64 on the device, to be added over ranks.
-
-        Collective when it is the first to need a step's sums over ranks.
-        """
-        norms = torch.stack([torch.linalg.vector_norm(part) for part in self.own_sums()])
-        return norms.double().square().sum().reshape(1)
-
-    def are_finite(self, summary: Sequence[float]) -> bool:
-        """Whether all gradients are finite, by the sum of all ranks' summaries (1,); `step` then knows their norm."""
-        self._norm = summary[0] ** 0.5
-        return self._norm <= LARGEST
-
-    def names_not_finite(self) -> list[str]:
-        """Names of the parameters whose gradient is not finite in this rank's part; reads on the host."""
-        return sorted(name for name, part in self.own_parts() if bool(are_bad(part)))
-
     def own_parts(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name of each parameter that this rank's partition holds a part of, and that part of its summed gradient."""
         parts = self.own_sums()
         for name, (group, offset, count) in self._places.items():
             size = parts[group].numel()
@@ -219,34 +154,7 @@ class FlatGradients:
             if first < last:
                 yield name, parts[group][first:last]
 
-    def refuse(self) -> None:
-        """Have the next step change nothing."""
-        self._refused = True
-
-    @torch.no_grad()
-    def step(self) -> tuple[bool, float]:
-        """Clip and apply the gradients, unless they were refused or are not finite; the sums begin anew.
-
-        Returns:
-            Whether the step was applied, and the global gradient norm before clipping.
-        """
-        norm = self._norm
-        if norm is None:
-            norm = float(sum_over_ranks(self.summary())) ** 0.5
-        applied = not self._refused and norm <= LARGEST
-        if applied:
-            self._apply(norm)
-        self.clear()
-        self._reduced = self._refused = False
-        self._norm = None
-        return applied, norm
-
-    def _apply(self, norm: float) -> None:
-        """AdamW on this rank's partitions; the new weights go to all ranks."""
-        coefficient = self.clipping / (norm + 1e-6) if self.clipping > 0 else 1.0
-        parts = self.own_sums()
-        if coefficient < 1:
-            torch._foreach_mul_(parts, coefficient)
+    def _apply(self, parts: list[torch.Tensor]) -> None:
         for layout, part in zip(self.layouts, parts, strict=True):
             layout.master.grad = part
         self.optimizer.optimizer.step()

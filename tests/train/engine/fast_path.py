@@ -18,12 +18,12 @@ from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine import fragments
 from colt5dist.train.engine.engine import Engine
-from colt5dist.train.engine.flat_gradients import FlatGradients
+from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.losses import LossSums, count_target_tokens
 from colt5dist.train.ranks import Ranks, finish_process_group, initialise_process_group, ranks_from_environment
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
-VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none")
+VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none", "3-none", "3-full_keep_routing")
 STEPS = 12
 NAN_STEP = 6
 
@@ -64,9 +64,9 @@ def train(config: RunConfig, ranks: Ranks, device: torch.device) -> tuple[dict[s
         sums = LossSums(("a", "b", "c", "d"), device)
         for batch in batches:
             sums.add(*engine.forward_backward(batch, count))
-        if step == 1 and isinstance(engine.gradients, FlatGradients):
+        if step == 1 and isinstance(engine.gradients, GradientSums):
             gradients = {name: part.clone() for name, part in engine.gradients.own_parts()}
-        spoil = step == NAN_STEP and isinstance(engine.gradients, FlatGradients)
+        spoil = step == NAN_STEP and isinstance(engine.gradients, GradientSums)
         if spoil and ranks.rank == ranks.world_size - 1:
             engine.gradients.own_sums()[0][3] = float("nan")
         means = sums.read(on_device=[engine.gradients.summary()])

@@ -1,6 +1,7 @@
-"""`FlatGradients` trains as DeepSpeed's own hooks do: ZeRO stages 1 and 2, on one and two CPU processes.
+"""`FlatGradients` and `ShardedGradients` train as DeepSpeed's own hooks do: ZeRO 1-3, on one and two CPU processes.
 
-This also probes the semi-private places of DeepSpeed that colt5dist/train/engine/flat_gradients.py relies on.
+This also probes the semi-private places of DeepSpeed that flat_gradients.py, sharded_gradients.py and
+sharded_weights.py in colt5dist/train/engine rely on.
 """
 
 import json
@@ -23,15 +24,15 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory,
     micro_settings: tuple[str, ...],
 ) -> tuple[str, dict[str, Any]]:
-    """Precision, and the matrix of stages 0 (by DeepSpeed), 1 and 2 (flat)."""
+    """Precision, and the matrix of stages 0 (by DeepSpeed), 1, 2 and 3 (flat)."""
     precision, processes = request.param
     folder = tmp_path_factory.mktemp("flat")
     settings = (*micro_settings, "train.micro_batch_size=2", f"train.precision={precision}")
-    run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "012", "--flat", *settings, processes=processes)
+    run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "0123", "--flat", *settings, processes=processes)
     return precision, json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_losses_and_norms_are_those_of_deepspeed(trained: tuple[str, dict[str, Any]], stage: int) -> None:
     """Of two steps, and of two after a skipped one."""
     precision, results = trained
@@ -39,14 +40,29 @@ def test_losses_and_norms_are_those_of_deepspeed(trained: tuple[str, dict[str, A
         assert got == pytest.approx(expected, rel=TOLERANCE[precision])
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gradient_that_is_not_finite_is_skipped(trained: tuple[str, dict[str, Any]], stage: int) -> None:
     assert trained[1][f"nan {stage}"] == {"applied": False, "finite": True}
 
 
-@pytest.mark.parametrize(("written", "stage"), [(0, 1), (0, 2), (1, 2), (2, 1), (1, 0), (2, 0), (1, 1), (2, 2)])
+@pytest.mark.parametrize(("written", "stage"), [(0, 1), (0, 2), (0, 3), (1, 2), (2, 1), (1, 0), (2, 0), (3, 0), (1, 1), (2, 2), (3, 3)])
 def test_checkpoints_are_the_same(trained: tuple[str, dict[str, Any]], written: int, stage: int) -> None:
     """One that DeepSpeed's path wrote goes on on the flat path, and the other way round."""
     precision, results = trained
     for got, expected in zip(results[f"load {written} {stage}"], results[f"train {written}"][2:], strict=True):
         assert got == pytest.approx(expected, rel=TOLERANCE[precision])
+
+
+def test_stage_3_gathers_one_layer_at_a_time(
+    run_ranks: Callable[..., str], tmp_path: Path, micro_settings: tuple[str, ...]
+) -> None:
+    """Of two ranks; also where activation checkpointing runs layers again: losses and norms are those of stage 0."""
+    settings = (*micro_settings, "train.micro_batch_size=2", "model.num_encoder_layers=4")
+    for way in ("none", "full_keep_routing"):
+        own = (*settings, f"train.activation_checkpointing={way}")
+        run_ranks(SCRIPT, str(tmp_path / f"{way}.json"), str(tmp_path / way), "03", "--flat", *own, processes=2)
+        results = json.loads((tmp_path / f"{way}.json").read_text())
+        # the last layer stays for the backward pass, which begins with it
+        assert results["gathered 3"]["left"] == 0 and 1 <= results["gathered 3"]["most"] <= 2
+        for got, expected in zip(results["train 3"], results["train 0"], strict=True):
+            assert got == pytest.approx(expected, rel=TOLERANCE["fp32"])

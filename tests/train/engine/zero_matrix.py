@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES [--flat] SETTING...
 
-With --flat, stages 1 and 2 sum gradients by FlatGradients also on CPUs.
+With --flat, stages 1-3 sum gradients by FlatGradients and ShardedGradients also on CPUs.
 
 Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
 """
@@ -26,9 +26,11 @@ from colt5dist.train.checkpoint import (
 )
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.compile import LAYERS
 from colt5dist.train.engine.engine import Engine
 from colt5dist.train.engine.fragments import refresh_parameters
 from colt5dist.train.engine.micro_batch_graph import to_device
+from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import LossSums, count_target_tokens
 from colt5dist.train.ranks import finish_process_group, initialise_process_group, ranks_from_environment
 
@@ -78,6 +80,17 @@ def train_step(engine: Engine, config: RunConfig, step: int, *, spoil: bool = Fa
     return loss, norm, applied
 
 
+def watch_gathered(engine: Engine) -> list[int]:
+    """Number of layers whose weights are there, whenever a layer begins its forward pass; [] where all always are."""
+    counts: list[int] = []
+    if isinstance(engine.gradients, ShardedGradients):
+        weights = engine.gradients.weights
+        for layer in engine.module.modules():
+            if isinstance(layer, LAYERS):
+                layer.register_forward_pre_hook(lambda *_: counts.append(sum(u.is_gathered for u in weights.units)))
+    return counts
+
+
 def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> None:
     """Run the matrix."""
     ranks = ranks_from_environment()
@@ -89,8 +102,12 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
         config = load_config(TINY, [*settings, f"zero.stage={stage}"])
         root = folder / f"stage{stage}"
         if not root.exists():
-            engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage in (1, 2) else None)
+            engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage else None)
+            counts = watch_gathered(engine)
             steps = [train_step(engine, config, step) for step in (1, 2)]
+            if isinstance(engine.gradients, ShardedGradients):
+                left = sum(unit.is_gathered for unit in engine.gradients.weights.units)
+                results[f"gathered {stage}"] = {"most": max(counts), "left": left}
             *spoilt, applied = train_step(engine, config, 3, spoil=True)
             results[f"nan {stage}"] = {"applied": applied, "finite": math.isfinite(spoilt[0])}
             state = TrainerState(step=3, optimizer_step=2, samples_consumed=24, skipped_steps=1)
@@ -100,7 +117,7 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
     for written in stages:
         for stage in stages:
             config = load_config(TINY, [*settings, f"zero.stage={stage}"])
-            engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage in (1, 2) else None)
+            engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage else None)
             source = step_folder(folder / f"stage{written}", 3)
             state = load_checkpoint(source, engine)
             refresh_parameters(engine)

@@ -1,0 +1,123 @@
+"""Gradients of ZeRO stage 3 in flat float32 tensors, summed over ranks layer by layer, during the backward pass.
+
+    a layer's gradients are there    summed over ranks in one collective, beside the next layer's backward pass
+    each sum                         added in float32 to this rank's part
+    step                             norm, clipping and AdamW on the part; the weights are gathered anew (`ShardedWeights`)
+
+Shards, moments and sums stay where DeepSpeed 0.19.8 has them. What is taken from it (probed by
+tests/train/engine/test_flat_gradients.py): `fp32_partitioned_groups_flat`, `grad_partitions_flat_buffer`,
+`grad_position`, `sub_group_to_group_id`, `_reassign_or_swap_out_partitioned_parameters`, and what `ShardedWeights` uses.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from colt5dist.ops.accumulate import accumulate_
+from colt5dist.train.engine.gradient_sums import GradientSums
+from colt5dist.train.engine.sharded_weights import ShardedWeights, Unit
+
+
+class ShardedGradients(GradientSums):
+    """Gradients of a model under ZeRO stage 3, without offload; gathers its weights, too.
+
+    Args:
+        deepspeed: the DeepSpeed engine, whose own hooks are removed.
+        layers: the kinds of modules that are gathered, and whose gradients are summed over ranks, one at a time.
+        clipping: largest global gradient norm; 0: no clipping.
+        reduce_dtype: number format of the sum over ranks.
+    """
+
+    def __init__(
+        self, deepspeed: Any, layers: tuple[type[nn.Module], ...], *, clipping: float, reduce_dtype: torch.dtype
+    ) -> None:
+        super().__init__(deepspeed, clipping=clipping, reduce_dtype=reduce_dtype)
+        self.masters: list[torch.Tensor] = list(self.optimizer.fp32_partitioned_groups_flat)
+        self.sums = list(self.optimizer.grad_partitions_flat_buffer.split([m.numel() for m in self.masters]))
+        self.weights = ShardedWeights(deepspeed, layers)
+        self._parts: dict[str, torch.Tensor] = {}
+        self._part_of: dict[nn.Parameter, torch.Tensor] = {}
+        for name, p in deepspeed.module.named_parameters():
+            group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(p)]
+            size = p.ds_tensor.numel()
+            part = self.sums[group][start : start + size]
+            self._part_of[p] = part
+            count = min(size, p.ds_numel - self.rank * size)  # the last shards may be padding
+            if count > 0:
+                self._parts[name] = part[:count]
+            add = partial(accumulate_, part) if self.world_size == 1 else partial(self._take, p)
+            self._add_hook(name, p, add)
+        self._gradients: dict[nn.Parameter, torch.Tensor] = {}
+        self._num_taken: dict[int, int] = {}
+        self._sent: torch.Tensor | None = None
+
+    def _take(self, p: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Keep a parameter's gradient until its unit has all."""
+        self._gradients[p] = gradient
+        unit = self.weights.unit_of[p]
+        taken = self._num_taken[id(unit)] = self._num_taken.get(id(unit), 0) + 1
+        if taken == len(unit.parameters):
+            self._reduce(unit)
+
+    def _reduce(self, unit: Unit) -> None:
+        """Sum a unit's gradients over ranks, beside what is launched next; a missing one counts as zeros."""
+        self._num_taken.pop(id(unit), None)
+        rows = []
+        for p, size in zip(unit.parameters, unit.sizes, strict=True):
+            gradient = self._gradients.pop(p, None)
+            flat = torch.zeros_like(p).view(-1) if gradient is None else gradient
+            padding = size * self.world_size - flat.numel()
+            rows.append((nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.world_size, size))
+        sent = torch.cat(rows, dim=1).to(self.reduce_dtype)
+        self.weights.backward_is_over(unit)
+        self.weights.join()  # the sum before this one is there: now its memory may be used again
+        self._sent = sent
+        with self.weights.beside():
+            if dist.get_backend() == "nccl":
+                reduced = torch.empty_like(sent[0])
+                dist.reduce_scatter_tensor(reduced, sent)
+            else:  # gloo has no reduce-scatter
+                dist.all_reduce(sent)
+                reduced = sent[self.rank]
+            for p, part in zip(unit.parameters, reduced.split(unit.sizes), strict=True):
+                accumulate_(self._part_of[p], part)
+
+    def after_micro_batch(self) -> None:
+        for unit in {id(self.weights.unit_of[p]): self.weights.unit_of[p] for p in self._gradients}.values():
+            self._reduce(unit)
+        self.weights.join()
+        self._sent = None
+
+    def forget_unfinished(self) -> None:
+        super().forget_unfinished()
+        self._gradients.clear()
+        self._num_taken.clear()
+        self.weights.join()
+        self._sent = None
+        self.weights.reset()
+
+    def last_norms(self) -> dict[str, torch.Tensor]:
+        return {name: torch.linalg.vector_norm(part) for name, part in self._parts.items()}
+
+    def own_sums(self) -> list[torch.Tensor]:
+        return self.sums
+
+    def own_parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._parts.items()
+
+    def _apply(self, parts: list[torch.Tensor]) -> None:
+        groups = self.optimizer.optimizer.param_groups
+        for number, (master, part) in enumerate(zip(self.masters, parts, strict=True)):
+            master.grad = part
+            groups[self.optimizer.sub_group_to_group_id[number]]["params"].append(master)
+        self.optimizer.optimizer.step()
+        for group in groups:  # DeepSpeed keeps them empty between steps
+            group["params"] = []
+        for number, master in enumerate(self.masters):
+            master.grad = None
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        self.weights.reset()

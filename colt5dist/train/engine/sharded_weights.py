@@ -1,0 +1,203 @@
+"""Weights of ZeRO stage 3: gathered from all ranks for one layer at a time, and released after it.
+
+DeepSpeed runs Python hooks for every module and every parameter of every pass, which keeps a fast GPU waiting, and
+which no compiler sees through. Here a layer is gathered as a whole, by one collective, while the layer before it
+computes; and its gradients are summed over ranks by one collective, while the next one computes:
+
+    forward     gather layer i + 1 (communication stream) | layer i computes | release layer i
+    backward    gather layer i - 1, sum gradients of layer i + 1 | layer i computes | release layer i
+
+What belongs to no layer (embeddings, last norms, output map) is gathered for the whole pass. On one rank nothing is
+gathered: the parameters are views of their only shard. Where DeepSpeed 0.19.8 keeps the shards is left as it is, so
+that checkpoints do not change. What is taken from it (tests/train/engine/test_flat_gradients.py probes it):
+`ds_tensor`, `ds_shape`, `ds_numel` of a parameter, `grad_position`, `parameter_offload._remove_module_hooks`,
+`module_forward_pre_hook`, `module_forward_post_hook`, `persistent_parameters`, `ipg_buckets`, and that it replaces the
+modules' `_parameters`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class Unit:
+    """Parameters that are gathered, used and released together.
+
+    Args:
+        parameters: in the order of their shards in DeepSpeed's flat tensors.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, parameters: Sequence[Any], world_size: int) -> None:
+        self.parameters = parameters
+        self.sizes = [p.ds_tensor.numel() for p in parameters]
+        """Elements of each parameter's shard; the last rank's may end in padding."""
+        first = parameters[0].ds_tensor
+        self.whole = torch.empty(sum(self.sizes) * world_size, dtype=first.dtype, device=first.device)
+        """The gathered parameters, one after the other; without memory while they are released."""
+        self.rows = [part.view(world_size, -1) for part in self.whole.split([n * world_size for n in self.sizes])]
+        for p, row in zip(parameters, self.rows, strict=True):
+            p.data = row.view(-1)[: p.ds_numel].view(p.ds_shape)
+        self.incoming: torch.Tensor | None = None
+        """What is being gathered, (ranks, elements of a shard of the unit), not yet in the parameters' order."""
+        self.has_arrived: torch.cuda.Event | None = None
+        """On a GPU: passed when `incoming` is complete."""
+        self.in_backward = False
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory back; tensors that autograd keeps see the values again once the unit is gathered again."""
+        self.whole.untyped_storage().resize_(0)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the parameters hold their values."""
+        return self.whole.untyped_storage().size() > 0
+
+    def shard(self) -> torch.Tensor:
+        """This rank's shards, one after the other; (elements,)."""
+        return torch.cat([p.ds_tensor.data.view(-1) for p in self.parameters])
+
+    def distribute(self) -> None:
+        """Move what was gathered to the parameters."""
+        assert self.incoming is not None
+        storage = self.whole.untyped_storage()
+        storage.resize_(self.whole.numel() * self.whole.element_size())
+        torch.split_with_sizes_copy(self.incoming, self.sizes, dim=1, out=self.rows)
+        self.incoming = None
+
+
+class ShardedWeights:
+    """Gathers and releases the weights of a model under ZeRO stage 3, in place of DeepSpeed's hooks.
+
+    Args:
+        deepspeed: the DeepSpeed engine, whose own hooks are removed.
+        layers: the kinds of modules that are gathered one at a time.
+    """
+
+    def __init__(self, deepspeed: Any, layers: tuple[type[nn.Module], ...]) -> None:
+        self.world_size = deepspeed.world_size
+        model, optimizer = deepspeed.module, deepspeed.optimizer
+        _remove_hooks(deepspeed)
+        place = {p: optimizer.grad_position[optimizer.get_param_id(p)][:2] for p in model.parameters()}
+        self.units: list[Unit] = []
+        """The layers, in the order in which they run."""
+        self.unit_of: dict[nn.Parameter, Unit] = {}
+        self._stream = torch.cuda.Stream() if next(model.parameters()).device.type == "cuda" else None
+        if self.world_size == 1:
+            for p in model.parameters():
+                p.data = p.ds_tensor.data[: p.ds_numel].view(p.ds_shape)
+            return
+        for layer in model.modules():
+            if isinstance(layer, layers):
+                unit = self._unit(sorted(layer.parameters(), key=place.__getitem__))
+                self._add_hooks(layer, unit, len(self.units))
+                self.units.append(unit)
+        rest = sorted((p for p in model.parameters() if p not in self.unit_of), key=place.__getitem__)
+        self.root = self._unit(rest)
+        model.register_forward_pre_hook(lambda *_: self._gather(self.root))
+        model.register_forward_hook(self._after_model)
+
+    def _unit(self, parameters: list[nn.Parameter]) -> Unit:
+        unit = Unit(parameters, self.world_size)
+        self.unit_of |= dict.fromkeys(parameters, unit)
+        return unit
+
+    def _add_hooks(self, layer: nn.Module, unit: Unit, number: int) -> None:
+        """Have a layer gathered before its forward and its backward, and released after its forward."""
+
+        def gather_with_next(step: int) -> None:
+            self._gather(unit)
+            if 0 <= number + step < len(self.units):
+                self._begin(self.units[number + step])
+
+        def before_backward(_: torch.Tensor) -> None:
+            unit.in_backward = True
+            gather_with_next(-1)
+
+        def before_forward(*_: Any) -> None:
+            gather_with_next(-1 if unit.in_backward else 1)  # activation checkpointing runs it again in backward
+
+        def after_forward(_: nn.Module, __: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if unit.in_backward:
+                return
+            if states.requires_grad:
+                states.register_hook(before_backward)
+                if number == len(self.units) - 1:
+                    return  # its backward pass is next
+            unit.release()
+
+        layer.register_forward_pre_hook(before_forward)
+        layer.register_forward_hook(after_forward)
+
+    def _after_model(self, *_: Any) -> None:
+        """Release what is outside the layers, unless the backward pass needs it."""
+        if not torch.is_grad_enabled():
+            self.root.release()
+
+    def _begin(self, unit: Unit) -> None:
+        """Begin to gather a unit, beside what the GPU computes."""
+        if unit.is_gathered or unit.incoming is not None:
+            return
+        with self.beside():
+            shard = unit.shard()
+            unit.incoming = shard.new_empty((self.world_size, shard.numel()))
+            dist.all_gather_into_tensor(unit.incoming.view(-1), shard)
+            unit.has_arrived = torch.cuda.current_stream().record_event() if self._stream else None
+
+    def _gather(self, unit: Unit) -> None:
+        """Have a unit's weights in place for what is launched next."""
+        if unit.is_gathered:
+            return
+        self._begin(unit)
+        if unit.has_arrived is not None:
+            torch.cuda.current_stream().wait_event(unit.has_arrived)
+        unit.distribute()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Launch work that may run beside what is launched later, after what was launched before.
+
+        Memory that is taken within it and given back outside of it is safe: its next use comes after this wait.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Have what is launched next wait for all that was launched `beside`."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def backward_is_over(self, unit: Unit) -> None:
+        """Release a unit whose gradients are all there."""
+        unit.in_backward = False
+        unit.release()
+
+    def reset(self) -> None:
+        """Release everything, after a pass that failed, or because the weights have changed."""
+        if self.world_size > 1:
+            for unit in (*self.units, self.root):
+                unit.incoming = None
+                self.backward_is_over(unit)
+
+
+def _remove_hooks(deepspeed: Any) -> None:
+    """Take DeepSpeed out of the model's passes, and give back the memory that only its own hooks use."""
+    optimizer = deepspeed.optimizer
+    optimizer.parameter_offload._remove_module_hooks()
+    deepspeed.module_forward_pre_hook.remove()
+    deepspeed.module_forward_post_hook.remove()
+    optimizer.persistent_parameters = []
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.buffer = None
+    for module in deepspeed.module.modules():
+        module._parameters = dict(module._parameters)  # DeepSpeed's own kind of dictionary gathers when it is read
