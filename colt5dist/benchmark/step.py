@@ -34,6 +34,8 @@ WARM_UP_STEPS = 5
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 """Calls in which the host waits for the GPU."""
 POLL_SECONDS = 0.5
+MOST_LINES = 15
+"""Last lines of output that are shown of a run that failed."""
 MOST_KERNELS = 40
 """Kernels whose time is kept."""
 
@@ -145,8 +147,10 @@ def measure(case: Case, *, gpus: int, steps: int, settings: Sequence[str], secon
         records = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
         counted = [record for record in records if WARM_UP_STEPS < record["step"] <= last]
         if len(counted) < steps:
-            errors = [text for text in lines if "Error" in text]
-            result.problem = (errors or lines or ["nothing was printed"])[-1][:300]
+            errors = [text for text in lines if "Error" in text and "ChildFailedError" not in text]
+            problems = [text for text in lines if not text.startswith(("W", "E", "["))] if process.returncode else []
+            result.problem = (errors or problems or lines or ["nothing was printed"])[-1][:300]
+            result.notes += lines[-MOST_LINES:]
             return result
         result.step_times = [record["step_seconds"] for record in counted]
         result.step_seconds = statistics.median(result.step_times)

@@ -130,6 +130,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                     flush=True,
                 )
             barrier()  # otherwise rank 0 could count a rank that exits first as lost
+        engine.close()
         finish_process_group()
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
 

@@ -126,7 +126,9 @@ def plan_start(
             f"run_dir, or start at step 0 beside them with resume_allow=[{ALLOW_FROM_ZERO}]"
         )
     needed = checkpoint_bytes(sum(num_elements(shape) for shape in shapes.values()))
-    problems = space_problems(run_dir, needed, config.checkpoint.keep_last + 1 - len(whole))
+    saves_often = config.checkpoint.every_steps or config.checkpoint.every_minutes
+    most = config.checkpoint.keep_last + 1 if saves_often else 1
+    problems = space_problems(run_dir, needed, most - len(whole))
     if whole:
         if run_id is None:
             problems.append(

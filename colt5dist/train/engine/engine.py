@@ -41,6 +41,11 @@ from colt5dist.train.engine.micro_batch_graph import (
 from colt5dist.train.engine.optimizer import build_optimizer
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import training_loss
+from colt5dist.train.ranks import sum_over_ranks
+
+
+class CompileError(RuntimeError):
+    """Layers cannot be compiled, or compiled ones compute something else."""
 
 
 class CaptureError(RuntimeError):
@@ -107,8 +112,7 @@ class Engine:
         self.gradients = self._choose_gradients(config, flat_gradients)
         self._proven: set[Hashable] = set()
         self._graphs: MicroBatchGraphs | None = None
-        # what ranks do together inside a pass stays outside of graphs
-        if self._compiled and config.train.compile == "auto" and (self.stage < 3 or world_size == 1):
+        if self._compiled and config.train.compile == "auto":
             self._graphs = MicroBatchGraphs(self._pass, device)
 
     def _choose_gradients(self, config: RunConfig, flat: bool) -> GradientSums | DeepSpeedGradients:
@@ -131,6 +135,8 @@ class Engine:
         """Forward and backward of a micro-batch that is on the device."""
         output = self.forward(batch)
         training_loss(output, num_targets, self.z_loss).backward()
+        assert isinstance(self.gradients, GradientSums)
+        self.gradients.after_backward()
         return CoLT5Output(output.token_loss.detach(), output.z_loss.detach(), ())
 
     def _dropped_pass(self, batch: Batch, num_targets: torch.Tensor) -> PassNumbers:
@@ -242,17 +248,18 @@ class Engine:
         form = f"{size} x {n} tokens {'with' if is_padded(batch) else 'without'} padding"
         on_device = without_needless_mask(to_device(batch, self.device), batch)
         try:
-            compiled, compared = self._compile(on_device, num_targets)
+            with self._together(CompileError):
+                compared = self._compile(on_device, num_targets)
             if self._graphs is not None:
-                self._capture(self._graphs, batch, num_targets, compiled)
-        except Exception as error:  # whatever a compiler or a capture may raise
-            self._fall_back(error)
+                self._capture(self._graphs, batch, on_device, num_targets)
+        except (CompileError, CaptureError) as error:
+            self._fall_back(in_capture=isinstance(error, CaptureError), cause=first_cause(error))
             return
         what = f"layers for {form}" if self._graphs is None else f"forward and backward of {form} in one CUDA graph,"
         proof = "" if compared else "; not compared with the plain layers: no room for those"
         self.news.append(f"compile: {what} made in {time.monotonic() - begin:.1f} s{proof}")
 
-    def _fall_back(self, error: Exception) -> None:
+    def _fall_back(self, *, in_capture: bool, cause: BaseException) -> None:
         """Leave the graphs, or the compiled layers, free their memory, and say so.
 
         Raises:
@@ -260,10 +267,11 @@ class Engine:
         """
         assert isinstance(self.gradients, GradientSums)
         self.gradients.forget_unfinished()
-        if isinstance(error, torch.OutOfMemoryError) and not self._proven:
-            raise error
-        in_capture = isinstance(error, (CaptureError, torch.OutOfMemoryError))
-        cause = first_line(first_cause(error))
+        out_of_memory = isinstance(cause, torch.OutOfMemoryError)
+        if out_of_memory and not in_capture and not self._proven:
+            raise cause
+        in_capture = in_capture or out_of_memory
+        reason = first_line(cause)
         self._graphs = None
         if not in_capture:
             self._compiled = self._wrapped = False
@@ -272,13 +280,13 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         left = "no CUDA graph; layers are launched one by one" if in_capture else "the layers are not compiled"
-        self.news.append(f"note: train.compile: {left}, slower ({cause})")
+        self.news.append(f"note: train.compile: {left}, slower ({reason})")
 
-    def _compile(self, on_device: Batch, num_targets: torch.Tensor) -> tuple[PassNumbers, bool]:
+    def _compile(self, on_device: Batch, num_targets: torch.Tensor) -> bool:
         """Run compiled layers for the first time, and compare them with the layers as they are written.
 
         Returns:
-            What they computed, and whether there was room to compare it.
+            Whether there was room to compare them.
 
         Raises:
             RuntimeError: they compute something else.
@@ -291,31 +299,56 @@ class Engine:
         except torch.OutOfMemoryError:  # they keep more activations
             gc.collect()
             torch.cuda.empty_cache()
-            return compiled, False
+            return False
         problem = difference(compiled, plain)
         if problem:
             raise RuntimeError(f"compiled, {problem}")
-        return compiled, True
+        return True
 
-    def _capture(
-        self, graphs: MicroBatchGraphs, batch: Batch, num_targets: torch.Tensor, compiled: PassNumbers
-    ) -> None:
+    def _capture(self, graphs: MicroBatchGraphs, batch: Batch, on_device: Batch, num_targets: torch.Tensor) -> None:
         """Capture a graph, replay it, and compare; before the first micro-batch of a step, whose gradients are zero.
 
         Raises:
-            CaptureError: it cannot be captured, or computes something else.
+            CaptureError: on all ranks, if it cannot be captured, or computes something else.
         """
         assert isinstance(self.gradients, GradientSums) and self._micro_batch == 0
         try:
-            graphs.add(batch, num_targets)
-            _, output = graphs.run(batch, num_targets)
-            problem = difference(PassNumbers(output.token_loss.sum(), self.gradients.last_norms()), compiled)
-        except Exception as error:
-            raise CaptureError("the capture failed") from error
+            with self._together(CaptureError):
+                launched = self._numbers(self._pass(on_device, num_targets))
+                graphs.add(batch, num_targets)
+            with self._together(CaptureError):
+                problem = difference(self._numbers(graphs.run(batch, num_targets)[1]), launched)
+                if problem:
+                    raise RuntimeError(f"in a CUDA graph, {problem}")
         finally:
             self.gradients.clear()
-        if problem:
-            raise CaptureError(f"in a CUDA graph, {problem}")
+
+    @contextmanager
+    def _together(self, kind: type[Exception]) -> Iterator[None]:
+        """Have what fails within it on one rank fail on all, for what follows may wait for the other ranks.
+
+        Raises:
+            kind: on all ranks; its cause is the error of this rank, if it is this one that failed.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:  # whatever a compiler or a capture may raise
+            failure = error
+        if float(sum_over_ranks(torch.tensor(float(failure is not None), device=self.device))):
+            raise kind("it failed on another rank") from failure
+
+    def _numbers(self, output: CoLT5Output) -> PassNumbers:
+        """What the first pass of a step computed; the gradients are cleared."""
+        assert isinstance(self.gradients, GradientSums)
+        numbers = PassNumbers(output.token_loss.sum(), self.gradients.last_norms())
+        self.gradients.clear()
+        return numbers
+
+    def close(self) -> None:
+        """Give up the CUDA graphs; at stage 3 they use the ranks' communicator, which cannot end before them."""
+        self._graphs = None
+        gc.collect()
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ class FlatGradients(GradientSums):
         for name, p in deepspeed.module.named_parameters():
             group, offset, count = self._places[name] = self._place(p)
             target = (self.sums if self.sums_whole else self.incoming)[group][offset : offset + count]
-            self._add_hook(name, p, partial(accumulate_ if self.sums_whole else torch.Tensor.copy_, target))
+            self._add_hook(name, p, partial(accumulate_, target) if self.sums_whole else partial(_copy, target))
         self._reduced = False
 
     def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
@@ -107,6 +107,9 @@ class FlatGradients(GradientSums):
         for whole in self.incoming:
             whole.zero_()
         self._reduced = False
+
+    def after_backward(self) -> None:
+        pass
 
     def after_micro_batch(self) -> None:
         """Stage 2 on several ranks: add the micro-batch's gradient, summed over ranks, to this rank's partition."""
@@ -161,3 +164,7 @@ class FlatGradients(GradientSums):
         for layout in self.layouts:
             layout.master.grad = None
         self.optimizer.update_lp_params()
+
+
+def _copy(target: torch.Tensor, gradient: torch.Tensor) -> None:
+    target.copy_(gradient)

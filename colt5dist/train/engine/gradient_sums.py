@@ -58,6 +58,7 @@ class GradientSums(ABC):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the global loss."""
         loss.backward()
+        self.after_backward()
         self.after_micro_batch()
 
     @contextmanager
@@ -78,7 +79,7 @@ class GradientSums(ABC):
 
     @abstractmethod
     def last_norms(self) -> dict[str, torch.Tensor]:
-        """Norm of each parameter's gradient on this rank, after the first micro-batch of a step."""
+        """Norm of each parameter's gradient after the first micro-batch of a step, as far as this rank has it."""
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -86,8 +87,12 @@ class GradientSums(ABC):
             total.zero_()
 
     @abstractmethod
+    def after_backward(self) -> None:
+        """What belongs to the end of a backward pass; it is in the pass's CUDA graph, if there is one."""
+
+    @abstractmethod
     def after_micro_batch(self) -> None:
-        """What is left to do when a backward pass is over."""
+        """What is left to do after that, outside of the graph."""
 
     @abstractmethod
     def own_sums(self) -> list[torch.Tensor]:

@@ -2,11 +2,12 @@
 
     a layer's gradients are there    summed over ranks in one collective, beside the next layer's backward pass
     each sum                         added in float32 to this rank's part
-    step                             norm, clipping and AdamW on the part; the weights are gathered anew (`ShardedWeights`)
+    step                             norm, clipping and AdamW on the part; then `ShardedWeights` gathers anew
 
 Shards, moments and sums stay where DeepSpeed 0.19.8 has them. What is taken from it (probed by
 tests/train/engine/test_flat_gradients.py): `fp32_partitioned_groups_flat`, `grad_partitions_flat_buffer`,
-`grad_position`, `sub_group_to_group_id`, `_reassign_or_swap_out_partitioned_parameters`, and what `ShardedWeights` uses.
+`grad_position`, `sub_group_to_group_id`, `_reassign_or_swap_out_partitioned_parameters`, and what `ShardedWeights`
+uses.
 """
 
 from collections.abc import Iterator
@@ -86,11 +87,14 @@ class ShardedGradients(GradientSums):
             for p, part in zip(unit.parameters, reduced.split(unit.sizes), strict=True):
                 accumulate_(self._part_of[p], part)
 
-    def after_micro_batch(self) -> None:
+    def after_backward(self) -> None:
         for unit in {id(self.weights.unit_of[p]): self.weights.unit_of[p] for p in self._gradients}.values():
             self._reduce(unit)
         self.weights.join()
         self._sent = None
+
+    def after_micro_batch(self) -> None:
+        pass
 
     def forget_unfinished(self) -> None:
         super().forget_unfinished()

@@ -80,6 +80,7 @@ def train(config: RunConfig, ranks: Ranks, device: torch.device) -> tuple[dict[s
         losses.append(means.loss)
         news += engine.news
         engine.news.clear()
+    engine.close()
     return {"losses": losses, "unchanged": unchanged, "news": news}, gradients
 
 

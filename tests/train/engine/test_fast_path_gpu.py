@@ -49,10 +49,8 @@ def test_every_gradient_is_that_of_plain_pytorch(results: dict[str, Any], varian
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_fast_path_was_taken_with_and_without_padding(results: dict[str, Any], variant: str) -> None:
-    """But for stage 3 on several GPUs, where the layers are compiled and launched one by one."""
     news = results[variant]["fast"]["news"]
-    way = "forward and backward" if variant[0] < "3" or torch.cuda.device_count() == 1 else "layers"
-    assert len(news) == 2 and all(line.startswith(f"compile: {way}") for line in news), news
+    assert len(news) == 2 and all(line.startswith("compile: forward and backward") for line in news), news
     assert {"without padding" in line for line in news} == {True, False}, news
 
 

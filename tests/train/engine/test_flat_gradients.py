@@ -45,7 +45,9 @@ def test_a_gradient_that_is_not_finite_is_skipped(trained: tuple[str, dict[str, 
     assert trained[1][f"nan {stage}"] == {"applied": False, "finite": True}
 
 
-@pytest.mark.parametrize(("written", "stage"), [(0, 1), (0, 2), (0, 3), (1, 2), (2, 1), (1, 0), (2, 0), (3, 0), (1, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize(
+    ("written", "stage"), [(0, 1), (0, 2), (0, 3), (1, 2), (2, 1), (1, 0), (2, 0), (3, 0), (1, 1), (2, 2), (3, 3)]
+)
 def test_checkpoints_are_the_same(trained: tuple[str, dict[str, Any]], written: int, stage: int) -> None:
     """One that DeepSpeed's path wrote goes on on the flat path, and the other way round."""
     precision, results = trained
