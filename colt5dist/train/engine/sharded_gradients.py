@@ -20,7 +20,7 @@ from torch import nn
 
 from colt5dist.ops.accumulate import accumulate_
 from colt5dist.train.engine.gradient_sums import GradientSums
-from colt5dist.train.engine.sharded_weights import ShardedWeights, Unit
+from colt5dist.train.engine.sharded_weights import ShardedWeights, Unit, as_one_collective
 
 
 class ShardedGradients(GradientSums):
@@ -54,44 +54,55 @@ class ShardedGradients(GradientSums):
             self._add_hook(name, p, add)
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._num_taken: dict[int, int] = {}
-        self._sent: torch.Tensor | None = None
+        self._sent: list[torch.Tensor] = []
 
-    def _take(self, p: nn.Parameter, gradient: torch.Tensor) -> None:
-        """Keep a parameter's gradient until its unit has all."""
-        self._gradients[p] = gradient
+    def _take(self, p: Any, gradient: torch.Tensor) -> None:
+        """Keep a parameter's gradient, as it is sent, until its unit has all."""
+        self._gradients[p] = self._as_sent(p, gradient)
         unit = self.weights.unit_of[p]
         taken = self._num_taken[id(unit)] = self._num_taken.get(id(unit), 0) + 1
         if taken == len(unit.parameters):
             self._reduce(unit)
 
+    def _as_sent(self, p: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient (elements,) in `reduce_dtype`, with zeros up to a multiple of the ranks."""
+        size = p.ds_tensor.numel() * self.world_size
+        if gradient.numel() == size:
+            return gradient.to(self.reduce_dtype)
+        return nn.functional.pad(gradient, (0, size - gradient.numel())).to(self.reduce_dtype)
+
     def _reduce(self, unit: Unit) -> None:
         """Sum a unit's gradients over ranks, beside what is launched next; a missing one counts as zeros."""
         self._num_taken.pop(id(unit), None)
-        rows = []
-        for p, size in zip(unit.parameters, unit.sizes, strict=True):
+        sent: list[torch.Tensor] = []
+        for p in unit.parameters:
             gradient = self._gradients.pop(p, None)
-            flat = torch.zeros_like(p).view(-1) if gradient is None else gradient
-            padding = size * self.world_size - flat.numel()
-            rows.append((nn.functional.pad(flat, (0, padding)) if padding else flat).view(self.world_size, size))
-        sent = torch.cat(rows, dim=1).to(self.reduce_dtype)
+            sent.append(self._as_sent(p, torch.zeros_like(p).view(-1)) if gradient is None else gradient)
         self.weights.backward_is_over(unit)
-        self.weights.join()  # the sum before this one is there: now its memory may be used again
+        self.weights.join()  # the sums before this one are there: now their memory may be used again
         self._sent = sent
         with self.weights.beside():
-            if dist.get_backend() == "nccl":
-                reduced = torch.empty_like(sent[0])
-                dist.reduce_scatter_tensor(reduced, sent)
-            else:  # gloo has no reduce-scatter
-                dist.all_reduce(sent)
-                reduced = sent[self.rank]
-            for p, part in zip(unit.parameters, reduced.split(unit.sizes), strict=True):
-                accumulate_(self._part_of[p], part)
+            for p, reduced in zip(unit.parameters, self._sum_over_ranks(sent), strict=True):
+                accumulate_(self._part_of[p], reduced)
+
+    def _sum_over_ranks(self, sent: list[torch.Tensor]) -> list[torch.Tensor]:
+        """This rank's parts of the sums of tensors over ranks; collective."""
+        parts = [tensor.view(self.world_size, -1)[self.rank] for tensor in sent]
+        if dist.get_backend() != "nccl":  # gloo has no reduce-scatter
+            for tensor in sent:
+                dist.all_reduce(tensor)
+            return parts
+        reduced = [torch.empty_like(part) for part in parts]
+        with as_one_collective(sent[0].device):
+            for part, tensor in zip(reduced, sent, strict=True):
+                dist.reduce_scatter_tensor(part, tensor)
+        return reduced
 
     def after_backward(self) -> None:
         for unit in {id(self.weights.unit_of[p]): self.weights.unit_of[p] for p in self._gradients}.values():
             self._reduce(unit)
         self.weights.join()
-        self._sent = None
+        self._sent = []
 
     def after_micro_batch(self) -> None:
         pass
@@ -101,7 +112,7 @@ class ShardedGradients(GradientSums):
         self._gradients.clear()
         self._num_taken.clear()
         self.weights.join()
-        self._sent = None
+        self._sent = []
         self.weights.reset()
 
     def last_norms(self) -> dict[str, torch.Tensor]:

@@ -10,13 +10,13 @@ computes; and its gradients are summed over ranks by one collective, while the n
 What belongs to no layer (embeddings, last norms, output map) is gathered for the whole pass. On one rank nothing is
 gathered: the parameters are views of their only shard. Where DeepSpeed 0.19.8 keeps the shards is left as it is, so
 that checkpoints do not change. What is taken from it (tests/train/engine/test_flat_gradients.py probes it):
-`ds_tensor`, `ds_shape`, `ds_numel` of a parameter, `grad_position`, `parameter_offload._remove_module_hooks`,
+`ds_tensor`, `ds_shape`, `ds_numel` of a parameter, `parameter_offload._remove_module_hooks`,
 `module_forward_pre_hook`, `module_forward_post_hook`, `persistent_parameters`, `ipg_buckets`, and that it replaces the
 modules' `_parameters`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,47 +28,44 @@ class Unit:
     """Parameters that are gathered, used and released together.
 
     Args:
-        parameters: in the order of their shards in DeepSpeed's flat tensors.
+        parameters: those of a layer, or those outside of the layers.
         world_size: number of ranks.
     """
 
     def __init__(self, parameters: Sequence[Any], world_size: int) -> None:
         self.parameters = parameters
-        self.sizes = [p.ds_tensor.numel() for p in parameters]
-        """Elements of each parameter's shard; the last rank's may end in padding."""
+        sizes = [p.ds_tensor.numel() * world_size for p in parameters]
         first = parameters[0].ds_tensor
-        self.whole = torch.empty(sum(self.sizes) * world_size, dtype=first.dtype, device=first.device)
-        """The gathered parameters, one after the other; without memory while they are released."""
-        self.rows = [part.view(world_size, -1) for part in self.whole.split([n * world_size for n in self.sizes])]
-        for p, row in zip(parameters, self.rows, strict=True):
-            p.data = row.view(-1)[: p.ds_numel].view(p.ds_shape)
-        self.incoming: torch.Tensor | None = None
-        """What is being gathered, (ranks, elements of a shard of the unit), not yet in the parameters' order."""
+        self._whole = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        self._gathered = self._whole.split(sizes)
+        """What is gathered of each parameter; it may end in padding."""
+        for p, gathered in zip(parameters, self._gathered, strict=True):
+            p.data = gathered[: p.ds_numel].view(p.ds_shape)
         self.has_arrived: torch.cuda.Event | None = None
-        """On a GPU: passed when `incoming` is complete."""
+        """On a GPU: passed when what was begun is complete."""
         self.in_backward = False
         self.release()
 
     def release(self) -> None:
         """Give the memory back; tensors that autograd keeps see the values again once the unit is gathered again."""
-        self.whole.untyped_storage().resize_(0)
+        self._whole.untyped_storage().resize_(0)
 
     @property
     def is_gathered(self) -> bool:
-        """Whether the parameters hold their values."""
-        return self.whole.untyped_storage().size() > 0
+        """Whether the parameters hold their values, or will."""
+        return self._whole.untyped_storage().size() > 0
 
-    def shard(self) -> torch.Tensor:
-        """This rank's shards, one after the other; (elements,)."""
-        return torch.cat([p.ds_tensor.data.view(-1) for p in self.parameters])
+    def gather(self) -> None:
+        """Gather the parameters from all ranks; collective."""
+        self._whole.untyped_storage().resize_(self._whole.numel() * self._whole.element_size())
+        with as_one_collective(self._whole.device):
+            for p, gathered in zip(self.parameters, self._gathered, strict=True):
+                dist.all_gather_into_tensor(gathered, p.ds_tensor.data)
 
-    def distribute(self) -> None:
-        """Move what was gathered to the parameters."""
-        assert self.incoming is not None
-        storage = self.whole.untyped_storage()
-        storage.resize_(self.whole.numel() * self.whole.element_size())
-        torch.split_with_sizes_copy(self.incoming, self.sizes, dim=1, out=self.rows)
-        self.incoming = None
+
+def as_one_collective(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch what is gathered, or summed over ranks, within it as one kernel where the backend can."""
+    return dist._coalescing_manager(device=device) if dist.get_backend() == "nccl" else nullcontext()  # type: ignore
 
 
 class ShardedWeights:
@@ -81,9 +78,8 @@ class ShardedWeights:
 
     def __init__(self, deepspeed: Any, layers: tuple[type[nn.Module], ...]) -> None:
         self.world_size = deepspeed.world_size
-        model, optimizer = deepspeed.module, deepspeed.optimizer
+        model = deepspeed.module
         _remove_hooks(deepspeed)
-        place = {p: optimizer.grad_position[optimizer.get_param_id(p)][:2] for p in model.parameters()}
         self.units: list[Unit] = []
         """The layers, in the order in which they run."""
         self.unit_of: dict[nn.Parameter, Unit] = {}
@@ -94,11 +90,10 @@ class ShardedWeights:
             return
         for layer in model.modules():
             if isinstance(layer, layers):
-                unit = self._unit(sorted(layer.parameters(), key=place.__getitem__))
+                unit = self._unit(list(layer.parameters()))
                 self._add_hooks(layer, unit, len(self.units))
                 self.units.append(unit)
-        rest = sorted((p for p in model.parameters() if p not in self.unit_of), key=place.__getitem__)
-        self.root = self._unit(rest)
+        self.root = self._unit([p for p in model.parameters() if p not in self.unit_of])
         model.register_forward_pre_hook(lambda *_: self._gather(self.root))
         model.register_forward_hook(self._after_model)
 
@@ -142,22 +137,18 @@ class ShardedWeights:
 
     def _begin(self, unit: Unit) -> None:
         """Begin to gather a unit, beside what the GPU computes."""
-        if unit.is_gathered or unit.incoming is not None:
+        if unit.is_gathered:
             return
         with self.beside():
-            shard = unit.shard()
-            unit.incoming = shard.new_empty((self.world_size, shard.numel()))
-            dist.all_gather_into_tensor(unit.incoming.view(-1), shard)
+            unit.gather()
             unit.has_arrived = torch.cuda.current_stream().record_event() if self._stream else None
 
     def _gather(self, unit: Unit) -> None:
         """Have a unit's weights in place for what is launched next."""
-        if unit.is_gathered:
-            return
         self._begin(unit)
         if unit.has_arrived is not None:
             torch.cuda.current_stream().wait_event(unit.has_arrived)
-        unit.distribute()
+            unit.has_arrived = None
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -180,13 +171,13 @@ class ShardedWeights:
     def backward_is_over(self, unit: Unit) -> None:
         """Release a unit whose gradients are all there."""
         unit.in_backward = False
+        unit.has_arrived = None
         unit.release()
 
     def reset(self) -> None:
         """Release everything, after a pass that failed, or because the weights have changed."""
         if self.world_size > 1:
             for unit in (*self.units, self.root):
-                unit.incoming = None
                 self.backward_is_over(unit)
 
 

@@ -1,6 +1,6 @@
 """Trains with compiled layers and CUDA graphs and without, and writes what differs; started by test_fast_path_gpu.py.
 
-    torchrun --nproc-per-node N tests/train/engine/fast_path.py OUTPUT SETTING...
+    torchrun --nproc-per-node N tests/train/engine/fast_path.py OUTPUT [--variants=3-none,...] SETTING...
 
 For each variant STAGE-CHECKPOINTING: the losses of all steps, the relative error of each gradient at the first step,
 and whether a step whose gradient was made NaN left weights and moments as they were, to the bit.
@@ -89,7 +89,9 @@ def main(output: Path, settings: list[str]) -> None:
     ranks = ranks_from_environment()
     device = initialise_process_group(ranks, 5)
     results = {}
-    for variant in VARIANTS:
+    chosen = [setting.partition("=")[2].split(",") for setting in settings if setting.startswith("--variants=")]
+    settings = [setting for setting in settings if not setting.startswith("--variants=")]
+    for variant in chosen[0] if chosen else VARIANTS:
         stage, checkpointing = variant.split("-")
         own = [f"zero.stage={stage}", f"train.activation_checkpointing={checkpointing}"]
         slow, slow_gradients = train(load_config(TINY, [*settings, *own, "train.compile=off"]), ranks, device)
