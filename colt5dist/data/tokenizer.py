@@ -54,6 +54,10 @@ class Tokenizer(ABC):
             ConfigError: the tokenizer has no ids for a part of the text.
         """
 
+    def unknown_parts(self, text: str) -> list[str]:
+        """Return the parts of a text for which the tokenizer gives `unk_id`, in order."""
+        return []
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens, mode tokens and sentinels have none."""
@@ -178,6 +182,11 @@ class JsonTokenizer(Tokenizer):
                 "another tokenizer"
             ) from None
         return np.array(ids, dtype=self.dtype)
+
+    def unknown_parts(self, text: str) -> list[str]:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[begin:end] for token, (begin, end) in places if token == self.unk_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(token) for token in ids if int(token) in self._pieces and int(token) not in self._specials]

@@ -61,6 +61,7 @@ class CorpusWriter:
             )
             for name in ("", VALIDATION_FOLDER)
         }
+        self.num_unknown = state["num_unknown"] if state else 0
         self.length_counts = state["length_counts"] if state else [0] * LENGTH_BINS
         # hash, tokens and number of copies of the text with the smallest hash; its set is known at the end
         self._waiting: tuple[int, NDArray[np.integer], int] | None = None
@@ -95,6 +96,7 @@ class CorpusWriter:
         if not len(tokens):
             return
         self.length_counts[len(tokens).bit_length()] += 1
+        self.num_unknown += document.num_unknown
         if self._waiting is None or hash_value < self._waiting[0]:
             self._release()
             self._waiting = hash_value, tokens, 1
@@ -124,6 +126,7 @@ class CorpusWriter:
         return {
             "sets": {name: part.save() for name, part in self._sets.items()},
             "length_counts": self.length_counts,
+            "num_unknown": self.num_unknown,
             "waiting": (self._waiting[0], self._waiting[2]) if self._waiting else None,
         }
 

@@ -15,7 +15,7 @@ from typing import Any
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.documents import Problems
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
-from colt5dist.data.prepare.inputs import InputFile, find_inputs
+from colt5dist.data.prepare.inputs import InputFile, Inputs, find_inputs
 from colt5dist.data.prepare.resume import (
     LOCK_NAME,
     SEEN_NAME,
@@ -44,6 +44,10 @@ class Prepared:
     """Manifest of the held-out set."""
     problems: Problems
     """Documents that were left out; without file and line if the folder was already there."""
+    inputs: Inputs
+    """What was read, and what is beside it."""
+    notes: tuple[str, ...]
+    """What was done otherwise than asked for, one sentence each."""
     was_there: bool
     """Whether the folder was already there, made from the same inputs with the same settings."""
 
@@ -68,7 +72,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
             f"--output: {output} cannot be made by renaming, since it is a mount point; give a new folder below it"
         )
     partial = output.with_name(output.name + ".partial")
-    files = find_inputs(config.input, made=(partial,))
+    inputs = find_inputs(config.input, made=(partial,))
+    files = inputs.files
     job = {
         "tokenizer": f"trained, {config.train_tokenizer} ids" if config.train_tokenizer else given.fingerprint,
         "files": len(files),
@@ -82,7 +87,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
     }
     try:
         if not _is_empty(output):
-            return _already_there(output, job, config.strict)
+            return _already_there(output, job, config.strict, inputs, given.notes)
         if not _is_empty(partial) and not any((partial / name).exists() for name in (LOCK_NAME, MANIFEST_NAME)):
             raise ConfigError(f"--output: {partial} is needed, and holds something else; move it, or give a new folder")
         partial.mkdir(parents=True, exist_ok=True)
@@ -92,9 +97,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
             if not (partial / MANIFEST_NAME).exists():
                 write_shards(config, job, tokenizer, encode, files, partial, report)
             problems_found = _rename_finished(partial, output, job, config.strict)
-            return Prepared(
-                read_manifest(output), read_manifest(output / VALIDATION_FOLDER), problems_found, was_there=False
-            )
+            return _prepared(output, problems_found, inputs, given.notes, was_there=False)
     except BlockingIOError:
         raise ConfigError(f"--output: {output} is being written by another prepare; wait for it to end") from None
     except OSError as error:
@@ -130,7 +133,12 @@ def _is_empty(output: Path) -> bool:
     return not output.exists() or (output.is_dir() and not any(output.iterdir()))
 
 
-def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
+def _prepared(output: Path, problems: Problems, inputs: Inputs, notes: tuple[str, ...], *, was_there: bool) -> Prepared:
+    training, validation = read_manifest(output), read_manifest(output / VALIDATION_FOLDER)
+    return Prepared(training, validation, problems, inputs, notes, was_there)
+
+
+def _already_there(output: Path, job: dict[str, Any], strict: bool, inputs: Inputs, notes: tuple[str, ...]) -> Prepared:
     """The result of an earlier start that finished; ConfigError if the folder holds anything else."""
     if not (output / MANIFEST_NAME).exists():
         raise ConfigError(f"--output: {output} exists and holds no shards; give a new folder")
@@ -139,12 +147,13 @@ def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
         raise ConfigError(f"--output: {output} holds shards of other inputs or settings; give a new folder")
     problems = _problems_of(manifest)
     check_strict(strict, problems, output)
-    return Prepared(manifest, read_manifest(output / VALIDATION_FOLDER), problems, was_there=True)
+    return _prepared(output, problems, inputs, notes, was_there=True)
 
 
 def _problems_of(manifest: Manifest) -> Problems:
     """What was left out, without file and line."""
-    return Problems(counts=manifest.source["left_out"], unwanted=manifest.source["unwanted"])
+    source = manifest.source
+    return Problems(counts=source["left_out"], unwanted=source["unwanted"])
 
 
 def _rename_finished(partial: Path, output: Path, job: dict[str, Any], strict: bool) -> Problems:

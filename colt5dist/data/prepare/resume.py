@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from colt5dist.data.prepare.documents import Item, Problems, read_items
+from colt5dist.data.prepare.documents import EXAMPLES, Item, Problems, read_items
 from colt5dist.data.prepare.duplicates import SeenTexts
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.inputs import InputFile
@@ -29,6 +29,8 @@ LOCK_NAME = "lock"
 SEEN_NAME = "seen-texts"
 TRAINED_PATTERN = "trained-*.json"
 REPORT_SECONDS = 0.1
+UNKNOWN_CHARACTERS = 1 << 16  # of a document, searched for parts to show
+UNKNOWN_SHOWN = 20
 
 Report = Callable[[int, int, CorpusWriter], None]
 Place = dict[str, int]
@@ -90,18 +92,29 @@ def write_shards(
             writer.add_document(document)
         return ""
 
+    def show_unknown(text: str) -> None:
+        """Keep the first few parts of the text that the vocabulary lacks."""
+        for part in tokenizer.unknown_parts(text[:UNKNOWN_CHARACTERS]):
+            if len(problems.unknown) < EXAMPLES and part[:UNKNOWN_SHOWN] not in problems.unknown:
+                problems.unknown.append(part[:UNKNOWN_SHOWN])
+
     saved, reported = time.monotonic(), -math.inf
     bytes_before = [0]
     for file in files:
         bytes_before.append(bytes_before[-1] + file.bytes)
     for (number, item), document in encode(_read_all(files, config.text_key, place)):
         kind = item.problem if document is None else add(document)
+        if document and document.num_unknown and len(problems.unknown) < EXAMPLES:
+            show_unknown(item.text)
         if kind:
-            problems.add(kind, files[number], item.line)
+            problems.add(kind, files[number], item)
+            if item.ends_file and not item.text:
+                problems.unread_bytes += files[number].bytes - item.file_position
             if config.strict:
                 where = f"{files[number].path}:{item.line}" if item.line else f"{files[number].path}"
+                reason = f" ({item.reason})" if item.reason else ""
                 raise ConfigError(
-                    f"{where}: is {kind}; fix the file and delete {partial}, or continue without --strict"
+                    f"{where}: is {kind}{reason}; fix the file and delete {partial}, or continue without --strict"
                 )
         place = {"file": number, "offset": item.offset, "line": item.line} if not item.ends_file else _start(number + 1)
         if time.monotonic() - saved >= config.commit_seconds:
@@ -118,7 +131,9 @@ def write_shards(
     save()
     if seen:
         seen.close()
-    source = {"job": job, "left_out": problems.counts, "unwanted": problems.unwanted}
+    source: dict[str, Any] = {"job": job, "left_out": problems.counts, "unwanted": problems.unwanted}
+    if writer.num_unknown:
+        source["unknown"] = {"tokens": writer.num_unknown, "parts": problems.unknown}
     try:
         writer.close({**source, "document_lengths": writer.length_counts})
     except ConfigError:

@@ -36,6 +36,8 @@ class Document:
     """A hash of the text with HASH_BITS bits, which decides whether it is held out."""
     digest: bytes
     """A hash of the text with 16 bytes, which identifies duplicates."""
+    num_unknown: int = 0
+    """How many of the ids stand for a part of the text that the vocabulary lacks."""
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> Document:
@@ -46,9 +48,10 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Document:
         UnicodeEncodeError: the text contains half of a surrogate pair.
     """
     content = text.encode()
-    return Document(
-        tokenizer.encode(text), hash_text(content), hashlib.blake2b(content, digest_size=16, person=b"copy").digest()
-    )
+    tokens = tokenizer.encode(text)
+    num_unknown = 0 if tokenizer.unk_id is None else int((tokens == tokenizer.unk_id).sum())
+    digest = hashlib.blake2b(content, digest_size=16, person=b"copy").digest()
+    return Document(tokens, hash_text(content), digest, num_unknown)
 
 
 def hash_text(content: bytes) -> int:
