@@ -47,6 +47,8 @@ def write_shards(
 ) -> None:
     """Write all documents and both manifests to `partial`, resuming from the state that is saved there.
 
+    They are written a second time where the first time held out far too many or too few tokens.
+
     Args:
         config: the settings.
         job: everything that decides the result; an earlier start must have had the same.
@@ -60,6 +62,38 @@ def write_shards(
         ConfigError: there is no text; the folder was begun with other inputs or settings; or a document cannot be read
             and the settings are strict.
     """
+    work = (config, job, tokenizer, encode, files, partial, report)
+    writer, problems = _write_documents(*work)
+    if moved := writer.moved_texts():
+        # killed just after this, a new start comes to the same decision
+        _clear(partial)
+        writer, problems = _write_documents(*work, moved)
+    source: dict[str, Any] = {"job": job, "left_out": problems.counts, "unwanted": problems.unwanted}
+    if writer.num_unknown:
+        source["unknown"] = {"tokens": writer.num_unknown, "parts": problems.unknown}
+    if writer.num_moved:
+        source["moved"] = writer.num_moved
+    try:
+        writer.close({**source, "document_lengths": writer.length_counts})
+    except ConfigError:
+        remove(partial)
+        raise
+
+
+def _write_documents(
+    config: PrepareConfig,
+    job: dict[str, Any],
+    tokenizer: Tokenizer,
+    encode: Encode,
+    files: list[InputFile],
+    partial: Path,
+    report: Report | None,
+    moved: dict[int, bool] | None = None,
+) -> tuple[CorpusWriter, Problems]:
+    """Write all documents, but no manifest; the writer, and what was left out.
+
+    `moved` has the texts that are not in the set of their hash; None where that is not known, or in the state.
+    """
     state = read_state(partial, job)
     place = state["place"] if state else _start(0)
     problems = Problems(**state["problems"]) if state else Problems()
@@ -71,6 +105,7 @@ def write_shards(
         tokenizer,
         validation_fraction=config.validation_fraction,
         shard_bytes=config.shard_bytes,
+        moved=moved,
         state=state["writer"] if state else None,
     )
     seen = SeenTexts(partial / SEEN_NAME, state["seen"] if state else None) if config.deduplicate else None
@@ -131,14 +166,7 @@ def write_shards(
     save()
     if seen:
         seen.close()
-    source: dict[str, Any] = {"job": job, "left_out": problems.counts, "unwanted": problems.unwanted}
-    if writer.num_unknown:
-        source["unknown"] = {"tokens": writer.num_unknown, "parts": problems.unknown}
-    try:
-        writer.close({**source, "document_lengths": writer.length_counts})
-    except ConfigError:
-        remove(partial)
-        raise
+    return writer, problems
 
 
 def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], str | None]]:
