@@ -85,7 +85,7 @@ class ByteTokenizer(Tokenizer):
     fingerprint = hashlib.sha256(b"utf-8 bytes + 3; pad 0, eos 1, unk 2").hexdigest()
 
     def encode(self, text: str) -> NDArray[np.integer]:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) + np.uint16(self.first_byte)
+        return np.add(np.frombuffer(text.encode(), dtype=np.uint8), np.uint16(self.first_byte), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = range(self.first_byte, self.vocab_size)
@@ -173,18 +173,26 @@ class JsonTokenizer(Tokenizer):
         return self.vocab_size - 1
 
     def encode(self, text: str) -> NDArray[np.integer]:
+        return np.array(self._encode(text).ids, dtype=self.dtype)
+
+    def encode_with_places(self, text: str) -> tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the ids of a text, and where each begins and ends in the text, in characters: each (tokens,)."""
+        encoding = self._encode(text)
+        places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=self.dtype), places[:, 0], places[:, 1]
+
+    def _encode(self, text: str) -> Any:
         try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises no narrower kind
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"{self._path}: cannot encode every text ({reason}); add an unknown token to its vocabulary, or use "
                 "another tokenizer"
             ) from None
-        return np.array(ids, dtype=self.dtype)
 
     def unknown_parts(self, text: str) -> list[str]:
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         places = zip(encoding.ids, encoding.offsets, strict=True)
         return [text[begin:end] for token, (begin, end) in places if token == self.unk_id]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from colt5dist.data.long_texts import LONG_BYTES, WINDOW_BYTES
 from colt5dist.data.prepare.compressed import DAMAGE, open_compressed
 from colt5dist.data.prepare.inputs import InputFile
 
@@ -20,8 +21,8 @@ MARKED_UP = ("<!doctype html", "<html", "<?xml")
 class Item:
     """The next thing read from a file: a document, a problem, or (neither) a blank line."""
 
-    text: str | None
-    """Text of the document, or None."""
+    text: str | bytes | None
+    """Text of the document, or None. A text of more than LONG_BYTES is bytes, in UTF-8."""
     problem: str
     """Kind of the problem, or empty."""
     line: int
@@ -242,7 +243,7 @@ def _json_values(stream: BinaryIO) -> Iterator[Any]:
 _BETWEEN = re.compile(r"[\s,]*")
 
 
-def _parts(stream: BinaryIO, text_key: str, *, lines: bool) -> Iterator[tuple[str | None, str, str, int]]:
+def _parts(stream: BinaryIO, text_key: str, *, lines: bool) -> Iterator[tuple[str | bytes | None, str, str, int]]:
     """(text, problem, reason, bytes read) of every document; a blank line has neither text nor problem."""
     if not lines:
         content = stream.read()
@@ -252,19 +253,45 @@ def _parts(stream: BinaryIO, text_key: str, *, lines: bool) -> Iterator[tuple[st
         yield *_decode_line(content, text_key), "", len(content)
 
 
-def _decode(content: bytes, text_key: str) -> tuple[str | None, str]:
+def _decode(content: bytes, text_key: str) -> tuple[str | bytes | None, str]:
     """(text, problem) of a whole file."""
+    if len(content) > LONG_BYTES:
+        return _check_long(content.removeprefix(codecs.BOM_UTF8), text_key)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None, "not UTF-8"
+    if problem := _not_text(text, text_key):
+        return None, problem
+    return (text, "") if text and not text.isspace() else (None, "empty")
+
+
+def _check_long(content: bytes, text_key: str) -> tuple[bytes | None, str]:
+    """The same for a long file, which is never a string as a whole."""
+    utf_8, blank = codecs.getincrementaldecoder("utf-8")(), True
+    try:
+        for begin in range(0, len(content), WINDOW_BYTES):
+            text = utf_8.decode(content[begin : begin + WINDOW_BYTES], final=begin + WINDOW_BYTES >= len(content))
+            blank = blank and (not text or text.isspace())
+            problem = _not_text(text, text_key if begin == 0 else None)
+            if problem:
+                return None, problem
+    except UnicodeDecodeError:
+        return None, "not UTF-8"
+    return (None, "empty") if blank else (content, "")
+
+
+def _not_text(text: str, text_key: str | None) -> str:
+    """What a text is instead of plain text, or an empty string; without `text_key` its beginning is not looked at."""
     if "\0" in text:
-        return None, "binary"
+        return "binary"
+    if text_key is None:
+        return ""
     if text[:4096].lstrip().lower().startswith(MARKED_UP):
-        return None, "HTML or XML, which is not plain text"
+        return "HTML or XML, which is not plain text"
     if _holds_json(text, text_key):
-        return None, "JSON in a file whose name does not end in .jsonl or .json"
-    return (text, "") if text.strip() else (None, "empty")
+        return "JSON in a file whose name does not end in .jsonl or .json"
+    return ""
 
 
 def _holds_json(text: str, text_key: str) -> bool:
@@ -277,8 +304,8 @@ def _holds_json(text: str, text_key: str) -> bool:
     return isinstance(value, dict) and isinstance(value.get(text_key), str)
 
 
-def _decode_line(content: bytes, text_key: str) -> tuple[str | None, str]:
-    if not content.strip():
+def _decode_line(content: bytes, text_key: str) -> tuple[str | bytes | None, str]:
+    if content.isspace():
         return None, ""
     try:
         entry = json.loads(content.decode("utf-8-sig"))
@@ -289,12 +316,14 @@ def _decode_line(content: bytes, text_key: str) -> tuple[str | None, str]:
     return _check_text(entry.get(text_key) if isinstance(entry, dict) else None, text_key)
 
 
-def _check_text(text: Any, text_key: str) -> tuple[str | None, str]:
+def _check_text(text: Any, text_key: str) -> tuple[str | bytes | None, str]:
     """(text, problem) of a value that should be the text of a document."""
     if not isinstance(text, str):
         return None, f"no text under {text_key!r}"
     try:
-        text.encode()
+        content = text.encode()
     except UnicodeEncodeError:  # "\\ud800" alone is valid JSON, but not valid text
         return None, "not UTF-8"
-    return (text, "") if text.strip() else (None, "empty")
+    if not text or text.isspace():
+        return None, "empty"
+    return (content if len(content) > LONG_BYTES else text), ""

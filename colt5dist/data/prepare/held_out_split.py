@@ -222,7 +222,10 @@ class CorpusWriter:
     def save(self) -> dict[str, Any]:
         """Flush everything to disk; return the state to continue from, which can be written as JSON."""
         if self._waiting is not None and not self._waiting_path(self._waiting[0]).exists():
-            write_whole(self._waiting_path(self._waiting[0]), self._waiting[1].astype(self._tokenizer.dtype).tobytes())
+            write_whole(
+                self._waiting_path(self._waiting[0]),
+                self._waiting[1].astype(self._tokenizer.dtype, copy=False).tobytes(),
+            )
         return {
             "sets": {name: part.save() for name, part in self._sets.items()},
             "length_counts": self.length_counts,

@@ -8,6 +8,7 @@ by the names, the sizes, and the first and last 64 KiB of the files.
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,13 @@ from colt5dist.data.prepare.resume import (
 )
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.prepare.tokenize_texts import encoder
-from colt5dist.data.prepare.train_tokenizer import train_tokenizer
+from colt5dist.data.prepare.train_tokenizer import training_process
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import fsync_path, fsync_tree, locked, write_whole
+
+TRAINED = "trained, {} ids"
+"""The tokenizer of a job that trains one."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
     inputs = find_inputs(config.input, made=(partial,))
     files = inputs.files
     job = {
-        "tokenizer": f"trained, {config.train_tokenizer} ids" if config.train_tokenizer else given.fingerprint,
+        "tokenizer": TRAINED.format(config.train_tokenizer) if config.train_tokenizer else given.fingerprint,
         "files": len(files),
         "bytes": sum(file.bytes for file in files),
         "inputs": _inputs_key(files),
@@ -119,13 +123,14 @@ def _trained_tokenizer(config: PrepareConfig, job: dict[str, Any], files: list[I
     assert config.train_tokenizer is not None
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
     path = partial / TRAINED_PATTERN.replace("*", key)
-    with locked(partial / LOCK_NAME, wait=False):
-        if not path.exists():
-            below = held_out_below(config.validation_fraction)
-            content = train_tokenizer(
-                files, vocab_size=config.train_tokenizer, text_key=config.text_key, held_out_below=below
-            )
-            write_whole(path, content)
+    if not path.exists():
+        below = held_out_below(config.validation_fraction)
+        training = training_process(
+            files, vocab_size=config.train_tokenizer, text_key=config.text_key, held_out_below=below
+        )
+        with training as train, locked(partial / LOCK_NAME, wait=False):
+            if not path.exists():
+                write_whole(path, train())
     return JsonTokenizer(path)
 
 
@@ -135,6 +140,12 @@ def _is_empty(output: Path) -> bool:
 
 def _prepared(output: Path, problems: Problems, inputs: Inputs, notes: tuple[str, ...], *, was_there: bool) -> Prepared:
     training, validation = read_manifest(output), read_manifest(output / VALIDATION_FOLDER)
+    asked, made = training.source["job"]["tokenizer"], training.tokenizer.vocab_size
+    if (wanted := re.fullmatch(TRAINED.format("([0-9]+)"), asked)) and made < int(wanted[1]):
+        fewer = (
+            f"the trained tokenizer has {made:,} ids, not {int(wanted[1]):,}: the text has no more pieces that repeat"
+        )
+        notes = (*notes, fewer)
     return Prepared(training, validation, problems, inputs, notes, was_there)
 
 

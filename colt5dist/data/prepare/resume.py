@@ -18,7 +18,7 @@ from colt5dist.data.prepare.duplicates import SeenTexts
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.inputs import InputFile
 from colt5dist.data.prepare.settings import PrepareConfig
-from colt5dist.data.prepare.tokenize_texts import Document, Encode
+from colt5dist.data.prepare.tokenize_texts import Document, Encode, Text
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
@@ -127,8 +127,9 @@ def _write_documents(
             writer.add_document(document)
         return ""
 
-    def show_unknown(text: str) -> None:
+    def show_unknown(text: Text) -> None:
         """Keep the first few parts of the text that the vocabulary lacks."""
+        text = text[:UNKNOWN_CHARACTERS].decode(errors="ignore") if isinstance(text, bytes) else text
         for part in tokenizer.unknown_parts(text[:UNKNOWN_CHARACTERS]):
             if len(problems.unknown) < EXAMPLES and part[:UNKNOWN_SHOWN] not in problems.unknown:
                 problems.unknown.append(part[:UNKNOWN_SHOWN])
@@ -137,9 +138,17 @@ def _write_documents(
     bytes_before = [0]
     for file in files:
         bytes_before.append(bytes_before[-1] + file.bytes)
-    for (number, item), document in encode(_read_all(files, config.text_key, place)):
+
+    def tell(item: tuple[int, Item], share: float = 1.0) -> None:
+        """Report how far the reading is, at most so often; `share` of the item is done."""
+        nonlocal reported
+        if report and time.monotonic() - reported >= REPORT_SECONDS:
+            reported = time.monotonic()
+            report(bytes_before[item[0]] + int(share * item[1].file_position), job["bytes"], writer)
+
+    for (number, item), document in encode(_read_all(files, config.text_key, place), tell):
         kind = item.problem if document is None else add(document)
-        if document and document.num_unknown and len(problems.unknown) < EXAMPLES:
+        if document and item.text and document.num_unknown and len(problems.unknown) < EXAMPLES:
             show_unknown(item.text)
         if kind:
             problems.add(kind, files[number], item)
@@ -155,9 +164,7 @@ def _write_documents(
         if time.monotonic() - saved >= config.commit_seconds:
             save()
             saved = time.monotonic()
-        if report and time.monotonic() - reported >= REPORT_SECONDS:
-            reported = time.monotonic()
-            report(bytes_before[number] + item.file_position, job["bytes"], writer)
+        tell((number, item))
     place = _start(len(files))
     if not writer.num_documents:
         remove(partial)
@@ -169,7 +176,7 @@ def _write_documents(
     return writer, problems
 
 
-def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], str | None]]:
+def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], Text | None]]:
     """((number of the file, item), text) of everything from `place` on."""
     for number, file in enumerate(files[place["file"] :], start=place["file"]):
         for item in read_items(file, text_key=text_key, offset=place["offset"], line=place["line"]):
