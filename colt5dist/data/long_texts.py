@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 
-LONG_BYTES = 1 << 24  # a text of more bytes is a long one
+LONG_BYTES = 1 << 22  # a text of more bytes is a long one
 WINDOW_BYTES = 1 << 20
 OVERLAP_BYTES = 1 << 13
 

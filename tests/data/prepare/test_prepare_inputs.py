@@ -411,3 +411,34 @@ def test_unreadable_files_have_a_reason(tmp_path: Path, name: str, content: byte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=rf"left out, unreadable: 1 \(.*{name}(:1)?: .*{reason}"):
         prepare(config(tmp_path / name, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """In a text file, a line, an array and a parquet file: the shards are those of short ones, and progress moves."""
+    long = "a long document, 日本語. " * 2000
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("\ufeff" + long)
+    (tmp_path / "in/b.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("b", "b" + long, "b b"))
+    )
+    (tmp_path / "in/c.json").write_text(json.dumps([{"text": "c"}, {"text": "c" + long}, {"text": "c c"}]))
+    parquet.write_table(pyarrow.table({"text": ["d", "d" + long, "d d"]}), tmp_path / "in/d.parquet")
+    (tmp_path / "in/e.txt").write_text("e" * 30_000 + "\0")
+    (tmp_path / "in/f.txt").write_text("\n" * 30_000)
+    (tmp_path / "in/g.txt").write_bytes(b"g" * 30_000 + b"\xff")
+    (tmp_path / "in/h.txt").write_text("<html>" + "h" * 30_000)
+    expected = prepare(config(tmp_path / "in", tmp_path / "short")).problems.counts
+    assert expected == {"binary": 1, "empty": 1, "not UTF-8": 1, "HTML or XML, which is not plain text": 1}
+    monkeypatch.setattr("colt5dist.data.prepare.documents.LONG_BYTES", 20_000)
+    monkeypatch.setattr("colt5dist.data.long_texts.WINDOW_BYTES", 4096)
+    monkeypatch.setattr("colt5dist.data.prepare.documents.WINDOW_BYTES", 4096)
+    monkeypatch.setattr("colt5dist.data.prepare.resume.REPORT_SECONDS", -1)
+    assert isinstance(items(tmp_path / "in/a.txt")[0].text, bytes)
+    told: list[int] = []
+    prepared = prepare(
+        config(tmp_path / "in", tmp_path / "long", workers=workers), lambda done, total, writer: told.append(done)
+    )
+    assert prepared.problems.counts == expected
+    assert content(tmp_path / "long") == content(tmp_path / "short")
+    assert len([done for done in told if done < len(long.encode())]) > 10
