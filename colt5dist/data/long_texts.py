@@ -30,11 +30,11 @@ def encode_long(
     Raises:
         ConfigError: the tokenizer has no ids for a part of the text.
     """
-    parts = []
+    joined = bytearray()  # it grows in place: parts that are joined at the end would need twice the memory
     for ids, end in _windows(tokenizer, content) if isinstance(tokenizer, JsonTokenizer) else _cut(tokenizer, content):
-        parts.append(ids)
+        joined += ids.tobytes()
         tick(end / len(content))
-    return np.concatenate(parts)
+    return np.frombuffer(joined, dtype=tokenizer.dtype)
 
 
 def _cut(tokenizer: Tokenizer, content: bytes) -> Iterator[tuple[NDArray[np.integer], int]]:
