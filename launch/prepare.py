@@ -13,7 +13,7 @@ from colt5dist.console import outlive_readers, status_of_report
 from colt5dist.data.prepare import settings
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.progress import progress
-from colt5dist.data.prepare.report import check_plot, info_lines, plot_lengths, summary_lines
+from colt5dist.data.prepare.report import check_plot, info_lines, plot_lengths, summary_lines, warning_lines
 from colt5dist.data.read import shards
 from colt5dist.data.verify import verify
 from colt5dist.errors import ConfigError
@@ -31,9 +31,13 @@ def run_prepare(arguments: list[str]) -> int:
         print(f"stopped; the same command resumes {config.output}", file=sys.stderr)
         return 130
     print("\n".join(summary_lines(prepared.manifest, prepared.validation, prepared.problems)))
+    print("".join(f"{line}\n" for line in prepared.inputs.lines()), end="")
+    print("".join(f"note: {note}\n" for note in prepared.notes), end="")
     if histogram:
         plot_lengths(prepared.manifest.source["document_lengths"], histogram)
-    print(f"{'was already there' if prepared.was_there else 'written'}: {config.output}")
+    print(f"{'was already there' if prepared.was_there else 'written'}: {config.output}", flush=True)
+    for line in warning_lines(prepared.manifest, prepared.validation, prepared.problems, prepared.inputs):
+        print(line, file=sys.stderr)
     return 0
 
 

@@ -216,7 +216,7 @@ def measure_prepare(folder: Path, scale: float) -> Figures:
     with open(folder / "text/a.jsonl", "w") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
-    files = find_inputs([str(folder / "text")])
+    files = find_inputs([str(folder / "text")]).files
     content = train_tokenizer(files, vocab_size=32_000, text_key="text", held_out_below=0)
     (folder / "tokenizer.json").write_bytes(content)
     tokens = 0

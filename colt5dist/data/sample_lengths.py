@@ -3,6 +3,9 @@
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 
+PUBLISHED_LENGTHS = (4096, 910)
+"""Input and target length of CoLT5's pretraining (Ainslie et al. 2023, arXiv 2303.09752, section 4.1)."""
+
 
 def text_tokens_of_sample(config: DataConfig) -> float:
     """Return the tokens of text that a full sample is made from, as the mean over the mixture."""
@@ -35,9 +38,17 @@ def length_notes(config: DataConfig) -> list[str]:
             share = (1 + length.noise_tokens) / 2 / length.raw_tokens
         else:
             share = length.noise_tokens / length.raw_tokens
-        if share < 0.98 * objective.noise_rate:
+        if share >= 0.98 * objective.noise_rate:
+            continue
+        if (config.input_length, config.target_length) == PUBLISHED_LENGTHS:
+            notes.append(
+                f"{objective.name} has a mean of {share:.1%} of its text in the target instead of "
+                f"{objective.noise_rate:.0%}, because {config.target_length} target tokens hold no more; these are the "
+                "CoLT5 paper's own lengths, and nothing needs to be changed"
+            )
+        else:
             notes.append(
                 f"data.target_length: {config.target_length} target tokens reduce the noise of {objective.name} from "
-                f"{objective.noise_rate:.0%} to {share:.1%} of the text"
+                f"{objective.noise_rate:.0%} to {share:.1%} of the text; targets are never cut"
             )
     return notes

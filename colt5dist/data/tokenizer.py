@@ -6,6 +6,7 @@ above them, so no piece of text can be mistaken for a sentinel.
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,11 @@ from colt5dist.errors import ConfigError
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<PAD>")
 EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<EOS>", "[SEP]")
+OTHER_SPECIAL_NAMES = re.compile(
+    r"<extra_id_\d+>|<sentinel_\d+>|\[(NLU|NLG|S2S)\]|\[(MASK|CLS|BOS|UNK)\]|<(s|bos|unk|mask)>"
+)
+"""Sentinels, mode tokens and their like, in files that add them without marking them as special."""
+BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(ABC):
@@ -31,8 +37,12 @@ class Tokenizer(ABC):
     """Fills rows, and is the first token of the decoder's input."""
     eos_id: int
     """Ends inputs and targets, and separates documents that share a row."""
+    unk_id: int | None = None
+    """Stands for a part of a text that the vocabulary lacks; None: there is no such id."""
     fingerprint: str
     """sha256 of everything that decides the ids."""
+    notes: tuple[str, ...] = ()
+    """What of the tokenizer's file is not used, one sentence each."""
 
     @abstractmethod
     def encode(self, text: str) -> NDArray[np.integer]:
@@ -43,6 +53,10 @@ class Tokenizer(ABC):
         Raises:
             ConfigError: the tokenizer has no ids for a part of the text.
         """
+
+    def unknown_parts(self, text: str) -> list[str]:
+        """Return the parts of a text for which the tokenizer gives `unk_id`, in order."""
+        return []
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -71,7 +85,7 @@ class ByteTokenizer(Tokenizer):
     fingerprint = hashlib.sha256(b"utf-8 bytes + 3; pad 0, eos 1, unk 2").hexdigest()
 
     def encode(self, text: str) -> NDArray[np.integer]:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) + np.uint16(self.first_byte)
+        return np.add(np.frombuffer(text.encode(), dtype=np.uint8), np.uint16(self.first_byte), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = range(self.first_byte, self.vocab_size)
@@ -88,7 +102,8 @@ class JsonTokenizer(Tokenizer):
     """A tokenizer.json of the Hugging Face `tokenizers` library.
 
     Pad and end token are found by their usual names (PAD_NAMES, EOS_NAMES). A missing one gets a new id above the
-    vocabulary of the file.
+    vocabulary of the file. Length limit, padding and dropout of the file are switched off, so a text always has the
+    same ids.
 
     Args:
         path: path of the file.
@@ -110,60 +125,119 @@ class JsonTokenizer(Tokenizer):
                 f"{path}: cannot be read ({error.strerror}); give a Hugging Face tokenizer.json"
             ) from None
         try:
-            self._backend = Backend.from_str(self.content.decode())
-            self._description = json.loads(self.content)
+            backend = Backend.from_str(self.content.decode())
+            backend.no_truncation()
+            backend.no_padding()
+            self._pieces = {token: piece for piece, token in backend.get_vocab(with_added_tokens=True).items()}
+            self._description = json.loads(backend.to_str())
         except Exception as error:  # the library raises plain Exception
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{path}: is not a Hugging Face tokenizer.json ({reason})") from None
-        # a file may set a length limit, and may read "</s>" in a text as the end token; both are switched off here
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
-        self._specials = {
-            token: added.content for token, added in self._backend.get_added_tokens_decoder().items() if added.special
-        }
-        self._pieces = {token: piece for piece, token in self._backend.get_vocab(with_added_tokens=True).items()}
         if not self._pieces:
             raise ConfigError(f"{path}: has an empty vocabulary; train it first")
         self.vocab_size = max(self._pieces) + 1
+        self._added = {token: added.content for token, added in backend.get_added_tokens_decoder().items()}
+        self._specials = {
+            token
+            for token, added in backend.get_added_tokens_decoder().items()
+            if added.special or OTHER_SPECIAL_NAMES.fullmatch(added.content)
+        }
         self.eos_id = self._find(EOS_NAMES)
         self.pad_id = self._find(PAD_NAMES)
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
+        model = self._description["model"]
+        unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+        self.unk_id = backend.token_to_id(unknown) if unknown is not None else None
+        if self.unk_id is not None and model["type"] != "WordLevel":  # there, a known word may stand for unknown ones
+            self._specials.add(self.unk_id)
+        if model.get("dropout"):
+            self.notes = (f"{path}: its dropout of {model['dropout']} is not used: a text always has the same ids",)
+            model["dropout"] = None
+        if model.get("byte_fallback"):  # <0x0A> stands for a byte of text, even where a file calls it special
+            self._specials -= {token for token in self._specials if BYTE_NAME.fullmatch(self._pieces.get(token, ""))}
+        secret = self.fingerprint[:16]
+        hidden = {
+            self._pieces[token]: f"\U0010ffff{secret}{token}" for token in self._specials if token in self._pieces
+        }
+        self._backend = Backend.from_str(json.dumps(_rename_pieces(self._description, hidden)))
+        self._backend.encode_special_tokens = True
 
     def _find(self, names: tuple[str, ...]) -> int:
         """Return the id of the first of `names` that is in the vocabulary, or else a new id above the vocabulary."""
+        ids = {piece: token for token, piece in self._pieces.items() if piece in names}
         for name in names:
-            token = self._backend.token_to_id(name)
-            if token is not None:
-                self._specials[token] = name
-                return token
+            if name in ids:
+                self._specials.add(ids[name])
+                return ids[name]
         self.vocab_size += 1
         return self.vocab_size - 1
 
     def encode(self, text: str) -> NDArray[np.integer]:
+        return np.array(self._encode(text).ids, dtype=self.dtype)
+
+    def encode_with_places(self, text: str) -> tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the ids of a text, and where each begins and ends in the text, in characters: each (tokens,)."""
+        encoding = self._encode(text)
+        places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=self.dtype), places[:, 0], places[:, 1]
+
+    def _encode(self, text: str) -> Any:
         try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises no narrower kind
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"{self._path}: cannot encode every text ({reason}); add an unknown token to its vocabulary, or use "
                 "another tokenizer"
             ) from None
-        return np.array(ids, dtype=self.dtype)
+
+    def unknown_parts(self, text: str) -> list[str]:
+        encoding = self._encode(text)
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[begin:end] for token, (begin, end) in places if token == self.unk_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(token) for token in ids if int(token) in self._pieces and int(token) not in self._specials]
-        return self._backend.decode(known, skip_special_tokens=True)
+        return self._backend.decode(known, skip_special_tokens=False)
 
     @property
     def byte_lengths(self) -> NDArray[np.int64]:
         decoders = _steps(self._description.get("decoder"), "decoders")
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        added = self._backend.get_added_tokens_decoder()
         for token, piece in self._pieces.items():
             if token not in self._specials:
-                lengths[token] = len(piece.encode()) if token in added else _piece_bytes(piece, decoders)
+                lengths[token] = len(piece.encode()) if token in self._added else _piece_bytes(piece, decoders)
         return lengths
+
+
+def _rename_pieces(description: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A tokenizer's description in which pieces have other names, which no text contains.
+
+    The model of a file may find the name of a special token in a text, even where special tokens are not searched
+    for: as a word, as the likeliest piece, or as the result of a merge. Under another name it is not found, and its id
+    stays.
+
+    Args:
+        description: the content of a tokenizer.json, as the library writes it.
+        names: name of a piece -> its other name.
+    """
+    model = dict(description["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): token for piece, token in model["vocab"].items()}
+    else:
+        model["vocab"] = [(names.get(piece, piece), score) for piece, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        begun = len(model["continuing_subword_prefix"] or "")
+        model["merges"] = [
+            (left, right) for left, right in model["merges"] if not {left, right, left + right[begun:]} & names.keys()
+        ]
+    added = [
+        {**token, "content": names[token["content"]], "special": True} if token["content"] in names else token
+        for token in description["added_tokens"]
+    ]
+    return {**description, "model": model, "added_tokens": added, "post_processor": None}
 
 
 def _steps(description: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
@@ -180,7 +254,7 @@ def _piece_bytes(piece: str, decoders: list[dict[str, Any]]) -> int:
     kinds = {step["type"]: step for step in decoders}
     if "ByteLevel" in kinds:
         return len(piece)  # one character per byte
-    if "ByteFallback" in kinds and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+    if "ByteFallback" in kinds and BYTE_NAME.fullmatch(piece):
         return 1
     if "WordPiece" in kinds:
         prefix = kinds["WordPiece"]["prefix"]

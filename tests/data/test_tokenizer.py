@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer
 from colt5dist.errors import ConfigError
 
+SPECIAL = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "[S2S]"]
 SENTENCES = ["the cat sat on the mat", "the dog sat on the log", "a naïve café, ½ price", "</s> is text here"] * 5
 
 
@@ -109,3 +110,73 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path, content: bytes | None) ->
     with pytest.raises(ConfigError, match=r"t\.json: ") as error:
         JsonTokenizer(path)
     assert "\n" not in str(error.value)
+
+
+def with_special_tokens(kind: str, path: Path, special: bool) -> JsonTokenizer:
+    """A file of a kind whose model itself holds the names of the special tokens."""
+    characters = "abdeiknprstux_/<>[]S20"
+    pieces = [*SPECIAL, *characters, "▁", *("##" + character for character in characters), "Ġ", "a▁b"]
+    vocabulary = {piece: token for token, piece in enumerate(pieces)}
+    if kind == "unigram":
+        scores = [(piece, 0.0 if piece in SPECIAL else -3.0) for piece in vocabulary]
+        tokenizer = tokenizers.Tokenizer(models.Unigram(scores, 2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "wordpiece":
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    elif kind == "wordlevel":
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        # merges that make "</s>" out of its characters, and a word that is looked up as a whole
+        made = {**vocabulary, "</": len(vocabulary), "</s": len(vocabulary) + 1, "</s>a": len(vocabulary) + 2}
+        merges = [("<", "/"), ("</", "s"), ("</s", ">"), ("</s>", "a")]
+        settings = {"ignore_merges": kind == "ignore_merges", "unk_token": "<unk>"}
+        tokenizer = tokenizers.Tokenizer(models.BPE(made, merges, **settings))  # type: ignore[arg-type]
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        if kind == "ignore_merges":
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+            )
+    if special:
+        tokenizer.add_special_tokens(SPECIAL)
+    else:
+        tokenizer.add_tokens(SPECIAL)
+    tokenizer.save(str(path))
+    return JsonTokenizer(path)
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "added"])
+@pytest.mark.parametrize("kind", ["byte_level", "ignore_merges", "unigram", "wordpiece", "wordlevel"])
+def test_names_of_special_tokens_in_a_text_are_text(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, special: bool
+) -> None:
+    """Of the special ids, only "unknown" may come out, and only where a word is unknown; other text keeps its ids."""
+    tokenizer = with_special_tokens(kind, tmp_path_factory.mktemp("names") / "t.json", special)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+
+    @given(st.lists(st.sampled_from([*SPECIAL, " ", "a", "b", "<", "ta", "</", "s>"]), max_size=12))
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        ids = tokenizer.encode(text).tolist()
+        assert not {0, 1, 3, 4} & set(ids)
+        if kind != "wordlevel":  # its words are whole
+            assert 2 not in ids
+            spelt = "".join(tokenizer._pieces[token].removeprefix("##") for token in ids)
+            assert spelt.replace("▁", "").replace("Ġ", "") == text.replace(" ", "")
+
+    check()
+    assert tokenizer.decode([0, 1, 2, 3, 4]) == ""
+    assert tokenizer.byte_lengths[:5].tolist() == [0] * 5
+
+
+def test_dropout_is_switched_off(tmp_path: Path) -> None:
+    """A text has the same ids each time, and it is said that the file wanted otherwise."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {piece: token for token, piece in enumerate([*sorted(alphabet), "ab", "abab"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "ab")], dropout=0.5))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer = JsonTokenizer(tmp_path / "t.json")
+    assert {tuple(tokenizer.encode("abab" * 4).tolist()) for _ in range(20)} == {(257,) * 4}
+    assert tokenizer.notes == (f"{tmp_path}/t.json: its dropout of 0.5 is not used: a text always has the same ids",)

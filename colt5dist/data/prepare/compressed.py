@@ -11,6 +11,7 @@ DAMAGE = (EOFError, zlib.error, zstandard.ZstdError)
 """Exceptions that reading a damaged stream raises, besides OSError."""
 
 READ_BYTES = 1 << 17
+MAX_WINDOW = 1 << 31  # the largest that `zstd --long` makes; the package's default refuses more than 128 MiB
 
 
 def open_compressed(raw: BinaryIO, suffix: str) -> BinaryIO:
@@ -31,7 +32,7 @@ class _ZstdStream(io.RawIOBase):
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
         self._begun = False  # whether a frame has begun and not ended
         self._content = memoryview(b"")
 
@@ -59,5 +60,5 @@ class _ZstdStream(io.RawIOBase):
             if self._begun:
                 break
             block = self._frame.unused_data
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
         return b"".join(parts)

@@ -3,8 +3,14 @@
 A document is held out when the hash of its text, divided by the number of possible hashes, is below the validation
 fraction. So copies of a text are always in the same set, whatever the order and number of the other documents. At
 least one text is held out: the one with the smallest hash so far waits until all documents were seen.
+
+Where documents are few or very unequal, this may hold out far too many or too few tokens. `CorpusWriter.moved_texts`
+then names the texts that belong in the other set, and the corpus is written again. Nothing is random in it, but in such
+a corpus the side of a text depends on the other texts.
 """
 
+import heapq
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +28,46 @@ WAITING_PATTERN = "waiting-*"
 LENGTH_BINS = 48  # documents are counted by the power of two of their length
 
 CUT_TOKENS = 4096  # held out, if possible, where a single document is all there is
+MOST_CUT = 0.1  # share of a corpus of several documents that is held out to have CUT_TOKENS
+MOST_HELD_OUT = 0.75  # share of the tokens: a training set of scraps is worse than held-out scraps
+
+KNOWN_TEXTS = 256  # texts with the smallest hashes, and as many of the largest that are held out
+TOLERATED = 3.0  # times too many or too few tokens are held out before texts are moved
+GAIN = 1.5  # by which moving must bring the held-out tokens nearer
 
 
 def held_out_below(validation_fraction: float) -> int:
     """Return the bound below which a document's hash means that it is held out."""
     return int(validation_fraction * (1 << HASH_BITS))
+
+
+class _KnownTexts:
+    """The sizes of KNOWN_TEXTS texts: those whose rank is smallest.
+
+    Args:
+        entries: [rank, hash, tokens of all copies] of each, from an earlier writer.
+    """
+
+    def __init__(self, entries: list[list[int]]) -> None:
+        self.tokens = {hash_value: tokens for _, hash_value, tokens in entries}
+        self._heap = [(-rank, hash_value) for rank, hash_value, _ in entries]  # the largest rank first
+        heapq.heapify(self._heap)
+
+    def add(self, rank: int, hash_value: int, tokens: int) -> None:
+        """Take a text into account; copies must have the same rank."""
+        if hash_value in self.tokens:
+            self.tokens[hash_value] += tokens
+        elif len(self._heap) < KNOWN_TEXTS:
+            self.tokens[hash_value] = tokens
+            heapq.heappush(self._heap, (-rank, hash_value))
+        elif rank < -self._heap[0][0]:
+            self.tokens[hash_value] = tokens
+            _, dropped = heapq.heapreplace(self._heap, (-rank, hash_value))
+            del self.tokens[dropped]
+
+    def save(self) -> list[list[int]]:
+        """Return the `entries` to continue with."""
+        return [[-rank, hash_value, self.tokens[hash_value]] for rank, hash_value in self._heap]
 
 
 class CorpusWriter:
@@ -39,6 +80,7 @@ class CorpusWriter:
         tokenizer: makes the ids.
         validation_fraction: share of the documents that is held out.
         shard_bytes: largest size of a shard in bytes.
+        moved: hash of a text -> whether it is held out, against the rule; None: the rule decides for all.
         state: what `save` of an earlier writer returned, to continue from; None starts new sets.
     """
 
@@ -49,24 +91,34 @@ class CorpusWriter:
         *,
         validation_fraction: float,
         shard_bytes: int = 1 << 29,
+        moved: Mapping[int, bool] | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self._tokenizer = tokenizer
         self._fraction = validation_fraction
         self._threshold = held_out_below(validation_fraction)
+        self._moved = dict(state["moved"]) if state else moved or {}
+        self._smallest = _KnownTexts(state["smallest"] if state else [])  # by hash
+        self._largest = _KnownTexts(state["largest"] if state else [])  # of the texts that are held out
         self._sets = {
             name: ShardSetWriter(
                 folder / name, tokenizer.dtype, shard_bytes=shard_bytes, state=state["sets"][name] if state else None
             )
             for name in ("", VALIDATION_FOLDER)
         }
+        self.num_unknown = state["num_unknown"] if state else 0
         self.length_counts = state["length_counts"] if state else [0] * LENGTH_BINS
         # hash, tokens and number of copies of the text with the smallest hash; its set is known at the end
         self._waiting: tuple[int, NDArray[np.integer], int] | None = None
         if state and state["waiting"]:
             hash_value, copies = state["waiting"]
             self._waiting = hash_value, np.fromfile(self._waiting_path(hash_value), dtype=tokenizer.dtype), copies
+
+    @property
+    def num_moved(self) -> int:
+        """Texts that `moved` puts into another set than their hash."""
+        return sum(held_out != (hash_value < self._threshold) for hash_value, held_out in self._moved.items())
 
     @property
     def num_documents(self) -> int:
@@ -95,6 +147,10 @@ class CorpusWriter:
         if not len(tokens):
             return
         self.length_counts[len(tokens).bit_length()] += 1
+        self.num_unknown += document.num_unknown
+        self._smallest.add(hash_value, hash_value, len(tokens))
+        if hash_value < self._threshold:
+            self._largest.add(-len(tokens), hash_value, len(tokens))
         if self._waiting is None or hash_value < self._waiting[0]:
             self._release()
             self._waiting = hash_value, tokens, 1
@@ -104,7 +160,53 @@ class CorpusWriter:
             self._set_of(hash_value).add(tokens)
 
     def _set_of(self, hash_value: int) -> ShardSetWriter:
-        return self._sets[VALIDATION_FOLDER if hash_value < self._threshold else ""]
+        held_out = self._moved.get(hash_value, hash_value < self._threshold)
+        return self._sets[VALIDATION_FOLDER if held_out else ""]
+
+    def moved_texts(self) -> dict[int, bool]:
+        """Return the `moved` of a writer whose held-out share is near the validation fraction, counted in tokens.
+
+        Texts are taken in the order of their hashes, without those that are too large. It is empty, as usually, where
+        at most TOLERATED times too many or too few tokens are held out, or where no choice would be much better.
+        """
+        validation = self._sets[VALIDATION_FOLDER]
+        waiting = self._waiting
+        if self._moved or waiting is None or self.num_documents == waiting[2]:
+            return {}
+        wanted = max(self._fraction * self.num_tokens, min(CUT_TOKENS, MOST_CUT * self.num_tokens))
+
+        def error(tokens: int) -> float:
+            if not 0 < tokens <= MOST_HELD_OUT * self.num_tokens:
+                return float("inf")
+            return max(tokens / wanted, wanted / tokens)
+
+        before = validation.num_tokens + waiting[2] * len(waiting[1])
+        if error(before) <= TOLERATED:
+            return {}
+        known = dict(sorted(self._smallest.tokens.items()))
+        held_out = {hash_value for hash_value in known if hash_value < self._threshold} | {waiting[0]}
+        if len(held_out) == KNOWN_TEXTS:  # and perhaps more: enough of them for the rule, unless some are very large
+            chosen, after = set(held_out), before
+            sizes = {**known, **self._largest.tokens}
+            for hash_value in sorted(self._largest.tokens, key=lambda value: (-self._largest.tokens[value], value)):
+                if error(after - sizes[hash_value]) >= error(after):
+                    break
+                chosen.discard(hash_value)
+                held_out.add(hash_value)
+                after -= sizes[hash_value]
+        else:
+            chosen, after = set(), 0
+            most = max(1, len(known) // 2)
+            for hash_value, tokens in known.items():
+                if after + tokens <= wanted and len(chosen) < most:
+                    chosen.add(hash_value)
+                    after += tokens
+            nearest = min(known, key=lambda value: (error(known[value]), value))
+            if error(known[nearest]) < error(after):
+                chosen, after = {nearest}, known[nearest]
+        if error(after) * GAIN > error(before):
+            return {}
+        return {hash_value: hash_value in chosen for hash_value in sorted(held_out | chosen)}
 
     def _release(self, target: ShardSetWriter | None = None) -> None:
         """Write the waiting text to the set of its hash, or to `target`."""
@@ -120,10 +222,17 @@ class CorpusWriter:
     def save(self) -> dict[str, Any]:
         """Flush everything to disk; return the state to continue from, which can be written as JSON."""
         if self._waiting is not None and not self._waiting_path(self._waiting[0]).exists():
-            write_whole(self._waiting_path(self._waiting[0]), self._waiting[1].astype(self._tokenizer.dtype).tobytes())
+            write_whole(
+                self._waiting_path(self._waiting[0]),
+                self._waiting[1].astype(self._tokenizer.dtype, copy=False).tobytes(),
+            )
         return {
             "sets": {name: part.save() for name, part in self._sets.items()},
             "length_counts": self.length_counts,
+            "num_unknown": self.num_unknown,
+            "moved": list(self._moved.items()),
+            "smallest": self._smallest.save(),
+            "largest": self._largest.save(),
             "waiting": (self._waiting[0], self._waiting[2]) if self._waiting else None,
         }
 
@@ -141,12 +250,15 @@ class CorpusWriter:
         """
         training, validation = self._sets[""], self._sets[VALIDATION_FOLDER]
         assert self._waiting is not None, "no document was added"
-        if training.num_documents:
+        if self._moved:
+            self._release()
+        elif training.num_documents:
             self._release(validation)
         elif validation.num_documents:
             self._release(training)
         else:
             self._cut_only_document(training, validation)
+            source = {**source, "cut": True}
         held_out = self._close_set(VALIDATION_FOLDER, None, source)
         return self._close_set("", held_out.checksum, source)
 

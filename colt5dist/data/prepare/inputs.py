@@ -4,7 +4,8 @@ import glob
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -13,11 +14,20 @@ from pathlib import Path
 from colt5dist.data.manifest import holds_shards
 from colt5dist.errors import ConfigError
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson", ".jl")
+JSON_SUFFIX = ".json"
 PARQUET_SUFFIX = ".parquet"
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
-FOREIGN_SUFFIXES = (".tar", ".tgz", ".zip", ".xz", ".bz2", ".pdf")
+READ_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX)
+FOREIGN_SUFFIXES = frozenset(
+    ".tar .tgz .zip .7z .rar .xz .lzma .bz2 .lz4 .br .zstd "
+    ".csv .tsv .html .htm .xhtml .xml .svg .rss .atom .rtf .epub .pdf .ps .djvu "
+    ".doc .docx .odt .xls .xlsx .ods .ppt .pptx .odp "
+    ".arrow .feather .orc .avro .msgpack .npy .npz .pkl .pickle .pt .pth .bin .safetensors .h5 .hdf5 .mdb "
+    ".sqlite .sqlite3 .db .warc .wet .wat .tfrecord .png .jpg .jpeg .gif .webp .mp3 .mp4".split()
+)
+"""Files that are no plain text, or hold much besides their text: they are refused, never read as one document."""
 HASHED_BYTES = 1 << 16
 
 
@@ -53,8 +63,13 @@ class InputFile:
         return _bare_name(self.path).endswith(JSONL_SUFFIXES)
 
     @property
+    def is_json(self) -> bool:
+        """Whether it holds JSON objects, each with one document: one a line, or in an array."""
+        return _bare_name(self.path).endswith(JSON_SUFFIX)
+
+    @property
     def is_parquet(self) -> bool:
-        """Whether each row is one document. A file that is neither jsonl nor parquet is one document."""
+        """Whether each row is one document. A file of any other kind is one document."""
         return _bare_name(self.path).endswith(PARQUET_SUFFIX)
 
 
@@ -66,11 +81,39 @@ def _bare_name(path: Path) -> str:
     return name
 
 
-def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[InputFile]:
-    """Return the files of all glob patterns, each once, in the same order on every machine.
+@dataclass(frozen=True)
+class Inputs:
+    """What patterns and folders name."""
 
-    The name of a folder means all files below it with the suffix of a supported kind. Folders of shards are never
-    inputs, so they may be among the texts that they are made from.
+    files: list[InputFile]
+    """The files to read, each once, in the same order on every machine."""
+    not_read: dict[str, int]
+    """What is not read -> how many. Endings begin with a dot, other kinds do not."""
+
+    @property
+    def other_endings(self) -> int:
+        """Files in the given folders that are not read because of their ending."""
+        return sum(number for kind, number in self.not_read.items() if kind.startswith(".") or kind == NO_ENDING)
+
+    def lines(self) -> list[str]:
+        """Return one line per kind of what is not read, for the terminal."""
+        kinds = sorted(self.not_read.items(), key=lambda kind: (-kind[1], kind[0]))
+        lines = [f"not read, {f'files ending in {kind}' if kind[0] == '.' else kind}: {n:,}" for kind, n in kinds]
+        return [line.encode(errors="backslashreplace").decode() for line in lines]
+
+
+NO_ENDING = "files without an ending"
+HIDDEN = "hidden files and folders"
+NO_FILE = "pipes, devices, and links that lead nowhere"
+NOT_ENTERED = "folders that a pattern matches (name the folder itself to read it)"
+
+
+def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
+    """Return the files of all glob patterns and folders.
+
+    The name of a folder means all files below it with the suffix of a supported kind, also in linked folders. A path
+    that exists is that path, whatever characters it has. Folders of shards are never inputs, so they may be among the
+    texts that they are made from.
 
     Args:
         patterns: glob patterns and names of folders.
@@ -87,46 +130,94 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> list[Inpu
         return folder in made_folders or holds_shards(folder) or (folder != folder.parent and is_made(folder.parent))
 
     found: dict[tuple[int, int], tuple[Path, int]] = {}
-    for pattern in patterns:
-        matches = {Path(match).absolute(): _status(match) for match in _matches(pattern)}
+    not_read: Counter[str] = Counter()
+    for pattern in dict.fromkeys(patterns):
+        if os.path.isdir(pattern):
+            names = list(_below(pattern, is_made, not_read))
+        else:
+            names = glob.glob(_escape_existing(pattern), recursive=True)
+        matches = {Path(name).absolute(): _status(name) for name in names}
         files = {path: status for path, status in matches.items() if status and stat.S_ISREG(status.st_mode)}
+        folders = [path for path, status in matches.items() if status and stat.S_ISDIR(status.st_mode)]
         texts = {path: status for path, status in files.items() if not is_made(path.parent)}
         if not texts:
             raise ConfigError(f"--input: {pattern!r} {_why_no_text(pattern, matches, files)}")
+        not_read[NO_FILE] += len(matches) - len(files) - len(folders)
+        not_read[NOT_ENTERED] += len(folders) if "**" not in pattern else 0
         # of several paths to one file, the shortest counts
         for path in sorted(texts, key=lambda path: (len(path.parts), path)):
             status = texts[path]
             found.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
-    for path, _ in sorted(found.values()):
-        kind = Path(_bare_name(path)).suffix
-        if kind in FOREIGN_SUFFIXES:
-            raise ConfigError(
-                f"--input: {path} is a {kind} file; give text, jsonl or parquet files (text and jsonl also as .gz or "
-                ".zst)"
-            )
-        if kind == PARQUET_SUFFIX and _bare_name(path) != path.name.lower():
-            raise ConfigError(f"--input: {path} is a compressed parquet file, which is not supported; decompress it")
-        if kind == PARQUET_SUFFIX and find_spec("pyarrow") is None:
-            raise ConfigError(f"--input: {path} needs pyarrow; pip install 'colt5dist[parquet]'")
-    common = os.path.commonpath([path.parent for path, _ in found.values()])
+    paths = sorted(path for path, _ in found.values())
+    _check_kinds(paths)
+    common = os.path.commonpath([path.parent for path in paths])
     inputs = [InputFile(path, path.relative_to(common).as_posix(), size) for path, size in found.values()]
-    return sorted(inputs, key=lambda file: file.name)
+    return Inputs(sorted(inputs, key=lambda file: file.name), {kind: n for kind, n in not_read.items() if n})
+
+
+def _check_kinds(paths: list[Path]) -> None:
+    """Raise ConfigError for the first file of a kind that is not supported."""
+    foreign = [path for path in paths if Path(_bare_name(path)).suffix in FOREIGN_SUFFIXES]
+    if foreign:
+        more = f" (and {len(foreign) - 1:,} more files are of such kinds)" if len(foreign) > 1 else ""
+        raise ConfigError(
+            f"--input: {foreign[0]} is a {Path(_bare_name(foreign[0])).suffix} file{more}; give text, jsonl or parquet "
+            "files (text and jsonl also as .gz or .zst), for instance each row or page as one line of a .jsonl file"
+        )
+    for path in paths:
+        if Path(_bare_name(path)).suffix != PARQUET_SUFFIX:
+            continue
+        if _bare_name(path) != path.name.lower():
+            raise ConfigError(f"--input: {path} is a compressed parquet file, which is not supported; decompress it")
+        if find_spec("pyarrow") is None:
+            raise ConfigError(f"--input: {path} needs pyarrow; pip install 'colt5dist[parquet]'")
 
 
 Statuses = Mapping[Path, os.stat_result | None]
 
 
-def _matches(pattern: str) -> Iterator[str]:
-    """The files that a glob matches, or the texts below the folder that the pattern names."""
-    if not os.path.isdir(pattern):
-        yield from glob.glob(pattern, recursive=True)
-        return
-    for folder, inner, names in os.walk(pattern):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        for name in names:
-            suffixes = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX)
-            if _bare_name(Path(name)).endswith(suffixes) and not name.startswith("."):
-                yield os.path.join(folder, name)
+def _escape_existing(pattern: str) -> str:
+    """A pattern in which the part that exists stands for itself, also where its name has the signs of patterns."""
+    parts = pattern.split("/")
+    for number in range(len(parts), 0, -1):
+        begin = "/".join(parts[:number])
+        if begin and os.path.lexists(begin):
+            return "/".join([glob.escape(begin), *parts[number:]])
+    return pattern
+
+
+def _below(folder: str, is_made: Callable[[Path], bool], not_read: Counter[str]) -> Iterator[str]:
+    """The texts below a folder; each folder once, by its shortest path. What is not read is added to `not_read`."""
+    entered: set[tuple[int, int]] = set()
+    level = [folder]
+    while level:
+        deeper: list[str] = []
+        for path in sorted(level):
+            status = _status(path)
+            if status is None or (status.st_dev, status.st_ino) in entered or is_made(Path(path)):
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            try:
+                entries = list(os.scandir(path))
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            for entry in entries:
+                if entry.name.startswith("."):
+                    not_read[HIDDEN] += 1
+                elif entry.is_dir():
+                    deeper.append(entry.path)
+                elif _bare_name(Path(entry.name)).endswith(READ_SUFFIXES):
+                    yield entry.path
+                else:
+                    not_read[_ending(entry.name)] += 1
+        level = deeper
+
+
+def _ending(name: str) -> str:
+    """Ending of a file's name in lower case, with that of its compression."""
+    bare = _bare_name(Path(name))
+    ending = Path(bare).suffix + name.lower()[len(bare) :]
+    return ending or NO_ENDING
 
 
 def _status(path: str) -> os.stat_result | None:
@@ -136,7 +227,11 @@ def _status(path: str) -> os.stat_result | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"--input: {path} cannot be read ({error.strerror}); fix its permissions") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"--input: {path} cannot be read ({error.strerror}); fix its permissions")
 
 
 def _why_no_text(pattern: str, matches: Statuses, files: Statuses) -> str:
@@ -149,7 +244,7 @@ def _why_no_text(pattern: str, matches: Statuses, files: Statuses) -> str:
     if pipes := [path for path, mode in kinds.items() if not stat.S_ISDIR(mode)]:
         return f"matches no file, {pipes[0]} is a pipe or device; write its output to a file and give that file"
     if os.path.isdir(pattern):
-        kinds_read = ", ".join((*TEXT_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX))
+        kinds_read = ", ".join(READ_SUFFIXES)
         other_kinds = os.path.join(pattern, "**", "*.ext")
         return f"holds no file of a supported kind ({kinds_read}); give text files with another suffix as {other_kinds}"
     if kinds:

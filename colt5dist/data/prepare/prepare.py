@@ -8,6 +8,7 @@ by the names, the sizes, and the first and last 64 KiB of the files.
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.documents import Problems
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
-from colt5dist.data.prepare.inputs import InputFile, find_inputs
+from colt5dist.data.prepare.inputs import InputFile, Inputs, find_inputs
 from colt5dist.data.prepare.resume import (
     LOCK_NAME,
     SEEN_NAME,
@@ -28,10 +29,13 @@ from colt5dist.data.prepare.resume import (
 )
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.prepare.tokenize_texts import encoder
-from colt5dist.data.prepare.train_tokenizer import train_tokenizer
+from colt5dist.data.prepare.train_tokenizer import training_process
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import fsync_path, fsync_tree, locked, write_whole
+
+TRAINED = "trained, {} ids"
+"""The tokenizer of a job that trains one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Prepared:
     """Manifest of the held-out set."""
     problems: Problems
     """Documents that were left out; without file and line if the folder was already there."""
+    inputs: Inputs
+    """What was read, and what is beside it."""
+    notes: tuple[str, ...]
+    """What was done otherwise than asked for, one sentence each."""
     was_there: bool
     """Whether the folder was already there, made from the same inputs with the same settings."""
 
@@ -68,9 +76,10 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
             f"--output: {output} cannot be made by renaming, since it is a mount point; give a new folder below it"
         )
     partial = output.with_name(output.name + ".partial")
-    files = find_inputs(config.input, made=(partial,))
+    inputs = find_inputs(config.input, made=(partial,))
+    files = inputs.files
     job = {
-        "tokenizer": f"trained, {config.train_tokenizer} ids" if config.train_tokenizer else given.fingerprint,
+        "tokenizer": TRAINED.format(config.train_tokenizer) if config.train_tokenizer else given.fingerprint,
         "files": len(files),
         "bytes": sum(file.bytes for file in files),
         "inputs": _inputs_key(files),
@@ -82,7 +91,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
     }
     try:
         if not _is_empty(output):
-            return _already_there(output, job, config.strict)
+            return _already_there(output, job, config.strict, inputs, given.notes)
         if not _is_empty(partial) and not any((partial / name).exists() for name in (LOCK_NAME, MANIFEST_NAME)):
             raise ConfigError(f"--output: {partial} is needed, and holds something else; move it, or give a new folder")
         partial.mkdir(parents=True, exist_ok=True)
@@ -92,9 +101,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
             if not (partial / MANIFEST_NAME).exists():
                 write_shards(config, job, tokenizer, encode, files, partial, report)
             problems_found = _rename_finished(partial, output, job, config.strict)
-            return Prepared(
-                read_manifest(output), read_manifest(output / VALIDATION_FOLDER), problems_found, was_there=False
-            )
+            return _prepared(output, problems_found, inputs, given.notes, was_there=False)
     except BlockingIOError:
         raise ConfigError(f"--output: {output} is being written by another prepare; wait for it to end") from None
     except OSError as error:
@@ -116,13 +123,14 @@ def _trained_tokenizer(config: PrepareConfig, job: dict[str, Any], files: list[I
     assert config.train_tokenizer is not None
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
     path = partial / TRAINED_PATTERN.replace("*", key)
-    with locked(partial / LOCK_NAME, wait=False):
-        if not path.exists():
-            below = held_out_below(config.validation_fraction)
-            content = train_tokenizer(
-                files, vocab_size=config.train_tokenizer, text_key=config.text_key, held_out_below=below
-            )
-            write_whole(path, content)
+    if not path.exists():
+        below = held_out_below(config.validation_fraction)
+        training = training_process(
+            files, vocab_size=config.train_tokenizer, text_key=config.text_key, held_out_below=below
+        )
+        with training as train, locked(partial / LOCK_NAME, wait=False):
+            if not path.exists():
+                write_whole(path, train())
     return JsonTokenizer(path)
 
 
@@ -130,7 +138,18 @@ def _is_empty(output: Path) -> bool:
     return not output.exists() or (output.is_dir() and not any(output.iterdir()))
 
 
-def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
+def _prepared(output: Path, problems: Problems, inputs: Inputs, notes: tuple[str, ...], *, was_there: bool) -> Prepared:
+    training, validation = read_manifest(output), read_manifest(output / VALIDATION_FOLDER)
+    asked, made = training.source["job"]["tokenizer"], training.tokenizer.vocab_size
+    if (wanted := re.fullmatch(TRAINED.format("([0-9]+)"), asked)) and made < int(wanted[1]):
+        fewer = (
+            f"the trained tokenizer has {made:,} ids, not {int(wanted[1]):,}: the text has no more pieces that repeat"
+        )
+        notes = (*notes, fewer)
+    return Prepared(training, validation, problems, inputs, notes, was_there)
+
+
+def _already_there(output: Path, job: dict[str, Any], strict: bool, inputs: Inputs, notes: tuple[str, ...]) -> Prepared:
     """The result of an earlier start that finished; ConfigError if the folder holds anything else."""
     if not (output / MANIFEST_NAME).exists():
         raise ConfigError(f"--output: {output} exists and holds no shards; give a new folder")
@@ -139,12 +158,13 @@ def _already_there(output: Path, job: dict[str, Any], strict: bool) -> Prepared:
         raise ConfigError(f"--output: {output} holds shards of other inputs or settings; give a new folder")
     problems = _problems_of(manifest)
     check_strict(strict, problems, output)
-    return Prepared(manifest, read_manifest(output / VALIDATION_FOLDER), problems, was_there=True)
+    return _prepared(output, problems, inputs, notes, was_there=True)
 
 
 def _problems_of(manifest: Manifest) -> Problems:
     """What was left out, without file and line."""
-    return Problems(counts=manifest.source["left_out"], unwanted=manifest.source["unwanted"])
+    source = manifest.source
+    return Problems(counts=source["left_out"], unwanted=source["unwanted"])
 
 
 def _rename_finished(partial: Path, output: Path, job: dict[str, Any], strict: bool) -> Problems:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from colt5dist.data.manifest import Manifest
 from colt5dist.data.prepare.documents import Problems
+from colt5dist.data.prepare.inputs import Inputs
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.errors import ConfigError
 from colt5dist.wording import count
 
 BAR_WIDTH = 40
+WARNED_SHARE = 0.05
+WARNED_EXCESS = 3.0  # times more tokens, or fewer, than the validation fraction
 
 
 def summary_lines(training: Manifest, validation: Manifest, problems: Problems) -> list[str]:
@@ -20,9 +23,61 @@ def summary_lines(training: Manifest, validation: Manifest, problems: Problems) 
         f"{count(len(part.shards), 'shard')}"
         for name, part in (("training", training), ("held out", validation))
     ]
+    if moved := training.source.get("moved"):
+        lines.append(
+            f"not in the set that the hash names: {count(moved, 'text')}, because by hash alone far too many or too "
+            "few tokens would be held out"
+        )
+    if unknown := training.source.get("unknown"):
+        share = unknown["tokens"] / (training.tokens + validation.tokens)
+        parts = ", ".join(map(repr, unknown["parts"]))
+        lines.append(f"unknown to the tokenizer: {count(unknown['tokens'], 'token')} ({share:.2%}), such as {parts}")
     lines += problems.lines()
     counts = training.source.get("document_lengths")
     return lines + (length_lines(counts) if counts else [])
+
+
+def warning_lines(training: Manifest, validation: Manifest, problems: Problems, inputs: Inputs) -> list[str]:
+    """Return why the shards may hold much less text than was meant, one line each; usually there are none.
+
+    Args:
+        training: manifest of the training set.
+        validation: manifest of the held-out set.
+        problems: what was left out.
+        inputs: what the shards were made from.
+    """
+    source = training.source
+    left_out = sum(problems.counts.values())
+    tokens = training.tokens + validation.tokens
+    measured = [
+        (left_out, left_out + training.documents + validation.documents, "documents", "left out because of problems"),
+        (inputs.other_endings, inputs.other_endings + len(inputs.files), "files in the folders", "not read"),
+        (problems.unread_bytes, source["job"]["bytes"], "bytes", "unread, after damage in files"),
+        (source.get("unknown", {}).get("tokens", 0), tokens, "tokens", "unknown to the tokenizer"),
+    ]
+    lines = [
+        f"WARNING: {part:,} of {whole:,} {what} ({part / whole:.0%}) are {how}; see above"
+        for part, whole, what, how in measured
+        if part > WARNED_SHARE * whole
+    ]
+    documents, wanted = training.documents + validation.documents, source["job"]["validation_fraction"]
+    share = validation.tokens / tokens
+    if source.get("cut"):
+        lines.append(
+            f"WARNING: all text is one document, so its last {share:.0%} are held out and the rest is trained on; give "
+            "more documents, or one document per line of a .jsonl file"
+        )
+    elif share > WARNED_EXCESS * wanted and share > WARNED_SHARE:
+        lines.append(
+            f"WARNING: {share:.0%} of the tokens are held out, not {wanted:.0%}: the {count(documents, 'document')} "
+            "are too few or too unequal in length; give more documents"
+        )
+    elif share * WARNED_EXCESS < wanted:
+        lines.append(
+            f"WARNING: only {share:.2%} of the tokens are held out, not {wanted:.0%}: the "
+            f"{count(documents, 'document')} are too few or too unequal in length; give more documents"
+        )
+    return lines
 
 
 def info_lines(shards: ShardSet) -> list[str]:

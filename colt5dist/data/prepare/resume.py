@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from colt5dist.data.prepare.documents import Item, Problems, read_items
+from colt5dist.data.prepare.documents import EXAMPLES, Item, Problems, read_items
 from colt5dist.data.prepare.duplicates import SeenTexts
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.inputs import InputFile
 from colt5dist.data.prepare.settings import PrepareConfig
-from colt5dist.data.prepare.tokenize_texts import Document, Encode
+from colt5dist.data.prepare.tokenize_texts import Document, Encode, Text
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
@@ -29,6 +29,8 @@ LOCK_NAME = "lock"
 SEEN_NAME = "seen-texts"
 TRAINED_PATTERN = "trained-*.json"
 REPORT_SECONDS = 0.1
+UNKNOWN_CHARACTERS = 1 << 16  # of a document, searched for parts to show
+UNKNOWN_SHOWN = 20
 
 Report = Callable[[int, int, CorpusWriter], None]
 Place = dict[str, int]
@@ -45,6 +47,8 @@ def write_shards(
 ) -> None:
     """Write all documents and both manifests to `partial`, resuming from the state that is saved there.
 
+    They are written a second time where the first time held out far too many or too few tokens.
+
     Args:
         config: the settings.
         job: everything that decides the result; an earlier start must have had the same.
@@ -58,6 +62,38 @@ def write_shards(
         ConfigError: there is no text; the folder was begun with other inputs or settings; or a document cannot be read
             and the settings are strict.
     """
+    work = (config, job, tokenizer, encode, files, partial, report)
+    writer, problems = _write_documents(*work)
+    if moved := writer.moved_texts():
+        # killed just after this, a new start comes to the same decision
+        _clear(partial)
+        writer, problems = _write_documents(*work, moved)
+    source: dict[str, Any] = {"job": job, "left_out": problems.counts, "unwanted": problems.unwanted}
+    if writer.num_unknown:
+        source["unknown"] = {"tokens": writer.num_unknown, "parts": problems.unknown}
+    if writer.num_moved:
+        source["moved"] = writer.num_moved
+    try:
+        writer.close({**source, "document_lengths": writer.length_counts})
+    except ConfigError:
+        remove(partial)
+        raise
+
+
+def _write_documents(
+    config: PrepareConfig,
+    job: dict[str, Any],
+    tokenizer: Tokenizer,
+    encode: Encode,
+    files: list[InputFile],
+    partial: Path,
+    report: Report | None,
+    moved: dict[int, bool] | None = None,
+) -> tuple[CorpusWriter, Problems]:
+    """Write all documents, but no manifest; the writer, and what was left out.
+
+    `moved` has the texts that are not in the set of their hash; None where that is not known, or in the state.
+    """
     state = read_state(partial, job)
     place = state["place"] if state else _start(0)
     problems = Problems(**state["problems"]) if state else Problems()
@@ -69,6 +105,7 @@ def write_shards(
         tokenizer,
         validation_fraction=config.validation_fraction,
         shard_bytes=config.shard_bytes,
+        moved=moved,
         state=state["writer"] if state else None,
     )
     seen = SeenTexts(partial / SEEN_NAME, state["seen"] if state else None) if config.deduplicate else None
@@ -90,26 +127,44 @@ def write_shards(
             writer.add_document(document)
         return ""
 
+    def show_unknown(text: Text) -> None:
+        """Keep the first few parts of the text that the vocabulary lacks."""
+        text = text[:UNKNOWN_CHARACTERS].decode(errors="ignore") if isinstance(text, bytes) else text
+        for part in tokenizer.unknown_parts(text[:UNKNOWN_CHARACTERS]):
+            if len(problems.unknown) < EXAMPLES and part[:UNKNOWN_SHOWN] not in problems.unknown:
+                problems.unknown.append(part[:UNKNOWN_SHOWN])
+
     saved, reported = time.monotonic(), -math.inf
     bytes_before = [0]
     for file in files:
         bytes_before.append(bytes_before[-1] + file.bytes)
-    for (number, item), document in encode(_read_all(files, config.text_key, place)):
+
+    def tell(item: tuple[int, Item], share: float = 1.0) -> None:
+        """Report how far the reading is, at most so often; `share` of the item is done."""
+        nonlocal reported
+        if report and time.monotonic() - reported >= REPORT_SECONDS:
+            reported = time.monotonic()
+            report(bytes_before[item[0]] + int(share * item[1].file_position), job["bytes"], writer)
+
+    for (number, item), document in encode(_read_all(files, config.text_key, place), tell):
         kind = item.problem if document is None else add(document)
+        if document and item.text and document.num_unknown and len(problems.unknown) < EXAMPLES:
+            show_unknown(item.text)
         if kind:
-            problems.add(kind, files[number], item.line)
+            problems.add(kind, files[number], item)
+            if item.ends_file and not item.text:
+                problems.unread_bytes += files[number].bytes - item.file_position
             if config.strict:
                 where = f"{files[number].path}:{item.line}" if item.line else f"{files[number].path}"
+                reason = f" ({item.reason})" if item.reason else ""
                 raise ConfigError(
-                    f"{where}: is {kind}; fix the file and delete {partial}, or continue without --strict"
+                    f"{where}: is {kind}{reason}; fix the file and delete {partial}, or continue without --strict"
                 )
         place = {"file": number, "offset": item.offset, "line": item.line} if not item.ends_file else _start(number + 1)
         if time.monotonic() - saved >= config.commit_seconds:
             save()
             saved = time.monotonic()
-        if report and time.monotonic() - reported >= REPORT_SECONDS:
-            reported = time.monotonic()
-            report(bytes_before[number] + item.file_position, job["bytes"], writer)
+        tell((number, item))
     place = _start(len(files))
     if not writer.num_documents:
         remove(partial)
@@ -118,15 +173,10 @@ def write_shards(
     save()
     if seen:
         seen.close()
-    source = {"job": job, "left_out": problems.counts, "unwanted": problems.unwanted}
-    try:
-        writer.close({**source, "document_lengths": writer.length_counts})
-    except ConfigError:
-        remove(partial)
-        raise
+    return writer, problems
 
 
-def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], str | None]]:
+def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], Text | None]]:
     """((number of the file, item), text) of everything from `place` on."""
     for number, file in enumerate(files[place["file"] :], start=place["file"]):
         for item in read_items(file, text_key=text_key, offset=place["offset"], line=place["line"]):

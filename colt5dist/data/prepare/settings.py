@@ -14,7 +14,7 @@ class PrepareConfig:
     """What `prepare` reads and writes."""
 
     input: list[str]
-    """Glob patterns and folders of text, jsonl and parquet files."""
+    """Glob patterns and folders of text, json, jsonl and parquet files."""
     output: Path
     """Folder that is made."""
     tokenizer: Path | None = None
@@ -90,7 +90,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     defaults = PrepareConfig
     parser = _parser(description, USAGE)
     add = parser.add_argument
-    kinds = "text (one document per file), .jsonl, .parquet; text and jsonl also as .gz and .zst"
+    kinds = "text (one document per file), .jsonl, .json, .parquet; all but parquet also as .gz and .zst"
     add("--input", nargs="+", required=True, metavar="GLOB", help=f"patterns of files, or folders: {kinds}")
     add("--output", type=Path, required=True, metavar="DIR", help="folder that is made")
     add("--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")

@@ -113,7 +113,7 @@ class ShardSetWriter:
     def add(self, tokens: NDArray[np.integer]) -> None:
         """Add a document: (tokens,) ids, at least one."""
         assert len(tokens), "an empty document"
-        tokens = tokens.astype(self._dtype)
+        tokens = tokens.astype(self._dtype, copy=False)
         if self._pending_tokens + len(tokens) > MEMBER_TOKENS:
             self._write_member()
         for start in range(0, len(tokens), MEMBER_TOKENS):

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import TypeVar
@@ -17,9 +18,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from colt5dist.data.long_texts import encode_long
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 
+Text = str | bytes
+"""A text; one of more than LONG_BYTES is bytes, in UTF-8."""
 HASH_BITS = 64
 BATCH_CHARACTERS = 1 << 18  # sent to a worker at once: large enough that sending costs little
 BATCH_TEXTS = 256
@@ -36,19 +40,29 @@ class Document:
     """A hash of the text with HASH_BITS bits, which decides whether it is held out."""
     digest: bytes
     """A hash of the text with 16 bytes, which identifies duplicates."""
+    num_unknown: int = 0
+    """How many of the ids stand for a part of the text that the vocabulary lacks."""
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> Document:
+def encode_document(tokenizer: Tokenizer, text: Text, tick: Callable[[float], None] = lambda share: None) -> Document:
     """Tokenize one text.
+
+    Args:
+        tokenizer: makes the ids.
+        text: the text; a long one is bytes.
+        tick: called while a long text is tokenized, with the share that is done.
 
     Raises:
         ConfigError: the tokenizer has no ids for a part of the text.
         UnicodeEncodeError: the text contains half of a surrogate pair.
     """
-    content = text.encode()
-    return Document(
-        tokenizer.encode(text), hash_text(content), hashlib.blake2b(content, digest_size=16, person=b"copy").digest()
-    )
+    if isinstance(text, bytes):
+        content, tokens = text, encode_long(tokenizer, text, tick)
+    else:
+        content, tokens = text.encode(), tokenizer.encode(text)
+    num_unknown = 0 if tokenizer.unk_id is None else int(np.count_nonzero(tokens == tokenizer.unk_id))
+    digest = hashlib.blake2b(content, digest_size=16, person=b"copy").digest()
+    return Document(tokens, hash_text(content), digest, num_unknown)
 
 
 def hash_text(content: bytes) -> int:
@@ -57,7 +71,9 @@ def hash_text(content: bytes) -> int:
 
 
 T = TypeVar("T")
-Encode = Callable[[Iterable[tuple[T, str | None]]], Iterator[tuple[T, Document | None]]]
+Tick = Callable[[T, float], None]
+"""Called with the item of a long text and the share of the text that is done."""
+Encode = Callable[[Iterable[tuple[T, Text | None]], Tick[T]], Iterator[tuple[T, Document | None]]]
 """Maps pairs (anything, text) to pairs (the same, document); a text of None becomes None."""
 
 
@@ -76,30 +92,45 @@ def encoder(tokenizer: Tokenizer, num_workers: int) -> Iterator[Encode]:
         ConfigError: (from the function) a worker was killed, or the tokenizer has no ids for a part of a text.
     """
     if not num_workers:
-        yield lambda pairs: _encode_here(tokenizer, pairs)
+        yield lambda pairs, tick: _encode_here(tokenizer, pairs, tick)
         return
     executor = ProcessPoolExecutor(
         num_workers, mp_context=get_context("fork"), initializer=_begin_worker, initargs=(tokenizer,)
     )
     try:
         executor.submit(os.getpid).result()  # the processes are forked at the first call
-        yield lambda pairs: _encode_ahead(executor, pairs, BATCHES_AHEAD * num_workers)
+        yield lambda pairs, tick: _encode_ahead(executor, tokenizer, pairs, tick, BATCHES_AHEAD * num_workers)
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _encode_here(tokenizer: Tokenizer, pairs: Iterable[tuple[T, str | None]]) -> Iterator[tuple[T, Document | None]]:
+def _encode_here(
+    tokenizer: Tokenizer, pairs: Iterable[tuple[T, Text | None]], tick: Tick[T]
+) -> Iterator[tuple[T, Document | None]]:
     for item, text in pairs:
-        yield item, None if text is None else encode_document(tokenizer, text)
+        yield item, None if text is None else encode_document(tokenizer, text, partial(tick, item))
 
 
 def _encode_ahead(
-    executor: ProcessPoolExecutor, pairs: Iterable[tuple[T, str | None]], most_ahead: int
+    executor: ProcessPoolExecutor,
+    tokenizer: Tokenizer,
+    pairs: Iterable[tuple[T, Text | None]],
+    tick: Tick[T],
+    most_ahead: int,
 ) -> Iterator[tuple[T, Document | None]]:
-    """Send batches of texts to the workers, and yield the results in the order in which they were sent."""
+    """Send batches of texts to the workers, and yield the results in the order in which they were sent.
+
+    A long text is tokenized in this process, when all texts before it are done, so that it exists only once.
+    """
     ahead: deque[tuple[list[T], Future[list[Document | None]]]] = deque()
     try:
         for batch in _batches(pairs):
+            if isinstance(batch[0][1], bytes):
+                while ahead:
+                    items, answer = ahead.popleft()
+                    yield from zip(items, answer.result(), strict=True)
+                yield from _encode_here(tokenizer, batch, tick)
+                continue
             ahead.append(([item for item, _ in batch], executor.submit(_encode_batch, [text for _, text in batch])))
             if len(ahead) > most_ahead:
                 items, answer = ahead.popleft()
@@ -114,10 +145,17 @@ def _encode_ahead(
         ) from None
 
 
-def _batches(pairs: Iterable[tuple[T, str | None]]) -> Iterator[list[tuple[T, str | None]]]:
-    batch: list[tuple[T, str | None]] = []
+def _batches(pairs: Iterable[tuple[T, Text | None]]) -> Iterator[list[tuple[T, Text | None]]]:
+    """Batches of texts; a long text is a batch of its own."""
+    batch: list[tuple[T, Text | None]] = []
     size = 0
     for item, text in pairs:
+        if isinstance(text, bytes):
+            if batch:
+                yield batch
+            yield [(item, text)]
+            batch, size = [], 0
+            continue
         batch.append((item, text))
         size += len(text or "")
         if size >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS:
@@ -131,10 +169,15 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 
 def _begin_worker(tokenizer: Tokenizer) -> None:
-    """Store the tokenizer, ignore Ctrl-C (the parent handles it), and exit when the parent ends."""
+    """Store the tokenizer, and do as `end_with_parent`."""
     global _tokenizer
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a child process: ignore Ctrl-C, which the parent handles, and exit when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -142,6 +185,6 @@ def _begin_worker(tokenizer: Tokenizer) -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _encode_batch(texts: list[str | None]) -> list[Document | None]:
+def _encode_batch(texts: list[Text | None]) -> list[Document | None]:
     assert _tokenizer is not None
     return [None if text is None else encode_document(_tokenizer, text) for text in texts]

@@ -98,7 +98,7 @@ def find_step(config: RunConfig, number: int) -> tuple[int, int]:
 
 
 def render(ids: Iterable[int], tokenizer: Tokenizer, first_sentinel: int, colour: bool) -> str:
-    """Decode ids to text; <k> is sentinel k, <R> a mode token, </s> the end token.
+    """Decode ids to text; <k> is sentinel k, <R> a mode token, </s> the end token, <unk> unknown text.
 
     Args:
         ids: token ids.
@@ -121,6 +121,8 @@ def render(ids: Iterable[int], tokenizer: Tokenizer, first_sentinel: int, colour
             add(f"<{MODES[token - tokenizer.vocab_size]}>", SPECIAL)
         elif token == tokenizer.eos_id:
             add("</s>", SPECIAL)
+        elif token == tokenizer.unk_id:
+            add("<unk>", SPECIAL)
         else:
             text.append(token)
     parts.append(tokenizer.decode(text))

@@ -37,18 +37,27 @@ def summary(
     lines = [f"stopped at step {state.step} ({stopped})" if stopped else f"finished at step {state.step}"]
     if first_loss is not None and evaluations:
         last = evaluations[-1]
-        change = last["eval/loss"] / unigram_entropy - 1
-        side = f"{abs(change):.1%} {'below' if change < 0 else 'above'} it"
         lines.append(
             f"held-out loss: {first_loss:.4f} before, {last['eval/loss']:.4f} after step {last['step']} "
             "(nats per token)"
         )
-        lines.append(f"unigram entropy of the held-out tokens: {unigram_entropy:.4f}; the loss is {side}")
-        lines.append(
-            f"held-out bits per byte of target text: {last['eval/bits_per_byte']:.4f} (sentinels and end tokens cost "
-            "bits, but are no bytes)"
-        )
-        if last.get("eval/loss_shuffled_inputs") is not None:
+        if unigram_entropy > 0:
+            change = last["eval/loss"] / unigram_entropy - 1
+            side = f"{abs(change):.1%} {'below' if change < 0 else 'above'} it"
+            lines.append(f"unigram entropy of the held-out tokens: {unigram_entropy:.4f}; the loss is {side}")
+        else:
+            lines.append("unigram entropy of the held-out tokens: 0, since all target tokens are the same")
+        if last.get("eval/bits_per_byte") is not None:
+            lines.append(
+                f"held-out bits per byte of target text: {last['eval/bits_per_byte']:.4f} (sentinels and end tokens "
+                "cost bits, but are no bytes)"
+            )
+        else:
+            lines.append(
+                "held-out bits per byte of target text: not measured, since the held-out targets hold no byte of text "
+                "(are most tokens unknown to the tokenizer? `prepare.py info` counts them)"
+            )
+        if last.get("eval/loss_shuffled_inputs") is not None and last["eval/loss"]:
             change = last["eval/loss_shuffled_inputs"] / last["eval/loss"] - 1
             lines.append(
                 f"held-out loss with another sample's input: {last['eval/loss_shuffled_inputs']:.4f} ({change:+.1%}; "

@@ -79,3 +79,7 @@ def test_notes_name_the_objectives_that_are_lowered() -> None:
     notes = length_notes(DataConfig(input_length=16384, target_length=910))
     assert len(notes) == 4
     assert "span_3 from 15% to 4.1%" in notes[1]
+    # at the paper's own lengths only the prefix is longer than its rate says, and that is no mistake of the user
+    (note,) = length_notes(DataConfig(input_length=4096, target_length=910))
+    assert note.startswith("prefix_lm has a mean of 10.0% of its text in the target instead of 50%")
+    assert note.endswith("these are the CoLT5 paper's own lengths, and nothing needs to be changed")

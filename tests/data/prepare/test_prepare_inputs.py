@@ -13,13 +13,16 @@ from pathlib import Path
 import psutil
 import pyarrow
 import pytest
+import tokenizers
 import zstandard
 from pyarrow import parquet
+from tokenizers import models, pre_tokenizers
 
 from colt5dist.data.prepare.compressed import open_compressed
 from colt5dist.data.prepare.documents import Item, read_items
 from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
+from colt5dist.data.prepare.report import summary_lines, warning_lines
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.read.shards import ShardSet, open_shards
 from colt5dist.data.read.token_reader import TokenReader
@@ -102,7 +105,7 @@ def test_any_number_of_workers(inputs: Path, undisturbed: Path, tmp_path: Path, 
 
 def items(path: Path, offset: int = 0, line: int = 0) -> list[Item]:
     """What is read from one file."""
-    return list(read_items(find_inputs([str(path)])[0], text_key="text", offset=offset, line=line))
+    return list(read_items(find_inputs([str(path)]).files[0], text_key="text", offset=offset, line=line))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"])
@@ -129,12 +132,14 @@ def test_parquet_problems(tmp_path: Path) -> None:
     """No such column, rows without text, and a damaged file, each with its place."""
     rows = ["good", None, "  ", "fine"]
     parquet.write_table(pyarrow.table({"text": rows, "id": [1, 2, 3, 4]}), tmp_path / "rows.parquet")
-    parquet.write_table(pyarrow.table({"other": ["x"]}), tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"other": ["x"] * 7, "id": [0] * 7}), tmp_path / "other.parquet")
     whole = (tmp_path / "rows.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-20])
     problems = prepare(config(tmp_path, tmp_path / "shards")).problems
-    assert problems.counts == {"unreadable": 1, "no text under 'text'": 2, "empty": 1}
-    assert problems.examples["no text under 'text'"] == [f"{tmp_path}/other.parquet", f"{tmp_path}/rows.parquet:2"]
+    assert problems.counts == {"unreadable": 1, "no text under 'text'": 8, "empty": 1}
+    other, row = problems.examples["no text under 'text'"]
+    assert other == f"{tmp_path}/other.parquet: its columns are other, id" and row == f"{tmp_path}/rows.parquet:2"
+    assert "cut.parquet:1: Parquet magic bytes not found" in problems.examples["unreadable"][0]
     assert problems.examples["empty"] == [f"{tmp_path}/rows.parquet:3"]
     assert all_texts(tmp_path / "shards") == ["fine", "good"]
     numbers = [str(item.problem) for item in items(tmp_path / "rows.parquet")]
@@ -231,3 +236,209 @@ def test_a_killed_worker_is_named(inputs: Path, tmp_path: Path, monkeypatch: pyt
 
     with pytest.raises(ConfigError, match="--workers: a worker process was killed"):
         prepare(config(inputs, tmp_path / "shards", workers=1), kill_worker)
+
+
+def objects(first: int, last: int) -> list[dict[str, object]]:
+    """JSON objects with one document each."""
+    return [{"id": number, "text": f"page {number} with [brackets], \\ and é"} for number in range(first, last)]
+
+
+def pack(suffix: str, content: bytes) -> bytes:
+    """Compress by the ending of a file's name."""
+    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix](content)
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("form", ["lines", "array", "array of lines", "indented array", "indented object", "one line"])
+def test_json_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, compression: str) -> None:
+    """Objects in lines, in an array, or over several lines are documents; reading continues after any of them."""
+    monkeypatch.setattr("colt5dist.data.prepare.documents.JSON_BYTES", 64)  # less than an object, as in a large file
+    made = objects(0, 1 if form == "one line" else 30)
+    text = {
+        "lines": "".join(json.dumps(part) + "\n" for part in made),
+        "array": json.dumps(made),
+        "array of lines": "[" + ",\n".join(json.dumps(part, ensure_ascii=False) for part in made) + "\n]\n",
+        "indented array": "\ufeff" + json.dumps(made, indent=1),
+        "indented object": "\n".join(json.dumps(part, indent=1) for part in made),
+        "one line": json.dumps(made[0]),
+    }[form]
+    path = tmp_path / f"pages.JSON{compression}"
+    path.write_bytes(pack(compression, text.encode()))
+    whole = items(path)
+    assert [item.text for item in whole if item.text] == [part["text"] for part in made]
+    assert not any(item.problem for item in whole)
+    for place in whole[:: max(1, len(whole) // 5)]:
+        rest = [item.text for item in items(path, place.offset, place.line)]
+        assert rest == [item.text for item in whole[whole.index(place) + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("content", "kinds", "problem", "reason"),
+    [
+        (
+            b'[{"text": "one"}, {"text": 5}, {"text": "two"}, {"te',
+            ["", "no text under 'text'", ""],
+            "not JSON",
+            "is not",
+        ),
+        (b'[{"text": "one"}, oh, {"text": "two"}]', [""], "not JSON", "Expecting value"),
+        (b'[{"text": "one"}', [""], "not JSON", "the file ends within the array"),
+        (b'[{"text": "one"}, {"text": "\xff"}, {"text": "two"}]', ["", "not UTF-8", ""], "", ""),
+        (b'{"text": "one"}\n{"text": \n{"text": "two"}\n', ["", "not JSON", ""], "", ""),
+        (b'{"text": "on\n{"text": "one"}\n', ["not JSON", ""], "", ""),
+    ],
+)
+def test_damaged_json_files(tmp_path: Path, content: bytes, kinds: list[str], problem: str, reason: str) -> None:
+    """What is good is read; the damage is named with its reason. In lines, only the bad line is lost."""
+    (tmp_path / "pages.json").write_bytes(content)
+    found = items(tmp_path / "pages.json")
+    if problem:
+        *found, last = found
+        assert last.problem == problem and last.ends_file and reason in last.reason
+    assert [item.problem for item in found] == kinds
+
+
+def test_text_that_is_no_text(inputs: Path, tmp_path: Path) -> None:
+    """JSON and marked-up pages under a name for text are counted, not read as one raw document."""
+    (tmp_path / "part-0").write_text('{"id": 1, "text": "one"}\n{"id": 2, "text": "two"}\n')
+    (tmp_path / "part-1").write_text('[\n {"text": "one"}]')
+    (tmp_path / "part-2").write_text(" <!DOCTYPE html>\n<p>page</p>")
+    (tmp_path / "part-3").write_text("<?xml version='1.0'?><text/>")
+    (tmp_path / "part-4").write_text("{ plain } text [1] <html>")
+    problems = prepare(config(inputs, tmp_path / "shards", input=[str(tmp_path / "part-*")])).problems
+    named_otherwise = "JSON in a file whose name does not end in .jsonl or .json"
+    assert problems.counts == {named_otherwise: 2, "HTML or XML, which is not plain text": 2}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV.gz", "a.html", "a.htm.zst", "a.xml", "a.jsonl.bz2", "a.docx"])
+def test_kinds_that_are_refused(tmp_path: Path, name: str) -> None:
+    """A file that is named itself, or by a pattern, and is no text: one line that says what to give instead."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"is a \.\w+ file \(and 1 more file.*; give text, jsonl or parquet files"):
+        find_inputs([str(tmp_path / "*" / "*")])
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
+    """Files of a folder by ending, links to nowhere, hidden files; linked folders are read, each once."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "deep/linked.txt").write_text("text")
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.txt", "b.json", "c.html", "d.HTML", "e.csv.gz", "README", ".hidden.txt", "sub/f.jsonl"):
+        (folder / name).write_text("text")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "sub/again").symlink_to(elsewhere)
+    (elsewhere / "deep/back").symlink_to(folder)
+    (folder / "lost.txt").symlink_to(tmp_path / "gone")
+    os.mkfifo(folder / "pipe.txt")
+    found = find_inputs([str(folder)])
+    assert [file.name for file in found.files] == ["a.txt", "b.json", "link/deep/linked.txt", "sub/f.jsonl"]
+    kinds = {".html": 2, ".csv.gz": 1, "files without an ending": 1, "hidden files and folders": 1}
+    assert found.not_read == {**kinds, "pipes, devices, and links that lead nowhere": 2}
+    assert found.other_endings == 4 and "not read, files ending in .html: 2" in found.lines()
+    (folder / "folder.txt").mkdir()
+    assert "name the folder itself" in " ".join(find_inputs([str(folder / "*.txt")]).lines())
+
+
+def test_a_folder_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, also below a folder that can."""
+    (tmp_path / "in/closed").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("text")
+    look = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path)
+
+    monkeypatch.setattr("colt5dist.data.prepare.inputs.os.scandir", refuse)
+    with pytest.raises(ConfigError, match=r"--input: .*in/closed cannot be read \(Permission denied\)"):
+        find_inputs([str(tmp_path / "in")])
+
+
+@pytest.mark.parametrize("name", ["a [1].txt", "what?.txt", "st*r.txt", "[x]"])
+def test_a_path_that_exists_is_that_path(tmp_path: Path, name: str) -> None:
+    """Whatever characters it has, as a file, as a folder, and as the folder of a pattern."""
+    other = tmp_path / "other"
+    (other / name).mkdir(parents=True)
+    for path in (tmp_path / name, tmp_path / "a 1.txt", tmp_path / "x", other / name / "b.txt", tmp_path / "star.txt"):
+        path.write_text("text")
+    assert [file.path for file in find_inputs([str(tmp_path / name)]).files] == [tmp_path / name]
+    for pattern in (other / name, other / name / "*.txt", other / name / "b.txt"):
+        assert [file.path for file in find_inputs([str(pattern)]).files] == [other / name / "b.txt"]
+
+
+def test_unknown_tokens_are_counted(inputs: Path, tmp_path: Path) -> None:
+    """They are in the manifest and the summary, with examples, and many of them are a warning."""
+    words = {"<unk>": 0, "<pad>": 1, "</s>": 2, "the": 3}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "t.json"))
+    (tmp_path / "in.jsonl").write_text('{"text": "the the cat"}\n{"text": "the dog the"}\n{"text": "the the"}\n')
+    changes = {"input": [str(tmp_path / "in.jsonl")], "tokenizer": tmp_path / "t.json"}
+    for workers in (0, 1):
+        prepared = prepare(config(inputs, tmp_path / f"shards{workers}", workers=workers, **changes))
+        assert prepared.manifest.source["unknown"] == {"tokens": 2, "parts": ["cat", "dog"]}
+    lines = summary_lines(prepared.manifest, prepared.validation, prepared.problems)
+    assert "unknown to the tokenizer: 2 tokens (25.00%), such as 'cat', 'dog'" in lines
+    warnings = warning_lines(prepared.manifest, prepared.validation, prepared.problems, prepared.inputs)
+    assert warnings[0] == "WARNING: 2 of 8 tokens (25%) are unknown to the tokenizer; see above"
+
+
+def test_a_window_of_two_gigabytes(tmp_path: Path) -> None:
+    """`zstd --long=31` is read, as public dumps are packed."""
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True)
+    writer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(writer.compress(b'{"text": "one"}\n') + writer.flush())
+    assert [item.text for item in items(tmp_path / "a.jsonl.zst")] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"some text")[:-3], "Compressed file ended before the end-of-stream marker"),
+        ("a.json.zst", b"no zstd", "Unknown frame descriptor"),
+        ("a.txt.zst", zstandard.ZstdCompressor().compress(b"some text")[:-3], "the file ends within a frame"),
+        ("a.parquet", b"PAR1", "Parquet file size is 4 bytes"),
+    ],
+)
+def test_unreadable_files_have_a_reason(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    """The library's own, beside the place."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"left out, unreadable: 1 \(.*{name}(:1)?: .*{reason}"):
+        prepare(config(tmp_path / name, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """In a text file, a line, an array and a parquet file: the shards are those of short ones, and progress moves."""
+    long = "a long document, 日本語. " * 2000
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("\ufeff" + long)
+    (tmp_path / "in/b.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("b", "b" + long, "b b"))
+    )
+    (tmp_path / "in/c.json").write_text(json.dumps([{"text": "c"}, {"text": "c" + long}, {"text": "c c"}]))
+    parquet.write_table(pyarrow.table({"text": ["d", "d" + long, "d d"]}), tmp_path / "in/d.parquet")
+    (tmp_path / "in/e.txt").write_text("e" * 30_000 + "\0")
+    (tmp_path / "in/f.txt").write_text("\n" * 30_000)
+    (tmp_path / "in/g.txt").write_bytes(b"g" * 30_000 + b"\xff")
+    (tmp_path / "in/h.txt").write_text("<html>" + "h" * 30_000)
+    expected = prepare(config(tmp_path / "in", tmp_path / "short")).problems.counts
+    assert expected == {"binary": 1, "empty": 1, "not UTF-8": 1, "HTML or XML, which is not plain text": 1}
+    monkeypatch.setattr("colt5dist.data.prepare.documents.LONG_BYTES", 20_000)
+    monkeypatch.setattr("colt5dist.data.long_texts.WINDOW_BYTES", 4096)
+    monkeypatch.setattr("colt5dist.data.prepare.documents.WINDOW_BYTES", 4096)
+    monkeypatch.setattr("colt5dist.data.prepare.resume.REPORT_SECONDS", -1)
+    assert isinstance(items(tmp_path / "in/a.txt")[0].text, bytes)
+    told: list[int] = []
+    prepared = prepare(
+        config(tmp_path / "in", tmp_path / "long", workers=workers), lambda done, total, writer: told.append(done)
+    )
+    assert prepared.problems.counts == expected
+    assert content(tmp_path / "long") == content(tmp_path / "short")
+    assert len([done for done in told if done < len(long.encode())]) > 10

@@ -289,8 +289,8 @@ def test_begun_work_is_not_mixed_with_other_work(inputs: Path, tmp_path: Path) -
 def test_inputs_are_listed_once_in_one_order(inputs: Path) -> None:
     """Overlapping patterns do not double a file; the order does not depend on that of the patterns."""
     patterns = [str(inputs / "**/*"), str(inputs / "*.jsonl"), str(inputs / "sub/*.txt")]
-    files = find_inputs(patterns)
-    assert [file.name for file in files] == [file.name for file in find_inputs(patterns[::-1])]
+    files = find_inputs(patterns).files
+    assert [file.name for file in files] == [file.name for file in find_inputs(patterns[::-1]).files]
     assert len(files) == len({file.path for file in files}) == 12
     assert [file.name for file in files[:2]] == ["a.jsonl", "b.jsonl.gz"]
 
@@ -325,7 +325,7 @@ def test_links_and_archives(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 5000)
     (tmp_path / "zeros.txt").write_text("some\0text")
     (tmp_path / "loop").symlink_to(tmp_path)
-    files = find_inputs([str(tmp_path / "**" / "*.txt")])
+    files = find_inputs([str(tmp_path / "**" / "*.txt")]).files
     assert [file.name for file in files] == ["a.txt", "zeros.txt"]
     done = prepare(config(inputs, tmp_path / "shards", input=[str(tmp_path / "*.txt")]))
     assert done.problems.counts == {"binary": 1}
