@@ -236,6 +236,7 @@ def read_training(run: Run) -> TrainingBatches:
         first_sample=run.state.samples_consumed,
         first_step=run.state.step + 1,
         pin_memory=run.engine.device.type == "cuda",
+        readers=run.readers,
     )
 
 

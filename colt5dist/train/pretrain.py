@@ -13,6 +13,7 @@ from colt5dist.data import (
     text_tokens_of_sample,
     unigram_entropy,
 )
+from colt5dist.data.read.loader import start_readers
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
 from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
@@ -68,6 +69,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     if plan.is_finished(config):
         return report_finished(run_dir, ranks, plan.state, entropy)
 
+    readers = start_readers(shards, config.data)  # forked before there are CUDA, NCCL and threads
     make_deterministic(config)
     device = initialise_process_group(ranks, config.train.timeout_minutes)
     hosts = gather_host_names()
@@ -103,6 +105,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 run_dir=run_dir,
                 ranks=ranks,
                 shards=shards,
+                readers=readers,
                 engine=engine,
                 state=plan.state,
                 monitor=monitor,
