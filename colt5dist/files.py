@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,24 +75,51 @@ def lock_for_life(path: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on a file while the block runs.
+
+    On a file system without locks the block runs without one. So what it writes has to be right also if another
+    process does the same: under names of its own (`name_of_this_process`), renamed when it is complete.
 
     Args:
         path: path of the file. It is created where it is missing and is not removed.
         wait: wait for a process that holds the lock, instead of raising.
+
+    Yields:
+        Whether the lock is held; False where the file system has no locks.
 
     Raises:
         BlockingIOError: another process holds the lock and `wait` is False, or has just removed the file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        is_held = _lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if not _is_file_of(path, descriptor):
             raise BlockingIOError(f"{path} was removed")
-        yield
+        yield is_held
     finally:
         os.close(descriptor)
+
+
+def name_of_this_process() -> str:
+    """Return a name that no other process has at the same time, on any host, for temporary files."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _lock(descriptor: int, how: int) -> bool:
+    """Lock an open file by whichever kind of lock its file system has; returns False if it has none.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    for lock in (fcntl.flock, fcntl.lockf):
+        try:
+            lock(descriptor, how)
+            return True
+        except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP: there is no such lock
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(error.errno, error.strerror) from None
+    return False
 
 
 def _is_file_of(path: Path, descriptor: int) -> bool:

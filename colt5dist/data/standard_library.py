@@ -4,6 +4,7 @@ The files of a package are joined, and long ones split between lines, into docum
 `pydoc_data.topics` adds English prose. The shards are in a cache folder whose name contains the hash of all sources.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,7 +17,7 @@ from colt5dist.data.manifest import FORMAT, VERSION
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.errors import ConfigError
-from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked
+from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked, name_of_this_process
 
 STANDARD_LIBRARY = "python-stdlib"
 """The value of data.shards that selects these shards."""
@@ -46,8 +47,11 @@ def ensure_standard_library_shards() -> Path:
         if output.exists():
             return output
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{output.name}.lock", wait=True):
+        with locked(cache / f"{output.name}.lock", wait=True) as is_alone:
             if not output.exists():
+                if is_alone:
+                    for leftover in cache.glob(f"{output.name}.*partial"):  # of a process that was killed
+                        shutil.rmtree(leftover, ignore_errors=True)
                 _build(output, sources, hashes)
     except OSError as error:
         raise ConfigError(
@@ -127,13 +131,18 @@ def _pack(texts: list[str]) -> Iterator[str]:
 
 
 def _build(output: Path, sources: dict[str, bytes], hashes: dict[str, str]) -> None:
-    """Write the shards under a temporary name and rename them to `output`; the lock is held."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    """Write the shards under a name of this process and rename them to `output`, if no other process was faster."""
+    partial = output.with_name(f"{output.name}.{name_of_this_process()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     writer = CorpusWriter(partial, ByteTokenizer(), validation_fraction=VALIDATION_FRACTION)
     for document in make_documents(sources):
         writer.add(document)
     writer.close({"python": python_version(), "sha256": hashes})
     fsync_tree(partial)
-    os.rename(partial, output)
+    try:
+        os.rename(partial, output)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # the other process made the same shards
     fsync_path(output.parent)
