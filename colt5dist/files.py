@@ -4,18 +4,41 @@ import errno
 import fcntl
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from colt5dist.errors import ConfigError
 
 
 def cache_folder() -> Path:
-    """Return the folder where colt5dist keeps files that it can make again."""
+    """Return the folder where colt5dist keeps files that it can make again.
+
+    It is $COLT5DIST_CACHE, else $XDG_CACHE_HOME/colt5dist, else ~/.cache/colt5dist; where the user has no home folder
+    that can be written, a folder of this user beside other temporary files.
+
+    Raises:
+        ConfigError: the last of them is needed, and cannot be used.
+    """
     if cache := os.environ.get("COLT5DIST_CACHE"):
-        return Path(cache).absolute()
+        return Path(cache).expanduser().absolute()
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache).absolute() / "colt5dist"
-    return Path.home() / ".cache" / "colt5dist"
+    with suppress(OSError, RuntimeError):  # RuntimeError: the user has neither $HOME nor an entry among the users
+        folder = Path.home() / ".cache" / "colt5dist"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    folder = Path(tempfile.gettempdir(), f"colt5dist-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        reason = None if folder.lstat().st_uid == os.getuid() else "belongs to another user"
+    except OSError as error:
+        reason = f"cannot be made ({error.strerror})"
+    if reason:
+        raise ConfigError(f"COLT5DIST_CACHE: {folder} {reason}; set this variable to a folder for the cache")
+    return folder
 
 
 def fsync_path(path: Path) -> None:

@@ -30,8 +30,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 def ensure_standard_library_shards() -> Path:
     """Return the folder of the standard library's shards; the first call makes them, which takes a few seconds.
 
-    Any number of processes may call it at the same time. The cache folder is $COLT5DIST_CACHE,
-    $XDG_CACHE_HOME/colt5dist or ~/.cache/colt5dist.
+    Any number of processes may call it at the same time. They are in `cache_folder()`.
 
     Raises:
         ConfigError: this Python has no sources, or the cache folder cannot be written.

@@ -80,6 +80,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         run_dir,
         start_seconds=60 * config.train.timeout_minutes,
         timeout_seconds=config.train.timeout_seconds,
+        port=config.train.heartbeat_port,
     )
     with heartbeat, record_failures(config, ranks, hosts, heartbeat.explain):
         heartbeat.at("comparing hashes", plan.state.step)

@@ -53,6 +53,7 @@ MAY_CHANGE = (
     "train.max_minutes",
     "train.timeout_minutes",
     "train.timeout_seconds",
+    "train.heartbeat_port",
     "zero",
     "checkpoint",
     "health",  # the checkpoints record what was rolled back
