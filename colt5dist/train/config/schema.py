@@ -45,7 +45,8 @@ class TrainConfig:
     routing_every: int = 100
     """Steps between two records of the routers' statistics; 0: none."""
     max_minutes: float | None = None
-    """Minutes after the start of the process at which the run writes a checkpoint and stops with status 75; null: no limit."""
+    """Minutes after the start of the process at which the run writes a checkpoint and stops with status 75; null: no
+    limit."""
     timeout_minutes: float = 30.0
     """Minutes without progress after which the run is ended with an error, before the first step (also the first with
     new lengths) is done, and while checkpoints are written or read or the data is opened."""
