@@ -97,6 +97,21 @@ def lock_for_life(path: Path) -> bool:
     return True
 
 
+def is_locked_for_life(path: Path) -> bool:
+    """Whether another process holds the lock of `lock_for_life` on a file; changes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on a file while the block runs.

@@ -56,10 +56,12 @@ def main(arguments: list[str]) -> int:
                 print(config_to_yaml(config), end="")
             return status_of_report()
         if options.dry_run:
+            from colt5dist.train.pretrain import check_start
             from colt5dist.train.report.dry_run import dry_run_report
 
             if ranks.is_first:
-                print(dry_run_report(config, ranks.world_size))
+                print(dry_run_report(config, ranks.world_size), flush=True)
+                print("\n".join(check_start(config, ranks)))
             return status_of_report()
         from colt5dist.train.pretrain import pretrain
 

@@ -27,6 +27,12 @@ VALIDATION_FRACTION = 0.04
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
+def find_standard_library_shards() -> Path | None:
+    """Return the folder of the standard library's shards, if they have been made."""
+    output = _place(_hashes(read_sources()))
+    return output if output.exists() else None
+
+
 def ensure_standard_library_shards() -> Path:
     """Return the folder of the standard library's shards; the first call makes them, which takes a few seconds.
 
@@ -36,12 +42,9 @@ def ensure_standard_library_shards() -> Path:
         ConfigError: this Python has no sources, or the cache folder cannot be written.
     """
     sources = read_sources()
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sources.items()}
-    digest = hashlib.sha256(
-        f"{FORMAT} {VERSION} {SMALLEST} {LARGEST} {VALIDATION_FRACTION} {hashes}".encode()
-    ).hexdigest()
-    cache = cache_folder()
-    output = cache / f"{STANDARD_LIBRARY}-{python_version()}-{digest[:16]}"
+    hashes = _hashes(sources)
+    output = _place(hashes)
+    cache = output.parent
     try:
         if output.exists():
             return output
@@ -58,6 +61,18 @@ def ensure_standard_library_shards() -> Path:
             "another folder, or give data.shards"
         ) from None
     return output
+
+
+def _hashes(sources: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sources.items()}
+
+
+def _place(hashes: dict[str, str]) -> Path:
+    """The folder of the shards that are made from sources with these hashes."""
+    digest = hashlib.sha256(
+        f"{FORMAT} {VERSION} {SMALLEST} {LARGEST} {VALIDATION_FRACTION} {hashes}".encode()
+    ).hexdigest()
+    return cache_folder() / f"{STANDARD_LIBRARY}-{python_version()}-{digest[:16]}"
 
 
 def read_sources() -> dict[str, bytes]:

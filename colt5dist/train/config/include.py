@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from colt5dist.errors import ConfigError
 from colt5dist.train.config.text import NULL_TAG, keep_texts, odd_numbers, parse
+from colt5dist.wording import looked_for
 
 FREE_SECTIONS = ("deepspeed",)
 """Sections whose keys are not fields of `RunConfig`."""
@@ -92,8 +93,7 @@ def load_mapping(path: Path, section: str = "") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        looked = "" if path.is_absolute() else f"; looked for {path.absolute()}"
-        raise ConfigError(f"{path}: no such configuration file{looked}; name one that exists") from None
+        raise ConfigError(f"{path}: no such configuration file{looked_for(path)}; name one that exists") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file ({error}); name a YAML file") from None
     try:

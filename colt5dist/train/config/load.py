@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from colt5dist.errors import ConfigError
 from colt5dist.train.config.include import FREE_SECTIONS, flat, load_mapping, read_settings
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.config.text import expand_home, keep_texts, odd_numbers
+from colt5dist.train.config.text import TEXT_KEYS, expand_home, keep_texts, odd_numbers, typed_text
 
 ALLOW_FROM_ZERO = "from_zero"
 """The entry of `resume_allow` that is not a key: start at step 0 although there are checkpoints, none of them whole."""
@@ -48,6 +48,9 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
             continue
         if text == "run_dir=":  # an empty shell variable, for instance; as YAML it would be null
             problems.append("run_dir: is empty; give a folder, or null for runs/<name of the config file>")
+            continue
+        if key in TEXT_KEYS:
+            settings.append((key, typed_text(typed), "command line"))
             continue
         try:
             node = OmegaConf.from_dotlist([text])

@@ -83,6 +83,18 @@ def _children(node: yaml.Node | None) -> list[yaml.Node]:
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
+def typed_text(typed: str) -> str | None:
+    """Return the value of a text key on the command line: what was typed, also `a #b`, `a: b` or `[a]`.
+
+    Args:
+        typed: what follows the equals sign. Quotes around it are left out; null and nothing at all are None.
+    """
+    if typed.lower() in ("", "null"):
+        return None
+    node = parse(typed) if typed[0] == typed[-1] and typed[0] in "\"'" else None
+    return node.value if isinstance(node, yaml.ScalarNode) else typed
+
+
 def odd_numbers(key: str, source: str) -> list[tuple[str, int]]:
     """Find numbers of which YAML would make another number than the one that is typed.
 

@@ -18,6 +18,16 @@ def test_on_the_command_line(text: str) -> None:
     assert config.run_dir == text and config.data.sources[0].shards == text
 
 
+@pytest.mark.parametrize("text", ["a #b", "a: b", "[a]", "{a: 1}", "*a", "@a", "!a", "- a", "%a", "'a' b", "a\\b", "'"])
+def test_signs_of_yaml_on_the_command_line(text: str, tmp_path: Path) -> None:
+    """They mean nothing in a text that is typed there, and the printed configuration has the same text."""
+    config = load_config(TINY, [f"run_dir={text}"])
+    assert config.run_dir == text
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(config_to_yaml(config))
+    assert load_config(saved, []) == config
+
+
 @pytest.mark.parametrize("text", TYPED)
 def test_in_a_file_and_in_a_piece_and_when_read_again(text: str, tmp_path: Path) -> None:
     (tmp_path / "piece.yaml").write_text(f"shards: {text}\n")
