@@ -7,6 +7,7 @@ With --flat, stages 1 and 2 sum gradients by FlatGradients also on CPUs.
 Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
 """
 
+import gc
 import json
 import math
 import sys
@@ -26,7 +27,7 @@ from colt5dist.train.checkpoint import (
 )
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.engine import Engine
+from colt5dist.train.engine.engine import Engine, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
 from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.losses import LossSums, count_target_tokens
@@ -78,6 +79,22 @@ def train_step(engine: Engine, config: RunConfig, step: int, *, spoil: bool = Fa
     return loss, norm, applied
 
 
+def live_bytes() -> int:
+    """Bytes of all tensors' memory in this process, each piece counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout is torch.strided and thing.device.type != "meta":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def go_back(engine: Engine, source: Path) -> None:
+    """As a rollback does, but for the trainer's state."""
+    load_checkpoint(source, engine)
+    refresh_parameters(engine)
+
+
 def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> None:
     """Run the matrix."""
     ranks = ranks_from_environment()
@@ -90,6 +107,8 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
         root = folder / f"stage{stage}"
         if not root.exists():
             engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage in (1, 2) else None)
+            fresh = Saver(folder / f"fresh{stage}", engine, config.checkpoint, run_id="matrix")
+            fresh.save(TrainerState(step=1, optimizer_step=0, samples_consumed=8))
             steps = [train_step(engine, config, step) for step in (1, 2)]
             *spoilt, applied = train_step(engine, config, 3, spoil=True)
             results[f"nan {stage}"] = {"applied": applied, "finite": math.isfinite(spoilt[0])}
@@ -97,6 +116,17 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
             Saver(root, engine, config.checkpoint, run_id="matrix").save(state)
             steps += [train_step(engine, config, step) for step in (4, 5)]
             results[f"train {stage}"] = [(loss, norm) for loss, norm, _ in steps]
+            memory = [live_bytes()]
+            for _ in range(10):
+                go_back(engine, step_folder(root, 3))
+            again = [train_step(engine, config, 4)[:2]]
+            memory.append(live_bytes())
+            go_back(engine, step_folder(folder / f"fresh{stage}", 1))
+            memory.append(live_bytes())
+            results[f"memory {stage}"] = memory
+            results[f"again {stage}"] = again
+            results[f"anew {stage}"] = [train_step(engine, config, 1)[:2]]
+            results[f"moments {stage}"] = 8 * sum(num_elements(s) for s in parameter_shapes(config).values())
     for written in stages:
         for stage in stages:
             config = load_config(TINY, [*settings, f"zero.stage={stage}"])
