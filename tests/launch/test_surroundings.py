@@ -37,6 +37,17 @@ def test_nobody_reads_the_output_of_a_run(tmp_path: Path, shard_cache: Path, out
     assert [folder.name for folder in whole] == ["step_00000004"] and not others
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_that_wait_do_not_spin(given: str | None, used: str) -> None:
+    """As OpenMP itself says; spinning ones slow a step down tenfold beside another busy process. A user may differ."""
+    environment = {**trainer_environment(), "OMP_DISPLAY_ENV": "true"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--print-config"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and f"OMP_WAIT_POLICY = '{used}'" in done.stderr
+
+
 NO_LOCKS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
