@@ -137,7 +137,7 @@ def receive(pipe: Connection, *, pin_memory: bool) -> Item:
     for name, shape, dtype in content:
         batch[name] = tensor = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
         if tensor.numel():
-            pipe.recv_bytes_into(memoryview(tensor.numpy()).cast("B"))
+            pipe.recv_bytes_into(tensor.numpy().data.cast("B"))
     return Item(batch, ends_step, bad_records)
 
 
@@ -151,7 +151,7 @@ def send(pipe: Connection, item: Item) -> None:
     pipe.send((described, item.ends_step, item.bad_records))
     for tensor in tensors.values():
         if tensor.numel():
-            pipe.send_bytes(memoryview(tensor.numpy()).cast("B"))
+            pipe.send_bytes(tensor.numpy().data.cast("B"))
 
 
 def _start_readers(control: Connection, prepare: Callable[[Any], Iterator[Callable[[], Item]]], trainer: int) -> None:

@@ -107,9 +107,9 @@ def load_mapping(path: Path, section: str = "") -> dict[str, Any]:
             raise ConfigError(f"{path}{line}: the key {key} is there a second time; keep one of them") from None
         raise ConfigError(f"{path}{line}: not valid YAML ({what}); fix the file") from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        number = text.count("\n", 0, error.position) + 1
         what = f"the character U+{error.character:04X} is not allowed" if isinstance(error.character, int) else "bytes"
-        raise ConfigError(f"{path}:{line}: not valid YAML ({what}); remove it") from None
+        raise ConfigError(f"{path}:{number}: not valid YAML ({what}); remove it") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"{path}: not valid YAML ({reason}); fix the file") from None

@@ -129,9 +129,9 @@ def expand_home(config: RunConfig) -> None:
     for key in ("run_dir", "init_from"):
         if path := getattr(config, key):
             setattr(config, key, os.path.expanduser(path))
-    for owner in (config.data, *config.data.sources):
-        if owner.shards:
-            owner.shards = os.path.expanduser(owner.shards)
+    config.data.shards = os.path.expanduser(config.data.shards)
+    for source in config.data.sources:
+        source.shards = os.path.expanduser(source.shards)
 
 
 def _restore(key: str, value: Any, node: yaml.Node | None) -> Any:

@@ -86,6 +86,7 @@ def forget_optimizer_state(engine: Engine) -> None:
     engine.torch_optimizer.state.clear()
     if engine.stage not in (1, 2):
         return
+    p: Any
     for p in engine.module.parameters():
         if p._hp_mapping is not None:
             p._hp_mapping.optim_fragment = None

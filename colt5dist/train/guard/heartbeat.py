@@ -46,11 +46,12 @@ class _Message:
     failed: str | None
     """Why it failed; None if it has not."""
 
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+    def to_json(self) -> str:
+        """The message as the store holds it."""
+        return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, content: bytes) -> "_Message | None":
+    def from_json(cls, content: bytes | str) -> "_Message | None":
         """Read a message; None if it is not one: nothing yet, or what a stranger wrote to the port."""
         try:
             said = json.loads(content)
