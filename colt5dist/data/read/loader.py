@@ -287,9 +287,10 @@ class TrainingBatches(Iterator[list[Batch]]):
                 self.close()
                 if self._readers is None:
                     raise
+                reason = (str(error) or "it was cut off").splitlines()[0].rstrip(".")
                 raise DataWorkerError(
-                    f"a reader process of rank {self._rank} ended; if it was killed because memory ran out, lower "
-                    "data.num_workers"
+                    f"a reader process of rank {self._rank} ended ({reason}); if it was killed because memory ran out, "
+                    "lower data.num_workers"
                 ) from error
             except BaseException:
                 self.close()
