@@ -3,18 +3,42 @@
 import errno
 import fcntl
 import os
+import socket
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from colt5dist.errors import ConfigError
 
 
 def cache_folder() -> Path:
-    """Return the folder where colt5dist keeps files that it can make again."""
+    """Return the folder where colt5dist keeps files that it can make again.
+
+    It is $COLT5DIST_CACHE, else $XDG_CACHE_HOME/colt5dist, else ~/.cache/colt5dist; where the user has no home folder
+    that can be written, a folder of this user beside other temporary files.
+
+    Raises:
+        ConfigError: the last of them is needed, and cannot be used.
+    """
     if cache := os.environ.get("COLT5DIST_CACHE"):
-        return Path(cache).absolute()
+        return Path(cache).expanduser().absolute()
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache).absolute() / "colt5dist"
-    return Path.home() / ".cache" / "colt5dist"
+    with suppress(OSError, RuntimeError):  # RuntimeError: the user has neither $HOME nor an entry among the users
+        folder = Path.home() / ".cache" / "colt5dist"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    folder = Path(tempfile.gettempdir(), f"colt5dist-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        reason = None if folder.lstat().st_uid == os.getuid() else "belongs to another user"
+    except OSError as error:
+        reason = f"cannot be made ({error.strerror})"
+    if reason:
+        raise ConfigError(f"COLT5DIST_CACHE: {folder} {reason}; set this variable to a folder for the cache")
+    return folder
 
 
 def fsync_path(path: Path) -> None:
@@ -73,25 +97,67 @@ def lock_for_life(path: Path) -> bool:
     return True
 
 
+def is_locked_for_life(path: Path) -> bool:
+    """Whether another process holds the lock of `lock_for_life` on a file; changes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on a file while the block runs.
+
+    On a file system without locks the block runs without one. So what it writes has to be right also if another
+    process does the same: under names of its own (`name_of_this_process`), renamed when it is complete.
 
     Args:
         path: path of the file. It is created where it is missing and is not removed.
         wait: wait for a process that holds the lock, instead of raising.
+
+    Yields:
+        Whether the lock is held; False where the file system has no locks.
 
     Raises:
         BlockingIOError: another process holds the lock and `wait` is False, or has just removed the file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        is_held = _lock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if not _is_file_of(path, descriptor):
             raise BlockingIOError(f"{path} was removed")
-        yield
+        yield is_held
     finally:
         os.close(descriptor)
+
+
+def name_of_this_process() -> str:
+    """Return a name that no other process has at the same time, on any host, for temporary files."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _lock(descriptor: int, how: int) -> bool:
+    """Lock an open file by whichever kind of lock its file system has; returns False if it has none.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    for lock in (fcntl.flock, fcntl.lockf):
+        try:
+            lock(descriptor, how)
+            return True
+        except OSError as error:  # ENOSYS, ENOLCK, EOPNOTSUPP: there is no such lock
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(error.errno, error.strerror) from None
+    return False
 
 
 def _is_file_of(path: Path, descriptor: int) -> bool:

@@ -1,4 +1,6 @@
-"""Singular and plural in messages."""
+"""Parts of messages: singular and plural, and where a name was looked for."""
+
+from pathlib import Path
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
@@ -10,3 +12,8 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
         plural: the plural; None adds an s to the singular.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def looked_for(path: Path) -> str:
+    """Say where a path that does not begin with / was looked for: `; looked for /home/ann/shards`; else nothing."""
+    return "" if path.is_absolute() else f"; looked for {path.absolute()}"

@@ -5,6 +5,7 @@ Without arguments it trains a tiny model on the running Python's standard librar
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
+    # OpenMP reads it when PyTorch is loaded. Threads that spin while they wait for each other take the cores from those
+    # that they wait for: beside another busy process, a step on two cores took ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # imported late, so that --help and a wrong argument are answered at once
     from colt5dist.train.guard.launcher import launcher_processes
 
@@ -56,10 +60,12 @@ def main(arguments: list[str]) -> int:
                 print(config_to_yaml(config), end="")
             return status_of_report()
         if options.dry_run:
+            from colt5dist.train.pretrain import check_start
             from colt5dist.train.report.dry_run import dry_run_report
 
             if ranks.is_first:
-                print(dry_run_report(config, ranks.world_size))
+                print(dry_run_report(config, ranks.world_size), flush=True)
+                print("\n".join(check_start(config, ranks)))
             return status_of_report()
         from colt5dist.train.pretrain import pretrain
 

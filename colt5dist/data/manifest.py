@@ -8,6 +8,7 @@ from typing import Any
 
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
+from colt5dist.wording import looked_for
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -116,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: is missing; give a folder written by launch/prepare.py") from None
+        raise ConfigError(f"{path}: is missing; give a folder written by launch/prepare.py{looked_for(path)}") from None
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give a folder written by launch/prepare.py"

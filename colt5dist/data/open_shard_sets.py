@@ -5,7 +5,11 @@ from pathlib import Path
 from colt5dist.data.config import DataConfig
 from colt5dist.data.read.shards import open_shards
 from colt5dist.data.read.sources import Sources
-from colt5dist.data.standard_library import STANDARD_LIBRARY, ensure_standard_library_shards
+from colt5dist.data.standard_library import (
+    STANDARD_LIBRARY,
+    ensure_standard_library_shards,
+    find_standard_library_shards,
+)
 from colt5dist.errors import ConfigError
 
 
@@ -34,6 +38,23 @@ def open_sources(config: DataConfig) -> Sources:
                 f"{named[0][0]}; prepare both with the same tokenizer"
             )
     return Sources(tuple(parts), tuple(weight for _, weight in named))
+
+
+def absent_sources(config: DataConfig) -> list[str]:
+    """Return the shard sets of a configuration that are not there, or not yet made; addresses are not asked.
+
+    Args:
+        config: names the shard sets, in `shards` or `sources`.
+    """
+    found = []
+    for shards in [source.shards for source in config.sources] or [config.shards]:
+        if shards == STANDARD_LIBRARY:
+            is_there = find_standard_library_shards() is not None
+        else:
+            is_there = "://" in shards or Path(shards).exists()
+        if not is_there:
+            found.append(shards)
+    return found
 
 
 def _path(shards: str) -> str | Path:

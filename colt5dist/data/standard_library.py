@@ -4,6 +4,7 @@ The files of a package are joined, and long ones split between lines, into docum
 `pydoc_data.topics` adds English prose. The shards are in a cache folder whose name contains the hash of all sources.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,7 +17,7 @@ from colt5dist.data.manifest import FORMAT, VERSION
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.tokenizer import ByteTokenizer
 from colt5dist.errors import ConfigError
-from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked
+from colt5dist.files import cache_folder, fsync_path, fsync_tree, locked, name_of_this_process
 
 STANDARD_LIBRARY = "python-stdlib"
 """The value of data.shards that selects these shards."""
@@ -26,28 +27,33 @@ VALIDATION_FRACTION = 0.04
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
+def find_standard_library_shards() -> Path | None:
+    """Return the folder of the standard library's shards, if they have been made."""
+    output = _place(_hashes(read_sources()))
+    return output if output.exists() else None
+
+
 def ensure_standard_library_shards() -> Path:
     """Return the folder of the standard library's shards; the first call makes them, which takes a few seconds.
 
-    Any number of processes may call it at the same time. The cache folder is $COLT5DIST_CACHE,
-    $XDG_CACHE_HOME/colt5dist or ~/.cache/colt5dist.
+    Any number of processes may call it at the same time. They are in `cache_folder()`.
 
     Raises:
         ConfigError: this Python has no sources, or the cache folder cannot be written.
     """
     sources = read_sources()
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sources.items()}
-    digest = hashlib.sha256(
-        f"{FORMAT} {VERSION} {SMALLEST} {LARGEST} {VALIDATION_FRACTION} {hashes}".encode()
-    ).hexdigest()
-    cache = cache_folder()
-    output = cache / f"{STANDARD_LIBRARY}-{python_version()}-{digest[:16]}"
+    hashes = _hashes(sources)
+    output = _place(hashes)
+    cache = output.parent
     try:
         if output.exists():
             return output
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{output.name}.lock", wait=True):
+        with locked(cache / f"{output.name}.lock", wait=True) as is_alone:
             if not output.exists():
+                if is_alone:
+                    for leftover in cache.glob(f"{output.name}.*partial"):  # of a process that was killed
+                        shutil.rmtree(leftover, ignore_errors=True)
                 _build(output, sources, hashes)
     except OSError as error:
         raise ConfigError(
@@ -55,6 +61,18 @@ def ensure_standard_library_shards() -> Path:
             "another folder, or give data.shards"
         ) from None
     return output
+
+
+def _hashes(sources: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sources.items()}
+
+
+def _place(hashes: dict[str, str]) -> Path:
+    """The folder of the shards that are made from sources with these hashes."""
+    digest = hashlib.sha256(
+        f"{FORMAT} {VERSION} {SMALLEST} {LARGEST} {VALIDATION_FRACTION} {hashes}".encode()
+    ).hexdigest()
+    return cache_folder() / f"{STANDARD_LIBRARY}-{python_version()}-{digest[:16]}"
 
 
 def read_sources() -> dict[str, bytes]:
@@ -127,13 +145,18 @@ def _pack(texts: list[str]) -> Iterator[str]:
 
 
 def _build(output: Path, sources: dict[str, bytes], hashes: dict[str, str]) -> None:
-    """Write the shards under a temporary name and rename them to `output`; the lock is held."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    """Write the shards under a name of this process and rename them to `output`, if no other process was faster."""
+    partial = output.with_name(f"{output.name}.{name_of_this_process()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     writer = CorpusWriter(partial, ByteTokenizer(), validation_fraction=VALIDATION_FRACTION)
     for document in make_documents(sources):
         writer.add(document)
     writer.close({"python": python_version(), "sha256": hashes})
     fsync_tree(partial)
-    os.rename(partial, output)
+    try:
+        os.rename(partial, output)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # the other process made the same shards
     fsync_path(output.parent)

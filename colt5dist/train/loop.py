@@ -1,5 +1,6 @@
 """The training loop, in one order: read, forward and backward, agree, step, account, evaluate, save, stop."""
 
+from contextlib import closing
 from dataclasses import replace
 
 from torch.profiler import record_function
@@ -32,6 +33,12 @@ def train(run: Run) -> StopReason | None:
     Returns:
         Why the run stopped before the last step; None when it is finished.
     """
+    with closing(Profile(run.config.profile, run.run_dir, run.ranks)) as profile:  # on every way out
+        return train_steps(run, profile)
+
+
+def train_steps(run: Run, profile: Profile) -> StopReason | None:
+    """The loop of `train`; `profile` records some of its steps."""
     config, state = run.config, run.state
     stage = config.stage_at(state.step + 1)
     held_out = begin_stage(run, stage)
@@ -39,7 +46,6 @@ def train(run: Run) -> StopReason | None:
         state.first_held_out_loss = first_evaluation(run, held_out)
     stream, reason = open_stream(run)
     health = Health(run)
-    profile = Profile(config.profile, run.run_dir, run.ranks)
     first_step = state.step + 1
     while state.step < config.train.steps and reason is None:
         step = state.step + 1
@@ -236,6 +242,7 @@ def read_training(run: Run) -> TrainingBatches:
         first_sample=run.state.samples_consumed,
         first_step=run.state.step + 1,
         pin_memory=run.engine.device.type == "cuda",
+        readers=run.readers,
     )
 
 

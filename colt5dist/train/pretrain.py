@@ -13,6 +13,9 @@ from colt5dist.data import (
     text_tokens_of_sample,
     unigram_entropy,
 )
+from colt5dist.data.open_shard_sets import absent_sources
+from colt5dist.data.read.loader import start_readers
+from colt5dist.data.standard_library import STANDARD_LIBRARY
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
 from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
@@ -68,6 +71,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     if plan.is_finished(config):
         return report_finished(run_dir, ranks, plan.state, entropy)
 
+    readers = start_readers(shards, config.data)  # forked before there are CUDA, NCCL and threads
     make_deterministic(config)
     device = initialise_process_group(ranks, config.train.timeout_minutes)
     hosts = gather_host_names()
@@ -78,6 +82,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         run_dir,
         start_seconds=60 * config.train.timeout_minutes,
         timeout_seconds=config.train.timeout_seconds,
+        port=config.train.heartbeat_port,
     )
     with heartbeat, record_failures(config, ranks, hosts, heartbeat.explain):
         heartbeat.at("comparing hashes", plan.state.step)
@@ -103,6 +108,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 run_dir=run_dir,
                 ranks=ranks,
                 shards=shards,
+                readers=readers,
                 engine=engine,
                 state=plan.state,
                 monitor=monitor,
@@ -133,6 +139,41 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         engine.close()
         finish_process_group()
     return 0 if reason in (None, StopReason.FILE) else EXIT_STOPPED
+
+
+def check_start(config: RunConfig, ranks: Ranks) -> list[str]:
+    """Check what a start checks, as far as the shards are there; nothing is changed.
+
+    Args:
+        config: the run.
+        ranks: place of this rank.
+
+    Returns:
+        Lines on what a start would do.
+
+    Raises:
+        ConfigError: a start would refuse the configuration, the shards or the run's folder.
+    """
+    check_devices(config, ranks)
+    run_dir = Path(str(config.run_dir))
+    if problems := run_directory.run_directory_problems(run_dir):
+        raise ConfigError("\n".join(problems))
+    if absent := absent_sources(config.data):
+        made = "a start makes them first" if absent == [STANDARD_LIBRARY] else "a start would refuse that"
+        return [
+            f"note: data.shards: {', '.join(absent)} not there ({made}); neither the text nor what {run_dir} holds is "
+            "checked"
+        ]
+    shards = open_run_shards(config)
+    shapes = parameter_shapes(config)
+    plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
+    if not any(part.remote for part in shards.parts):  # it would be downloaded
+        unigram_entropy(shards, config.stage_at(config.train.steps).data, num_samples=config.train.eval_samples)
+    if plan.is_finished(config):
+        next_step = "the run is finished: a start would do nothing"
+    else:
+        next_step = f"a start would train from step {plan.state.step + 1} on, in {run_dir}"
+    return [*plan.notes, *describe_data(config, shards), next_step]
 
 
 def report_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: float) -> int:

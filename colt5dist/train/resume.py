@@ -1,6 +1,7 @@
 """Decides from the content of the run directory whether a run starts anew, resumes, or is finished."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from colt5dist.train.engine.engine import num_elements
 from colt5dist.train.ranks import Ranks, broadcast_from_first, errors_on_all_ranks, raise_together
 from colt5dist.train.report.monitor import METRICS, TENSORBOARD, read_metrics
 from colt5dist.train.run_directory import CHECKPOINTS, CONFIG, RUN_ID, read_run_id
+from colt5dist.wording import looked_for
 
 MAY_CHANGE = (
     "run_dir",
@@ -53,6 +55,7 @@ MAY_CHANGE = (
     "train.max_minutes",
     "train.timeout_minutes",
     "train.timeout_seconds",
+    "train.heartbeat_port",
     "zero",
     "checkpoint",
     "health",  # the checkpoints record what was rolled back
@@ -123,7 +126,7 @@ def plan_start(
     if passed_over and not whole and ALLOW_FROM_ZERO not in config.resume_allow:
         raise ConfigError(
             f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; put a whole one there, choose another "
-            f"run_dir, or start at step 0 beside them with resume_allow=[{ALLOW_FROM_ZERO}]"
+            f"run_dir, or start at step 0 beside them with {shlex.quote(f'resume_allow=[{ALLOW_FROM_ZERO}]')}"
         )
     needed = checkpoint_bytes(sum(num_elements(shape) for shape in shapes.values()))
     saves_often = config.checkpoint.every_steps or config.checkpoint.every_minutes
@@ -312,7 +315,9 @@ def _newest(path: Path) -> tuple[Path, list[Path]]:
         if problem is None:
             return path, []
         raise ConfigError(f"init_from: {path} is damaged: {problem}; name another checkpoint")
-    raise ConfigError(f"init_from: no whole checkpoint in {path}; name a run directory or a checkpoint folder")
+    raise ConfigError(
+        f"init_from: no whole checkpoint in {path}; name a run directory or a checkpoint folder{looked_for(path)}"
+    )
 
 
 def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
@@ -329,6 +334,6 @@ def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
         if old.get(key) != new.get(key) and not may:
             found.append(
                 f"{key}: {new.get(key)} here, {old.get(key)} in the run that is resumed; set it back, choose another "
-                f"run_dir, or allow it with resume_allow=[{key}]"
+                f"run_dir, or allow it with {shlex.quote(f'resume_allow=[{key}]')}"
             )
     return found

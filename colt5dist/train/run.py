@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colt5dist.data import Sources, parse_mixture
+from colt5dist.data.read.readers import Readers
 from colt5dist.train.checkpoint import Saver, TrainerState
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine
@@ -26,6 +27,8 @@ class Run:
     """Place of this rank."""
     shards: Sources
     """The training and held-out text."""
+    readers: Readers | None
+    """Makes the reader processes; None if this process reads itself."""
     engine: Engine
     """Model, optimizer and ZeRO."""
     state: TrainerState

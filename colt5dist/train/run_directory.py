@@ -20,7 +20,7 @@ import torch
 
 import colt5dist
 from colt5dist.errors import ConfigError
-from colt5dist.files import lock_for_life, write_whole
+from colt5dist.files import is_locked_for_life, lock_for_life, write_whole
 from colt5dist.train.checkpoint import unfinished_folders
 from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
@@ -61,7 +61,7 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
             if not lock_for_life(run_dir / LOCK):
                 print(f"note: run_dir: {run_dir} has no file locks; make sure that no other run uses it", flush=True)
         except BlockingIOError:
-            problem = f"run_dir: another process trains in {run_dir}; wait until it ends, or choose another folder"
+            problem = _is_used(run_dir)
         except OSError as error:
             problem = f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
     try:
@@ -81,6 +81,27 @@ def open_run_directory(config: RunConfig, ranks: Ranks, hosts: list[str]) -> Pat
         if ranks.is_first:
             _remove(mark)
     return run_dir
+
+
+def run_directory_problems(run_dir: Path) -> list[str]:
+    """Return what `open_run_directory` would find wrong with a folder on this host; changes nothing.
+
+    Args:
+        run_dir: folder of the run; it need not exist.
+    """
+    if is_locked_for_life(run_dir / LOCK):
+        return [_is_used(run_dir)]
+    wanted = (run_dir / CHECKPOINTS).absolute()
+    existing = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+    if not existing.is_dir():
+        return [f"run_dir: {existing} is a file; choose another folder"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"run_dir: {existing} cannot be written; choose another folder"]
+    return []
+
+
+def _is_used(run_dir: Path) -> str:
+    return f"run_dir: another process trains in {run_dir}; wait until it ends, or choose another folder"
 
 
 def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Shards of the standard library: made once, by any number of processes, from whatever this Python has."""
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert cache_folder() == tmp_path / "xdg/colt5dist"
     monkeypatch.setenv("COLT5DIST_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+def test_the_cache_folder_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder of this user for temporary files; one that belongs to somebody else is refused."""
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.delenv("COLT5DIST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = cache_folder()
+    assert folder == tmp_path / f"colt5dist-{os.getuid()}" and folder.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == folder
+    folder.rmdir()
+    folder.symlink_to("/")  # another user's link, which leads to where this user would write
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    folder.rename(tmp_path / "colt5dist-54321")
+    with pytest.raises(ConfigError, match=r"COLT5DIST_CACHE: .*colt5dist-54321 belongs to another user; set this"):
+        cache_folder()
 
 
 def test_what_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,6 +37,63 @@ def test_nobody_reads_the_output_of_a_run(tmp_path: Path, shard_cache: Path, out
     assert [folder.name for folder in whole] == ["step_00000004"] and not others
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_that_wait_do_not_spin(given: str | None, used: str) -> None:
+    """As OpenMP itself says; spinning ones slow a step down tenfold beside another busy process. A user may differ."""
+    environment = {**trainer_environment(), "OMP_DISPLAY_ENV": "true"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--print-config"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and f"OMP_WAIT_POLICY = '{used}'" in done.stderr
+
+
+NO_LOCKS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+int flock(int file, int how) { errno = ENOSYS; return -1; }
+static int other(const char *name, int file, int command, void *argument) {
+    if (command == F_SETLK || command == F_SETLKW) { errno = ENOLCK; return -1; }
+    return ((int (*)(int, int, void *)) dlsym(RTLD_NEXT, name))(file, command, argument);
+}
+#define REPLACE(name) int name(int file, int command, ...) { \\
+    va_list rest; va_start(rest, command); void *argument = va_arg(rest, void *); va_end(rest); \\
+    return other(#name, file, command, argument); }
+REPLACE(fcntl)
+REPLACE(fcntl64)
+"""
+
+
+@pytest.fixture(scope="module")
+def without_locks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a process that finds no file locks: neither of flock nor of fcntl."""
+    folder = tmp_path_factory.mktemp("no_locks")
+    (folder / "no_locks.c").write_text(NO_LOCKS)
+    library = folder / "no_locks.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, folder / "no_locks.c", "-ldl"], check=True)
+    return {**trainer_environment(), "LD_PRELOAD": str(library)}
+
+
+def test_shards_are_made_where_there_are_no_file_locks(tmp_path: Path, without_locks: dict[str, str]) -> None:
+    """By `prepare`, which says so; and by several ranks at once, which need the standard library's."""
+    (tmp_path / "a.txt").write_text("some text\n" * 1000)
+    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), "--input", "a.txt", "--output", "shards"]
+    made = subprocess.run(command, env=without_locks, cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0 and (tmp_path / "shards" / "manifest.json").exists(), made.stderr
+    assert f"note: --output: {tmp_path}/shards.partial has no file locks; make sure that no other" in made.stderr
+
+    cache = tmp_path / "cache"
+    environment = {**without_locks, "COLT5DIST_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    code = "from colt5dist.data import ensure_standard_library_shards as make; print(make())"
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    printed = {rank.communicate()[0].decode().strip() for rank in ranks}
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert {str(path) for path in cache.iterdir() if path.is_dir()} == printed and len(printed) == 1
+
+
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, run_pretrain: Pretrain) -> None:
     """As long as another process trains there; nothing of that run changes. Afterwards it is not refused."""
     run_pretrain(tmp_path, "train.steps=2")

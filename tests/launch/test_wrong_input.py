@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import free_port
+from conftest import Pretrain, free_port
 
 from colt5dist.data import ensure_standard_library_shards
 
@@ -25,6 +25,7 @@ CASES = {
     "not a choice": (["zero.stage=4"], "zero.stage: "),
     "unknown schedule": (["schedule.name=linear"], "schedule.name: "),
     "unknown routing": (["model.routing=hashed"], "model.routing: "),
+    "no port": (["train.heartbeat_port=70000"], "train.heartbeat_port: 70000 is not a port; use 0 to 65535"),
     "negative steps": (["train.steps=-1"], "train.steps: -1 is not positive"),
     "micro-batch does not divide": (["train.micro_batch_size=3"], "train.micro_batch_size: 3 does not divide"),
     "input length not a multiple": (["data.input_length=257"], "data.input_length: 257 is not a multiple of 8"),
@@ -228,6 +229,17 @@ def test_processes_that_do_not_connect(
     (line,) = problem_lines(pretrain_main, settings, capsys)
     assert line.startswith(f"error: MASTER_ADDR, MASTER_PORT: 2 processes did not connect at 127.0.0.1:{port} (")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_heartbeat_port_that_is_not_free(tmp_path: Path, run_pretrain: Pretrain) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = run_pretrain(tmp_path, f"train.heartbeat_port={port}", processes=2, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert line.startswith(f"error: train.heartbeat_port: {port} cannot be opened on ")
 
 
 PLACES = {

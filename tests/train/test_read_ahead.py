@@ -51,7 +51,7 @@ HANGING = """
 
 
 STUCK = """
-    import multiprocessing, os, signal, sys
+    import os, psutil, signal, sys
     from pathlib import Path
     from colt5dist.data import DataConfig, training_batches
     from colt5dist.data.read.shards import open_shards
@@ -63,16 +63,17 @@ STUCK = """
         global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, first_sample=0,
     )
     stream = ReadAhead(batches, ranks_from_environment(), lambda: False, first_seconds=3600)
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGSTOP)  # like one that waits for a disk, it reacts to SIGKILL only
+    (starter,) = psutil.Process().children()
+    for reader in starter.children():
+        os.kill(reader.pid, signal.SIGSTOP)  # like one that waits for a disk, it reacts to SIGKILL only
     stream.close()
-    assert not multiprocessing.active_children()
+    assert not psutil.Process().children(recursive=True)
     print("closed", flush=True)
 """
 
 
 LOST = """
-    import multiprocessing, sys
+    import psutil, sys
     from pathlib import Path
     from colt5dist.data import DataConfig, training_batches
     from colt5dist.data.read.loader import DataWorkerError
@@ -85,7 +86,8 @@ LOST = """
         global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, first_sample=0,
     )
     stream = ReadAhead(batches, ranks_from_environment(), lambda: False, first_seconds=3600)
-    multiprocessing.active_children()[0].kill()
+    (starter,) = psutil.Process().children()
+    starter.children()[0].kill()
     while stream.failure is None:
         stream.read(3600)
     print(type(stream.failure).__name__, flush=True)
@@ -155,7 +157,8 @@ class Started:
 
     def workers(self) -> list[psutil.Process]:
         """Return its reader processes."""
-        return psutil.Process(self.process.pid).children()
+        (starter,) = psutil.Process(self.process.pid).children()
+        return starter.children()
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; returns exit status and stderr."""

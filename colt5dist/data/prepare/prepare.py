@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,13 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         partial.mkdir(parents=True, exist_ok=True)
         tokenizer = _trained_tokenizer(config, job, files, partial) if config.train_tokenizer else given
         # the workers are started before the lock is taken, so that none keeps it when this process is killed
-        with encoder(tokenizer, config.workers) as encode, locked(partial / LOCK_NAME, wait=False):
+        with encoder(tokenizer, config.workers) as encode, locked(partial / LOCK_NAME, wait=False) as is_alone:
+            if not is_alone:
+                print(
+                    f"note: --output: {partial} has no file locks; make sure that no other prepare writes to it",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if not (partial / MANIFEST_NAME).exists():
                 write_shards(config, job, tokenizer, encode, files, partial, report)
             problems_found = _rename_finished(partial, output, job, config.strict)

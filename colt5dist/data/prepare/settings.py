@@ -79,6 +79,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
+def _pattern(text: str) -> str:
+    """A leading ~ is the home folder, also where quotes keep the shell from saying so; a name that exists is itself."""
+    return text if os.path.lexists(text) else os.path.expanduser(text)
+
+
+def _path(text: str) -> Path:
+    return Path(_pattern(text))
+
+
 def _parser(description: str | None, usage: str | None = None) -> Parser:
     return Parser(
         description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -91,9 +100,16 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     parser = _parser(description, USAGE)
     add = parser.add_argument
     kinds = "text (one document per file), .jsonl, .json, .parquet; all but parquet also as .gz and .zst"
-    add("--input", nargs="+", required=True, metavar="GLOB", help=f"patterns of files, or folders: {kinds}")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder that is made")
-    add("--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
+    add(
+        "--input",
+        type=_pattern,
+        nargs="+",
+        required=True,
+        metavar="GLOB",
+        help=f"patterns of files, or folders: {kinds}",
+    )
+    add("--output", type=_path, required=True, metavar="DIR", help="folder that is made")
+    add("--tokenizer", type=_path, metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
     add("--train-tokenizer", type=int, metavar="IDS", help="train a tokenizer with IDS ids on the inputs first")
     add(
         "--workers",
@@ -111,7 +127,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     add("--strict", action="store_true", help="stop at the first document that cannot be read")
     size = "largest size of a shard in bytes (default: %(default)s)"
     add("--shard-bytes", type=int, default=defaults.shard_bytes, metavar="BYTES", help=size)
-    add("--histogram", type=Path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
+    add("--histogram", type=_path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
     options = vars(parser.parse_args(arguments))
     histogram = options.pop("histogram")
     return PrepareConfig(**options), histogram
@@ -120,7 +136,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
 def parse_verify(arguments: list[str]) -> argparse.Namespace:
     """Return the options of `verify`: shards, workers."""
     parser = _parser("Read everything in a folder of shards and report damage: exit status 0 without, 1 with damage.")
-    parser.add_argument("shards", type=Path, help="folder of the shards")
+    parser.add_argument("shards", type=_path, help="folder of the shards")
     workers = min(8, len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -129,8 +145,8 @@ def parse_verify(arguments: list[str]) -> argparse.Namespace:
 def parse_info(arguments: list[str]) -> argparse.Namespace:
     """Return the options of `info`: shards (folder or address), histogram."""
     parser = _parser("Print what a folder of shards holds and what it was made from.")
-    parser.add_argument("shards", help="folder or address of the shards")
-    parser.add_argument("--histogram", type=Path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
+    parser.add_argument("shards", type=_pattern, help="folder or address of the shards")
+    parser.add_argument("--histogram", type=_path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
     return parser.parse_args(arguments)
 
 

@@ -4,33 +4,52 @@ An error in the data is sent from a worker as an item at its place in the order.
 that it belongs to, so that all ranks can stop together.
 """
 
-import atexit
-import gc
-import multiprocessing.connection
-import signal
-import threading
-import weakref
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.batch_layout import BatchLayout
 from colt5dist.data.order.skip import SkipList
 from colt5dist.data.read.batch import Batch, make_batch
+from colt5dist.data.read.readers import Item, Readers, receive
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Sources
 from colt5dist.errors import ConfigError
 
-STUCK_SECONDS = 1.0
-"""Time that a worker process is given to end by itself."""
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Which micro-batches to make: the settings of `training_batches`, in a form that a reader process can be sent."""
+
+    config: DataConfig
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    first_sample: int
+    first_step: int
+
+
+def start_readers(shards: ShardSet | Sources, config: DataConfig) -> Readers | None:
+    """Start what `training_batches` needs to make reader processes; call it before a GPU is touched.
+
+    Args:
+        shards: the training set, or several.
+        config: the data settings.
+
+    Returns:
+        The readers; None if data.num_workers is 0.
+    """
+    return Readers(partial(_items, shards)) if config.num_workers else None
 
 
 def training_batches(
@@ -45,6 +64,7 @@ def training_batches(
     first_sample: int,
     first_step: int = 1,
     pin_memory: bool = False,
+    readers: Readers | None = None,
 ) -> "TrainingBatches":
     """Return the endless micro-batches of one rank.
 
@@ -63,6 +83,8 @@ def training_batches(
         first_sample: number of the first sample that earlier steps have not used.
         first_step: number of the first optimizer step, for the length schedule.
         pin_memory: put the tensors in page-locked memory (needs a GPU).
+        readers: of `start_readers` with the same shards; those that work for it now are ended. None: they are started
+            here, which a process that has used a GPU should avoid.
 
     Returns:
         An iterator over steps; each step is the list of this rank's micro-batches. Its `close` stops the workers.
@@ -73,32 +95,48 @@ def training_batches(
     ]
     assert global_batch_size % world_size == 0 and 0 <= rank < world_size, (global_batch_size, rank, world_size)
     assert all(share % size == 0 for size in sizes), (share, sizes)
-    first_steps = [1, *(entry.step for entry in config.length_schedule)]
-    sampler = RankSampler(
-        SkipList(config.skip),
-        first_sample=first_sample,
-        first_step=first_step,
-        stages=list(zip(first_steps, sizes, strict=True)),
+    job = Job(
+        config=config,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world_size,
-        global_batch_size=global_batch_size,
+        first_sample=first_sample,
+        first_step=first_step,
     )
-    workers: dict[str, Any] = {}
-    if config.num_workers:
-        # fork: the memory-mapped index is shared, and nothing has to be pickled
-        workers = {"multiprocessing_context": "fork", "worker_init_fn": prepare_worker, "prefetch_factor": 4}
-    loader = DataLoader(
-        MicroBatches(shards, config, seed=seed, stage=sampler.stage_at(first_step)),
-        batch_size=None,
-        sampler=sampler,
-        num_workers=config.num_workers,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        # its own generator, so that the trainer's random state does not change
-        generator=torch.Generator(),
-        **workers,
+    if not config.num_workers:
+        return TrainingBatches(_items(shards, job), rank, pin_memory=pin_memory)
+    owned = readers is None
+    readers = readers or Readers(partial(_items, shards))
+    try:
+        pipes = readers.start(job, config.num_workers)
+    except BaseException as error:
+        if owned:
+            readers.close()
+        if isinstance(error, (EOFError, OSError)):
+            raise DataWorkerError(f"the process that starts the readers of rank {rank} was killed") from error
+        raise
+    return TrainingBatches(pipes, rank, pin_memory=pin_memory, readers=readers, owns_readers=owned)
+
+
+def _items(shards: ShardSet | Sources, job: Job) -> Iterator[Callable[[], Item]]:
+    """The micro-batches of a job, in order and without end: what each call makes is the item of that number."""
+    share = job.global_batch_size // job.world_size
+    schedule = job.config.length_schedule
+    sizes = [job.micro_batch_size, *(min(entry.micro_batch_size or job.micro_batch_size, share) for entry in schedule)]
+    first_steps = [1, *(entry.step for entry in schedule)]
+    sampler = RankSampler(
+        SkipList(job.config.skip),
+        first_sample=job.first_sample,
+        first_step=job.first_step,
+        stages=list(zip(first_steps, sizes, strict=True)),
+        rank=job.rank,
+        world_size=job.world_size,
+        global_batch_size=job.global_batch_size,
     )
-    return TrainingBatches(loader, rank)
+    made = MicroBatches(shards, job.config, seed=job.seed, stage=sampler.stage_at(job.first_step))
+    return (partial(made.make, request) for request in sampler)
 
 
 @dataclass(frozen=True)
@@ -113,7 +151,7 @@ class MicroBatchRequest:
     """Whether it is the rank's last micro-batch of a step."""
 
 
-class RankSampler(Sampler[MicroBatchRequest]):
+class RankSampler:
     """Yields the micro-batches that one rank needs, in order and without end.
 
     Args:
@@ -163,26 +201,7 @@ class RankSampler(Sampler[MicroBatchRequest]):
             yield MicroBatchRequest(stage, last, ends_step=True)
 
 
-@dataclass(frozen=True)
-class Item:
-    """What a worker process made."""
-
-    batch: Batch | ConfigError
-    """The micro-batch, or what is wrong with the data."""
-    ends_step: bool
-    """Whether it is the rank's last micro-batch of a step."""
-    bad_records: list[str]
-    """Damaged records that the worker found for the first time; their samples were replaced. One message each."""
-
-    def pin_memory(self) -> "Item":
-        """Return a copy in page-locked memory; PyTorch's DataLoader calls it."""
-        if isinstance(self.batch, ConfigError):
-            return self
-        pinned: Any = {name: tensor.pin_memory() for name, tensor in dict(self.batch).items()}  # type: ignore[attr-defined]
-        return replace(self, batch=pinned)
-
-
-class MicroBatches(Dataset[Item]):
+class MicroBatches:
     """Micro-batches by their sample numbers.
 
     An error is returned as an item, so that it reaches the trainer's process unchanged.
@@ -201,7 +220,8 @@ class MicroBatches(Dataset[Item]):
         self._seed = seed
         self._samples = {stage: self._plan(stage)}
 
-    def __getitem__(self, request: MicroBatchRequest) -> Item:
+    def make(self, request: MicroBatchRequest) -> Item:
+        """Make a micro-batch."""
         if request.stage not in self._samples:
             self._samples = {request.stage: self._plan(request.stage)}
         samples = self._samples[request.stage]
@@ -224,23 +244,31 @@ class TrainingBatches(Iterator[list[Batch]]):
     """An iterator over the steps of one rank.
 
     Args:
-        loader: gives the micro-batches in order.
+        source: the items in order, each made by a call; or the pipe of each reader process, which take turns.
         rank: number of this rank, for error messages.
+        pin_memory: put the tensors in page-locked memory (needs a GPU).
+        readers: the reader processes, if there are any.
+        owns_readers: whether `close` also ends what starts them.
     """
 
-    def __init__(self, loader: DataLoader[Item], rank: int) -> None:
-        # when a worker dies, PyTorch's signal handler would raise an error anywhere in the trainer. It also checks the
-        # workers while it waits for one of them, so without the handler the error is raised where it is expected
-        handler = signal.getsignal(signal.SIGCHLD)
-        self._iterator: Iterator[Item] | None = iter(loader)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
-        self._workers: Sequence[BaseProcess] = tuple(getattr(self._iterator, "_workers", ()))
+    def __init__(
+        self,
+        source: Iterator[Callable[[], Item]] | list[Connection],
+        rank: int,
+        *,
+        pin_memory: bool = False,
+        readers: Readers | None = None,
+        owns_readers: bool = False,
+    ) -> None:
+        self._source: Iterator[Callable[[], Item]] | None = source if not isinstance(source, list) else None
+        if isinstance(source, list):
+            self._source = (partial(receive, pipe, pin_memory=pin_memory) for _ in count() for pipe in source)
+        self._pins_here = pin_memory and not isinstance(source, list)
         self._rank = rank
+        self._readers = readers
+        self._owns_readers = owns_readers
         self._bad_records: dict[str, None] = {}
         self._new_bad_records: list[str] = []
-        # the workers ignore SIGTERM, so an interpreter that exits while they run would wait for ever
-        atexit.register(_kill_if_alive, weakref.ref(self))
 
     def __next__(self) -> list[Batch]:
         """Return the micro-batches of the next step.
@@ -249,30 +277,31 @@ class TrainingBatches(Iterator[list[Batch]]):
             ConfigError: more of the data is damaged than data.max_bad_records allows, or it cannot be read.
             DataWorkerError: a reader process was killed.
         """
-        if self._iterator is None:
+        if self._source is None:
             raise StopIteration
         step: list[Batch] = []
         while True:
             try:
-                item = next(self._iterator)
-            except (RuntimeError, EOFError, ConnectionError) as error:
-                lost = self._worker_was_lost(error)
-                self.kill_workers()  # the error keeps PyTorch's iterator alive, so it would not stop the others
+                item = next(self._source)()
+            except (EOFError, OSError) as error:
                 self.close()
-                if not lost:
+                if self._readers is None:
                     raise
                 reason = (str(error) or "it was cut off").splitlines()[0].rstrip(".")
                 raise DataWorkerError(
                     f"a reader process of rank {self._rank} ended ({reason}); if it was killed because memory ran out, "
                     "lower data.num_workers"
                 ) from error
+            except BaseException:
+                self.close()
+                raise
             new = [record for record in item.bad_records if record not in self._bad_records]
             self._bad_records.update(dict.fromkeys(new))
             self._new_bad_records += new
             if isinstance(item.batch, ConfigError):
                 self.close()
                 raise item.batch
-            step.append(item.batch)
+            step.append(_pinned(item.batch) if self._pins_here else item.batch)
             if item.ends_step:
                 return step
 
@@ -282,49 +311,21 @@ class TrainingBatches(Iterator[list[Batch]]):
         return found
 
     def close(self) -> None:
-        """Stop the worker processes; further calls do nothing.
-
-        A worker that is blocked by a disk or a network does not answer a request to stop; it is killed after
-        STUCK_SECONDS.
-        """
-        killing = threading.Timer(STUCK_SECONDS, self.kill_workers)
-        killing.daemon = True
-        killing.start()
-        self._iterator = None  # PyTorch's iterator stops its workers when the last reference to it is gone
-        killing.cancel()
+        """Stop the reader processes, also one that is blocked by a disk or a network; further calls do nothing."""
+        if self._source is None:
+            return
+        self._source = None
+        self.kill_workers()
+        if self._readers and self._owns_readers:
+            self._readers.close()
 
     def kill_workers(self) -> None:
-        """Kill the worker processes at once; nothing is lost with them."""
-        for worker in self._workers:
-            worker.kill()
-
-    def _worker_was_lost(self, error: Exception) -> bool:
-        """Whether PyTorch raised `error` because a worker ended, not because a worker raised it itself.
-
-        A worker that dies while its batch is received closes its sockets some time before its end can be seen; hence
-        the wait of up to STUCK_SECONDS.
-        """
-        if str(error).startswith("Caught "):
-            return False
-        return bool(multiprocessing.connection.wait([worker.sentinel for worker in self._workers], STUCK_SECONDS))
+        """Kill the reader processes at once; nothing is lost with them."""
+        if self._readers:
+            self._readers.kill()
 
 
-def _kill_if_alive(reference: "weakref.ref[TrainingBatches]") -> None:
-    batches = reference()
-    if batches is not None:
-        batches.kill_workers()
-
-
-def prepare_worker(worker: int) -> None:
-    """Let a worker collect garbage by itself, and ignore SIGTERM and SIGINT.
-
-    The trainer it was forked from may have switched the collector off. A signal to the whole process group must not end
-    the trainer's readers.
-    """
-    gc.enable()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
+def _pinned(batch: Batch) -> Batch:
+    tensors: dict[str, Tensor] = dict(batch)  # type: ignore[arg-type]
+    pinned: Any = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return pinned

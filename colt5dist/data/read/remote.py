@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from colt5dist.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 from colt5dist.errors import ConfigError
-from colt5dist.files import cache_folder, locked
+from colt5dist.files import cache_folder, locked, name_of_this_process
 
 SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """The schemes that are supported, and the package that fsspec needs for each."""
@@ -36,6 +36,7 @@ ATTEMPTS = 6
 FIRST_WAIT = 0.5  # seconds after the first attempt; doubled after every further one
 FETCHED_AT_ONCE = 1 << 22
 ASKED_AT_ONCE = 16
+ABANDONED_SECONDS = 24 * 3600  # since the last write to a file that is being downloaded
 
 T = TypeVar("T")
 
@@ -196,6 +197,10 @@ class RemoteShards:
     def _make_room(self, needed: int) -> None:
         """Remove the shards that were unused for the longest time, until a shard of `needed` bytes fits."""
         with locked(self._cache / "room.lock", wait=True):
+            for partial in self._cache.glob("*.partial"):  # of a process that was killed
+                with suppress(FileNotFoundError):
+                    if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                        partial.unlink()
             files = sorted(
                 ((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self._cache.glob("*.tar")),
                 key=lambda entry: entry[0],
@@ -209,7 +214,7 @@ class RemoteShards:
 
     def _fetch(self, file: str, path: Path, *, sha256: str | None = None) -> None:
         """Download a file of the set to `path`, which never holds an incomplete file."""
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{name_of_this_process()}.partial")
 
         def copy(fs: Any, address: str) -> None:
             source = fs.open(address, "rb", block_size=FETCHED_AT_ONCE, cache_type="readahead")
@@ -223,8 +228,11 @@ class RemoteShards:
                 if found != sha256:
                     raise OSError("its hash is not the one in the manifest")
 
-        self._retry(file, copy)
-        os.rename(partial, path)
+        try:
+            self._retry(file, copy)
+            os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _retry(self, file: str, action: Callable[[Any, str], T]) -> T:
         """Call `action` with a file of the set; retry after a while if it fails, and in the end raise OSError."""

@@ -41,7 +41,7 @@ def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False)
 
     Args:
         folder: a whole checkpoint.
-        engine: an engine of the same model, before its first step.
+        engine: an engine of the same model; what it has trained is written over.
         weights_only: leave the optimizer as new.
 
     Returns:
@@ -52,7 +52,9 @@ def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False)
     """
     index = read_index(folder)
     state = read_state(folder)
-    if not weights_only and state.optimizer_step:
+    if not weights_only and not state.optimizer_step:
+        fragments.forget_optimizer_state(engine)  # a checkpoint from before the first applied step has no moments
+    elif not weights_only:
         shapes = {key: tuple(entry["shape"]) for key, entry in index.items()}
         fragments.create_optimizer_state(engine, state.optimizer_step, shapes)
     read_fragments(folder, index, engine, weights_only=weights_only)

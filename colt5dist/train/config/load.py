@@ -1,11 +1,12 @@
 """Reads a `RunConfig`: dataclass defaults <- YAML file <- `key=value` arguments; reports all problems at once.
 
-A YAML file may include other files, named relative to itself: `include: {model: model/base.yaml}` puts the fields of
-that file into the section `model`.
+What a YAML file includes is read by `include.py`.
 """
 
 import difflib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from colt5dist.errors import ConfigError
+from colt5dist.train.config.include import FREE_SECTIONS, flat, load_mapping, read_settings
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.config.text import keep_texts
+from colt5dist.train.config.text import TEXT_KEYS, expand_home, keep_texts, odd_numbers, typed_text
 
-FREE_SECTIONS = ("deepspeed",)
-"""Sections whose keys are not fields of `RunConfig`."""
 ALLOW_FROM_ZERO = "from_zero"
 """The entry of `resume_allow` that is not a key: start at step 0 although there are checkpoints, none of them whole."""
 
@@ -38,8 +38,9 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """
     problems: list[str] = []
     tree = OmegaConf.structured(RunConfig)
-    known = [name for name, _ in _values(OmegaConf.to_container(tree), "")]
-    settings = _read_yaml(Path(path))
+    known = [name for name, _ in flat(OmegaConf.to_container(tree), "")]
+    path = Path(path).expanduser()
+    settings = read_settings(path)
     for text in overrides:
         key, separator, typed = text.partition("=")
         if not separator or not key:
@@ -48,12 +49,17 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         if text == "run_dir=":  # an empty shell variable, for instance; as YAML it would be null
             problems.append("run_dir: is empty; give a folder, or null for runs/<name of the config file>")
             continue
+        if key in TEXT_KEYS:
+            settings.append((key, typed_text(typed), "command line"))
+            continue
         try:
             node = OmegaConf.from_dotlist([text])
         except (OmegaConfBaseException, yaml.YAMLError, UnicodeError):
             problems.append(f"{key}: the value in {text!r} is not readable as YAML; quote it")
             continue
-        for k, v in _values(OmegaConf.to_container(node), ""):
+        odd = [f"{problem} (command line)" for problem, _ in odd_numbers(key, typed)]
+        problems += odd
+        for k, v in flat(OmegaConf.to_container(node), "") if not odd else ():
             settings.append((k, keep_texts(k, v, typed) if k == key else v, "command line"))
     for key, value, origin in settings:
         problem = _apply(tree, known, key, value)
@@ -65,6 +71,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         problems.append(f"{error.full_key}: {_first_line(error)}; give a value that can be resolved")
         raise ConfigError("\n".join(problems)) from None
     assert isinstance(config, RunConfig)
+    expand_home(config)
     if not problems:
         problems = config.problems()
         problems += [
@@ -80,14 +87,13 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """Write the resolved configuration as YAML, with every key."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    """Write the resolved configuration as YAML, with every key; a `${` in a text is written so that it stays one."""
+    return OmegaConf.to_yaml(OmegaConf.create(_change_texts(asdict(config), _escape)))
 
 
 def config_leaves(config: RunConfig) -> dict[str, Any]:
     """Return every setting by its dotted key; a free section counts as one value."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    return dict(_values(container, ""))
+    return dict(flat(asdict(config)))
 
 
 def saved_leaves(path: Path) -> dict[str, Any]:
@@ -96,39 +102,24 @@ def saved_leaves(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read.
     """
-    return dict(_values(_load_mapping(path), ""))
+    return dict(flat(_change_texts(load_mapping(path), _unescape)))
 
 
-def _read_yaml(path: Path) -> list[tuple[str, Any, str]]:
-    """Read the settings of a file and of the files that it includes: key, value, and the file with the setting."""
-    content = _load_mapping(path)
-    pieces = content.pop("include", {})
-    if not isinstance(pieces, dict):
-        raise ConfigError(f"{path}: include must map sections to files; write include: {{model: model/base.yaml}}")
-    settings: list[tuple[str, Any, str]] = []
-    for section, name in pieces.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"{path}: include.{section}: {name!r} is not the name of a file; write a path")
-        piece = path.parent / name
-        values = _values(_load_mapping(piece, section), "")
-        settings.extend((f"{section}.{key}", value, str(piece)) for key, value in values)
-    settings.extend((key, value, str(path)) for key, value in _values(content, ""))
-    return settings
+def _change_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _change_texts(child, change) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_change_texts(child, change) for child in value]
+    return change(value) if isinstance(value, str) else value
 
 
-def _load_mapping(path: Path, section: str = "") -> dict[str, Any]:
-    """A YAML file's keys and values; section: the one that the file fills."""
-    try:
-        content = keep_texts(section, OmegaConf.to_container(OmegaConf.load(path)), path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file; name one that exists") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration file ({error}); name a YAML file") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({_first_line(error)}); fix the file") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: is not a mapping of keys to values; start from a file in configs/")
-    return {str(key): value for key, value in content.items()}
+def _escape(text: str) -> str:
+    """Write a text so that OmegaConf finds no interpolation in it: a backslash before `${`, others there doubled."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"(\\*)\\\$\{", lambda found: f"{found[1][: len(found[1]) // 2]}${{", text)
 
 
 def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | None:
@@ -141,6 +132,9 @@ def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | No
         if inside:
             return f"{key}: is a section, not a value; set for instance {inside[0]}"
         return f"{key}: no such key; {_did_you_mean(key, known)}"
+    takes_bool = key in known and isinstance(OmegaConf.select(tree, key), bool)
+    if takes_bool and isinstance(value, (int, float)) and value not in (0, 1):
+        return f"{key}: {value} is neither true nor false; give one of them"
     try:
         OmegaConf.update(tree, key, value, merge=True, force_add=section in FREE_SECTIONS)
     except OmegaConfBaseException as error:
@@ -158,13 +152,3 @@ def _did_you_mean(key: str, known: list[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
-
-
-def _values(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings as (dotted key, value); a free section is one leaf."""
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value and name not in FREE_SECTIONS:
-            yield from _values(value, f"{name}.")
-        else:
-            yield name, value

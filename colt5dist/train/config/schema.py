@@ -45,13 +45,17 @@ class TrainConfig:
     routing_every: int = 100
     """Steps between two records of the routers' statistics; 0: none."""
     max_minutes: float | None = None
-    """Minutes after the start at which the run writes a checkpoint and stops with status 75; null: no limit."""
+    """Minutes after the start of the process at which the run writes a checkpoint and stops with status 75; null: no
+    limit."""
     timeout_minutes: float = 30.0
     """Minutes without progress after which the run is ended with an error, before the first step (also the first with
     new lengths) is done, and while checkpoints are written or read or the data is opened."""
     timeout_seconds: float = 600.0
     """Seconds without progress (a step, a batch of an evaluation) after which the run is ended with an error at all
     other times. A rank that is silent for a third of them is named as lost."""
+    heartbeat_port: int = 0
+    """Port of rank 0's host on which the ranks tell each other that they are alive; 0: any free one. Set it where a
+    firewall lets only some ports through between the hosts."""
     deterministic: bool = False
     """Use deterministic algorithms only: slower, but equal runs on one kind of device are equal to the bit."""
 
@@ -72,6 +76,8 @@ class TrainConfig:
             found.append(f"train.timeout_minutes: {self.timeout_minutes} is too short for a start; use for instance 30")
         if not 2 <= self.timeout_seconds <= 86_400:
             found.append(f"train.timeout_seconds: {self.timeout_seconds} is outside [2, 86400]; use for instance 600")
+        if not 0 <= self.heartbeat_port <= 65_535:
+            found.append(f"train.heartbeat_port: {self.heartbeat_port} is not a port; use 0 to 65535 (0: any free one)")
         if (
             self.global_batch_size >= 1
             and self.micro_batch_size >= 1

@@ -1,6 +1,11 @@
-"""What is typed for a text key is that text: YAML would read 1_000, 1.10, 007, 1e3, yes or 12:30 as something else."""
+"""What is typed counts: a text stays that text, where YAML would read 1_000, 1.10, 007, 1e3, yes or 12:30 otherwise.
+
+A number that YAML would read in base 8 or 60 is refused.
+"""
 
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -9,9 +14,11 @@ import yaml
 
 from colt5dist.train.config.schema import RunConfig
 
-PATHS = ("run_dir", "init_from", "data.shards", "data.sources[].shards")
-"""Text keys that name a file or folder: a leading ~ is the home folder."""
 NULL_TAG = "tag:yaml.org,2002:null"
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
+"""Numbers that YAML reads in base 8."""
+SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+"""Numbers that YAML reads in base 60."""
 
 
 def text_keys(section: Any = RunConfig, prefix: str = "") -> set[str]:
@@ -47,17 +54,89 @@ def keep_texts(key: str, value: Any, source: str) -> Any:
     Returns:
         The value.
     """
+    return _restore(key, value, parse(source))
+
+
+def parse(source: str) -> yaml.Node | None:
+    """Read a YAML text as nodes, which know how each value was typed; None if it holds nothing, or is not YAML.
+
+    What is merged into a mapping (`<<: *name`) is in the mapping.
+    """
     try:
         node = yaml.compose(source, Loader=yaml.SafeLoader)
+        _flatten(node)
     except yaml.YAMLError:
-        return value  # which has been reported where it was read
-    return _restore(key, value, node)
+        return None  # which is reported where it is read
+    return node
+
+
+def _flatten(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.MappingNode):
+        yaml.constructor.SafeConstructor().flatten_mapping(node)
+    for child in _children(node):
+        _flatten(child)
+
+
+def _children(node: yaml.Node | None) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for _, child in node.value]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def typed_text(typed: str) -> str | None:
+    """Return the value of a text key on the command line: what was typed, also `a #b`, `a: b` or `[a]`.
+
+    Args:
+        typed: what follows the equals sign. Quotes around it are left out; null and nothing at all are None.
+    """
+    if typed.lower() in ("", "null"):
+        return None
+    node = parse(typed) if typed[0] == typed[-1] and typed[0] in "\"'" else None
+    return node.value if isinstance(node, yaml.ScalarNode) else typed
+
+
+def odd_numbers(key: str, source: str) -> list[tuple[str, int]]:
+    """Find numbers of which YAML would make another number than the one that is typed.
+
+    Args:
+        key: dotted key of the value; empty for a whole file.
+        source: the YAML text.
+
+    Returns:
+        What is wrong, and the line in `source`, for each.
+    """
+    return list(_odd_numbers(key, parse(source)))
+
+
+def _odd_numbers(key: str, node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.ScalarNode) and key not in TEXT_KEYS and node.style is None:
+        base = 8 if OCTAL.fullmatch(node.value) else 60 if SEXAGESIMAL.fullmatch(node.value) else None
+        if base:
+            yield (
+                f"{key.replace('[]', '')}: YAML reads {node.value} as a number in base {base}; write it in base 10",
+                node.start_mark.line + 1,
+            )
+    if isinstance(node, yaml.MappingNode):
+        for name, child in node.value:
+            yield from _odd_numbers(f"{key}.{name.value}" if key else str(name.value), child)
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            yield from _odd_numbers(f"{key}[]", child)
+
+
+def expand_home(config: RunConfig) -> None:
+    """Replace a leading ~ in the paths of a configuration by the home folder, after interpolations are resolved."""
+    for key in ("run_dir", "init_from"):
+        if path := getattr(config, key):
+            setattr(config, key, os.path.expanduser(path))
+    config.data.shards = os.path.expanduser(config.data.shards)
+    for source in config.data.sources:
+        source.shards = os.path.expanduser(source.shards)
 
 
 def _restore(key: str, value: Any, node: yaml.Node | None) -> Any:
     if isinstance(node, yaml.ScalarNode) and key in TEXT_KEYS and node.tag != NULL_TAG:
-        text = node.value
-        return os.path.expanduser(text) if key in PATHS else text
+        return node.value
     if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
         inside = {name.value: child for name, child in node.value}
         for name in value:

@@ -28,7 +28,7 @@ MOST_FORMS = 64
 
 def compile_layers(model: nn.Module) -> None:
     """Compile every layer's forward when it is first called; one graph a layer, or an error."""
-    _use_cache()
+    use_cache()
     torch._dynamo.config.recompile_limit = MOST_FORMS
     torch._dynamo.config.accumulated_recompile_limit = 16 * MOST_FORMS
     for layer in model.modules():
@@ -82,7 +82,7 @@ def difference(fast: PassNumbers, slow: PassNumbers) -> str | None:
     return None
 
 
-def _use_cache() -> None:
+def use_cache() -> None:
     """Keep compiled code in colt5dist's cache folder, unless the environment names another."""
     folder = cache_folder() / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))

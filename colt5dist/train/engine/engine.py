@@ -23,6 +23,7 @@ from colt5dist.train.engine.compile import (
     compile_layers,
     difference,
     restore_layers,
+    use_cache,
     without_compiled_code,
 )
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
@@ -83,6 +84,8 @@ class Engine:
         settings = deepspeed_config(config, world_size, on_gpu)
         if flat_gradients is None:
             flat_gradients = on_gpu and self.stage > 0 and config.zero.offload == "none"
+        if on_gpu:
+            use_cache()
         if on_gpu and flat_gradients:
             # CUDA graphs cannot be captured on the default stream; and autograd adds the gradient of a parameter on the
             # stream that was current when DeepSpeed first looked at it, so that one stream has to serve throughout

@@ -59,10 +59,13 @@ def needed_fragments(engine: Engine) -> Iterator[Fragment]:
 
 
 def create_optimizer_state(engine: Engine, optimizer_step: int, shapes: dict[tuple[str, str], tuple[int, ...]]) -> None:
-    """Make zero moments, which do not exist before the first step, and set the optimizer's step.
+    """Set the optimizer's step, and make zero moments where there are none, as before the first step.
+
+    Moments that are there stay where they are, to be written over: DeepSpeed's `_hp_mapping` refers to them, and would
+    keep them alive beside new ones.
 
     Args:
-        engine: the engine before its first step.
+        engine: the engine.
         optimizer_step: steps that the optimizer has applied.
         shapes: shape of the state by (parameter name, key), as the checkpoint's index has it.
     """
@@ -72,9 +75,22 @@ def create_optimizer_state(engine: Engine, optimizer_step: int, shapes: dict[tup
         state["step"] = torch.tensor(float(optimizer_step), device=tensor.device)
         for key in keys:
             if name is None:
-                state[key] = torch.zeros_like(tensor)
-            elif (name, key) in shapes:
+                if key not in state:
+                    state[key] = torch.zeros_like(tensor)
+            elif (name, key) in shapes and key not in state:
                 state[key] = torch.zeros(shapes[name, key], dtype=torch.float32, device=tensor.device)
+
+
+def forget_optimizer_state(engine: Engine) -> None:
+    """Drop the moments and the optimizer's step, as before the first step, with DeepSpeed's references to them."""
+    engine.torch_optimizer.state.clear()
+    if engine.stage not in (1, 2):
+        return
+    p: Any
+    for p in engine.module.parameters():
+        if p._hp_mapping is not None:
+            p._hp_mapping.optim_fragment = None
+    engine.deepspeed.optimizer._hp_optimizer_states_linked = False  # so that it refers to those of the next step
 
 
 def optimizer_step(engine: Engine) -> int:

@@ -7,6 +7,7 @@ ranks, so all ranks do the same.
 """
 
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -219,8 +220,8 @@ class Health:
         else:
             ranges = json.dumps([*self.config.data.skip, *skip], separators=(",", ":"))
             fix = (
-                f"start it again with data.skip={ranges} to pass over their samples, or with "
-                f"optimizer.lr={self.config.optimizer.lr / 2:g} resume_allow=[optimizer.lr]"
+                f"start it again with {shlex.quote(f'data.skip={ranges}')} to pass over their samples, or with "
+                f"optimizer.lr={self.config.optimizer.lr / 2:g} {shlex.quote('resume_allow=[optimizer.lr]')}"
             )
         message = (
             f"steps {first} to {last} were skipped because a loss or gradient was not finite, as many in a row as "

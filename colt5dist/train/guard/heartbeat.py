@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from colt5dist.errors import first_line
 from colt5dist.train.guard.failures import write_failure
-from colt5dist.train.ranks import Ranks, broadcast_from_first, set_collective_timeout
+from colt5dist.train.ranks import Ranks, broadcast_from_first, raise_together, set_collective_timeout
 
 STORE_SECONDS = 30.0
 """Timeout of the key-value store."""
@@ -33,12 +33,41 @@ COLLECTIVE_LATER_SECONDS = 60.0
 """A collective operation times out this much later than the heartbeat, because only the heartbeat can name a rank."""
 
 
+@dataclass(frozen=True)
+class _Message:
+    """What a rank says of itself at every beat."""
+
+    count: int
+    """Number of the beat; it makes every message a new one."""
+    place: str
+    """What it is doing."""
+    step: int
+    """At which step."""
+    failed: str | None
+    """Why it failed; None if it has not."""
+
+    def to_json(self) -> str:
+        """The message as the store holds it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, content: bytes | str) -> "_Message | None":
+        """Read a message; None if it is not one: nothing yet, or what a stranger wrote to the port."""
+        try:
+            said = json.loads(content)
+            message = cls(**said)
+        except (ValueError, TypeError, RecursionError):
+            return None
+        kinds = {"count": int, "place": str, "step": int, "failed": str | None}
+        return message if all(isinstance(said[name], kind) for name, kind in kinds.items()) else None
+
+
 @dataclass
 class _Beat:
     """What is known of another rank."""
 
-    value: str = ""
-    """Its last message, as JSON."""
+    message: "_Message | None" = None
+    """Its last message."""
     missed: int = 0
     """Beats of this rank since that message: counted, not timed, so that a pause of all processes has no effect."""
 
@@ -55,14 +84,23 @@ class Heartbeat:
         start_seconds: seconds without progress that are allowed before the first step is done, and inside `patient`.
         timeout_seconds: seconds without progress that are allowed afterwards. A rank that is silent for a third of
             them counts as lost.
+        port: port of rank 0's key-value store; 0: any free one.
     """
 
     def __init__(
-        self, ranks: Ranks, hosts: list[str], run_dir: Path, *, start_seconds: float, timeout_seconds: float
+        self,
+        ranks: Ranks,
+        hosts: list[str],
+        run_dir: Path,
+        *,
+        start_seconds: float,
+        timeout_seconds: float,
+        port: int = 0,
     ) -> None:
         self._ranks = ranks
         self._hosts = hosts
         self._run_dir = run_dir
+        self._port = port
         self._period = min(max(timeout_seconds / 40, 0.1), 2.0)
         self._timeout_seconds = timeout_seconds
         self._start_seconds = start_seconds
@@ -173,17 +211,35 @@ class Heartbeat:
         return "" if self._cause else self._verdict
 
     def _open_store(self) -> dist.TCPStore:
-        """Open rank 0's store, on a port of its own, with one key per rank."""
-        host, seconds, port = os.environ["MASTER_ADDR"], timedelta(seconds=STORE_SECONDS), 0
+        """Open rank 0's store, on a port of its own, with one key per rank.
+
+        Raises:
+            ConfigError: on all ranks, if the port is not free, or cannot be reached from some host.
+        """
+        host, seconds, port = os.environ["MASTER_ADDR"], timedelta(seconds=STORE_SECONDS), self._port
+        problem = None
         if self._ranks.is_first:
-            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=seconds)
-            for rank in range(self._ranks.world_size):
-                store.set(f"rank {rank}", "")
-            store.set("verdict", "")
-            port = store.port
+            try:
+                store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=seconds)
+                for rank in range(self._ranks.world_size):
+                    store.set(f"rank {rank}", "")
+                store.set("verdict", "")
+                port = store.port
+            except (dist.DistError, RuntimeError) as error:
+                free = "choose another train.heartbeat_port, or 0 for any free one"
+                problem = f"train.heartbeat_port: {port} cannot be opened on {host} ({first_line(error)}); {free}"
+        raise_together(problem)
         port = broadcast_from_first(port)  # type: ignore[assignment]
         if not self._ranks.is_first:
-            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=seconds)
+            try:
+                store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=seconds)
+            except (dist.DistError, RuntimeError) as error:
+                problem = (
+                    f"train.heartbeat_port: port {port} of {host} cannot be reached from "
+                    f"{self._hosts[self._ranks.rank]} ({first_line(error)}); open it between the hosts, or set this "
+                    "key to a port that is open"
+                )
+        raise_together(problem)
         return store
 
     def _exchange(self) -> None:
@@ -192,17 +248,18 @@ class Heartbeat:
         count = 0
         while not self._ended.is_set():
             count += 1
-            mine = {"count": count, "place": self._place, "step": self._step, "failed": self._cause}
+            mine = _Message(count, self._place, self._step, self._cause)
             try:
-                self._store.set(f"rank {self._ranks.rank}", json.dumps(mine))
+                self._store.set(f"rank {self._ranks.rank}", mine.to_json())
                 if self._ranks.is_first:
                     if self._verdict:
                         self._store.set("verdict", self._verdict)
                 else:
-                    self._verdict = self._verdict or self._store.get("verdict").decode()
+                    self._verdict = self._verdict or self._store.get("verdict").decode(errors="replace")
                 for beat, value in zip(self._beats.values(), self._store.multi_get(keys), strict=True):
-                    if value.decode() != beat.value:
-                        beat.value, beat.missed = value.decode(), 0
+                    message = _Message.from_json(value)
+                    if message is not None and message != beat.message:
+                        beat.message, beat.missed = message, 0
             except (dist.DistError, RuntimeError):  # rank 0 is lost or cut off: its missing beats will show it
                 self._ended.wait(self._period)
             self._hurry.wait(self._period)
@@ -231,9 +288,8 @@ class Heartbeat:
         limit = max(seconds / self._period, SILENT_BEATS)
         found = []
         for rank, beat in list(self._beats.items()):
-            cause = json.loads(beat.value)["failed"] if beat.value else None
-            if cause:
-                found.append(f"{self._name(rank)} failed: {cause}")
+            if beat.message and beat.message.failed:
+                found.append(f"{self._name(rank)} failed: {beat.message.failed}")
             elif beat.missed >= limit:
                 causes = "killed (out of memory?) or paused, or its host is down or cut off"
                 found.append(f"{self._name(rank)} is lost: {causes}")
@@ -247,9 +303,8 @@ class Heartbeat:
             return ""
         places = {self._ranks.rank: (self._step, self._place)}
         for rank, beat in self._beats.items():
-            if beat.value:
-                said = json.loads(beat.value)
-                places[rank] = (said["step"], said["place"])
+            if beat.message:
+                places[rank] = (beat.message.step, beat.message.place)
         # first those that are in another place than most
         common = list(places.values())
         order = sorted(places, key=lambda rank: (common.count(places[rank]), rank))

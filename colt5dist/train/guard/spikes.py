@@ -128,7 +128,6 @@ def roll_back(saver: Saver, config: RunConfig, state: TrainerState, ranks: Ranks
             saver.say(f"passed over {folder}: {damage}; {rename_damaged(folder, damage)}")
     else:
         return None
-    engine.torch_optimizer.state.clear()  # a checkpoint from before the first applied step has no moments to load
     with errors_on_all_ranks():
         loaded = load_checkpoint(folder, engine)
     refresh_parameters(engine)

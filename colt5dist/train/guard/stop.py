@@ -39,13 +39,13 @@ class StopRequests:
     Args:
         run_dir: folder of the run, in which a user may create the files STOP and SAVE.
         watch_files: whether this rank looks for them, and prints that it received a signal; one rank is enough.
-        max_minutes: minutes from now after which to stop; None: no limit.
+        max_minutes: minutes from the start of this process after which to stop; None: no limit.
     """
 
     def __init__(self, run_dir: Path, *, watch_files: bool, max_minutes: float | None) -> None:
         self.run_dir = run_dir
         self.watch_files = watch_files
-        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.deadline = None if max_minutes is None else time.monotonic() - seconds_since_start() + 60 * max_minutes
         self.signalled = False
         self._wanted: StopReason | None = None
         self._not_removed: set[str] = set()
@@ -108,3 +108,16 @@ class StopRequests:
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, STOP_MESSAGE)  # not print: this handler may have interrupted a print
         self.signalled = True
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process began, imports and all; a job's time limit counts them too.
+
+    Source: proc(5), field 22 of /proc/self/stat, in clock ticks since the boot.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # a name may contain blanks
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, ValueError, IndexError):
+        return 0.0  # a system without /proc

@@ -43,11 +43,12 @@ class Profile:
 
     def close(self) -> None:
         """Write the trace; a profiler that is still running when Python exits would crash it."""
-        if self._profiler:
-            self._profiler.stop()
-            try:
-                self.path.parent.mkdir(exist_ok=True)
-                self._profiler.export_chrome_trace(str(self.path))
-            except OSError as error:
-                print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
-            self._profiler = None
+        if self._profiler is None:
+            return
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self.path))
+        except OSError as error:
+            print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)

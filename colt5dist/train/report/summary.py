@@ -1,5 +1,6 @@
 """The lines that a run prints at its end."""
 
+import shlex
 from pathlib import Path
 
 from colt5dist.errors import ConfigError
@@ -66,5 +67,5 @@ def summary(
     if tokens_per_second:
         lines.append(f"speed: {tokens_per_second:,.0f} tokens/s")
     lines.append(f"run: {run_dir}")
-    lines.append(f"look at it: tensorboard --logdir {run_dir / TENSORBOARD}")
+    lines.append(f"look at it: tensorboard --logdir {shlex.quote(str(run_dir / TENSORBOARD))}")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import parse_mixture
+from colt5dist.data.read import loader
 from colt5dist.data.read.batch import Batch, make_batch
 from colt5dist.data.read.held_out import held_out_batches, unigram_entropy
-from colt5dist.data.read.loader import DataWorkerError, training_batches
+from colt5dist.data.read.loader import DataWorkerError, start_readers, training_batches
 from colt5dist.data.read.samples import Samples
 from colt5dist.data.read.shards import ShardSet, open_shards
 from colt5dist.data.read.token_reader import DamagedShardError, TokenReader
@@ -321,12 +323,78 @@ def test_a_killed_worker_is_a_named_error(shards: ShardSet) -> None:
         first_sample=0,
     )
     next(batches)
-    (worker,) = set(psutil.Process().children()) - set(others)
+    (starter,) = set(psutil.Process().children()) - set(others)
+    (worker,) = starter.children()
     worker.kill()
-    time.sleep(0.2)
     with pytest.raises(DataWorkerError, match=r"a reader process of rank 0 ended \(.*\); if it was killed because"):
         for _ in range(100):
             next(batches)
+
+
+WITHOUT_SHARED_MEMORY = """
+import os, resource, sys
+from colt5dist.data import DataConfig, open_shards, training_batches
+shards = open_shards(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no file may grow, also none in /dev/shm
+config = DataConfig(input_length=2048, target_length=456, num_workers=2)
+batches = training_batches(shards, config, seed=1, global_batch_size=64, micro_batch_size=32, rank=0, world_size=1,
+    first_sample=0)
+print(sum(len(batch["sample_index"]) for _ in range(10) for batch in next(batches)))
+"""
+
+
+def test_batches_need_no_shared_memory(shards: ShardSet) -> None:
+    """Containers have little of it, or none; with too little, batches were lost."""
+    command = [sys.executable, "-c", WITHOUT_SHARED_MEMORY, str(shards.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("640\n", "", 0)
+
+
+def test_readers_are_forked_from_a_process_that_was_started_early(shards: ShardSet) -> None:
+    """What the trainer does later, as to begin with CUDA or to start threads, is not in the readers."""
+    readers = start_readers(shards, config(num_workers=2))
+    assert readers is not None
+    rows_of = []
+    began_later = threading.Event()
+    late = threading.Thread(target=began_later.wait)
+    late.start()
+    try:
+        for first_sample in (0, GLOBAL_BATCH):  # the second time as after a rollback
+            others = set(psutil.Process().children(recursive=True))
+            batches = training_batches(
+                shards,
+                config(num_workers=2),
+                seed=5,
+                global_batch_size=GLOBAL_BATCH,
+                micro_batch_size=4,
+                rank=0,
+                world_size=1,
+                first_sample=first_sample,
+                readers=readers,
+            )
+            new = set(psutil.Process().children(recursive=True)) - others
+            assert len(new) == 2 and {reader.ppid() for reader in new}.isdisjoint({os.getpid()})
+            rows_of.append([row for batch in next(batches) for row in rows(batch)])
+            batches.close()
+            assert not any(reader.is_running() for reader in new)
+    finally:
+        began_later.set()
+        late.join()
+        readers.close()
+    assert [row[0] for part in rows_of for row in part] == list(range(2 * GLOBAL_BATCH))
+    readers.close()  # does nothing
+
+
+def test_a_fault_in_a_reader_shows_its_traceback(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for a reader that was killed."""
+
+    def fail(*_: object) -> Batch:
+        raise AssertionError("a fault in the reader")
+
+    monkeypatch.setattr(loader, "make_batch", fail)
+    with pytest.raises(RuntimeError, match=r"Caught in a reader process:\n(.*\n)*.*a fault in the reader") as error:
+        read_run(shards, world_size=1, num_workers=1, micro_batch_size=8, first_sample=0, steps=1)
+    assert not isinstance(error.value, DataWorkerError)
 
 
 def test_the_data_room_is_light_to_import() -> None:

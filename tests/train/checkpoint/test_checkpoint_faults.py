@@ -313,7 +313,7 @@ def test_no_start_at_step_0_beside_damaged_checkpoints_unless_allowed(
     with pytest.raises(ConfigError) as raised:
         plan(run_dir, micro_settings)
     assert "\n" not in str(raised.value) and f"step_00000004: {expected}" in str(raised.value)
-    assert str(raised.value).endswith("resume_allow=[from_zero]")
+    assert str(raised.value).endswith("'resume_allow=[from_zero]'")
     with pytest.raises(ConfigError, match="resume: no whole checkpoint"):
         plan(run_dir, micro_settings, "resume=must", "resume_allow=[from_zero]")
     start = plan(run_dir, micro_settings, "resume_allow=[from_zero]")

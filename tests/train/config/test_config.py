@@ -16,7 +16,7 @@ from colt5dist.train.engine.engine import device_problems
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
     """Load a configuration from the text of a YAML file."""
     path = tmp_path / "some.yaml"
-    path.write_text(text)
+    path.write_text(text or "{}")
     return load_config(path, list(overrides))
 
 

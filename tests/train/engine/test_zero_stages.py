@@ -68,6 +68,17 @@ def test_a_gradient_that_is_not_finite_is_skipped(results: dict[str, Any], stage
     assert results[f"nan {stage}"] == {"applied": False, "finite": True}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_rollbacks_take_no_memory(results: dict[str, Any], stage: int) -> None:
+    """And what follows is as it was: also after one to before the first step, which leaves no moments."""
+    before, after_ten, after_fresh = results[f"memory {stage}"]
+    moments = results[f"moments {stage}"] / (2 if stage else 1)
+    assert abs(after_ten - before) < 0.02 * moments
+    assert after_ten - after_fresh == pytest.approx(moments, rel=0.1)
+    close(results[f"again {stage}"], results[f"train {stage}"][2:3])
+    close(results[f"anew {stage}"], results[f"train {stage}"][:1])
+
+
 @pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (2, 1), (1, 1), (1, 2)])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("written", STAGES)

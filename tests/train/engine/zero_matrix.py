@@ -7,6 +7,7 @@ With --flat, stages 1-3 sum gradients by FlatGradients and ShardedGradients also
 Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
 """
 
+import gc
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ from colt5dist.train.checkpoint import (
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.compile import LAYERS
-from colt5dist.train.engine.engine import Engine
+from colt5dist.train.engine.engine import Engine, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
 from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
@@ -91,6 +92,22 @@ def watch_gathered(engine: Engine) -> list[int]:
     return counts
 
 
+def live_bytes() -> int:
+    """Bytes of all tensors' memory in this process, each piece counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout is torch.strided and thing.device.type != "meta":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def go_back(engine: Engine, source: Path) -> None:
+    """As a rollback does, but for the trainer's state."""
+    load_checkpoint(source, engine)
+    refresh_parameters(engine)
+
+
 def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> None:
     """Run the matrix."""
     ranks = ranks_from_environment()
@@ -104,6 +121,8 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
         if not root.exists():
             engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage else None)
             counts = watch_gathered(engine)
+            fresh = Saver(folder / f"fresh{stage}", engine, config.checkpoint, run_id="matrix")
+            fresh.save(TrainerState(step=1, optimizer_step=0, samples_consumed=8))
             steps = [train_step(engine, config, step) for step in (1, 2)]
             if isinstance(engine.gradients, ShardedGradients):
                 left = sum(unit.is_gathered for unit in engine.gradients.weights.units)
@@ -114,6 +133,17 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
             Saver(root, engine, config.checkpoint, run_id="matrix").save(state)
             steps += [train_step(engine, config, step) for step in (4, 5)]
             results[f"train {stage}"] = [(loss, norm) for loss, norm, _ in steps]
+            memory = [live_bytes()]
+            for _ in range(10):
+                go_back(engine, step_folder(root, 3))
+            again = [train_step(engine, config, 4)[:2]]
+            memory.append(live_bytes())
+            go_back(engine, step_folder(folder / f"fresh{stage}", 1))
+            memory.append(live_bytes())
+            results[f"memory {stage}"] = memory
+            results[f"again {stage}"] = again
+            results[f"anew {stage}"] = [train_step(engine, config, 1)[:2]]
+            results[f"moments {stage}"] = 8 * sum(num_elements(s) for s in parameter_shapes(config).values())
     for written in stages:
         for stage in stages:
             config = load_config(TINY, [*settings, f"zero.stage={stage}"])

@@ -38,7 +38,7 @@ def fail(way: str, rank: int, step: int) -> None:
     if step != 3 or rank != (0 if way.endswith("first") else 1):
         return
     match way.split("-")[0]:
-        case "kill":
+        case "kill" | "malformed":
             os.kill(os.getpid(), signal.SIGKILL)
         case "pause":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -63,6 +63,10 @@ def run_rank(run_dir: Path, way: str, timeout_seconds: float) -> None:
     with heartbeat, record_failures(config, ranks, hosts, heartbeat.explain):
         for step in range(1, 1_000_000):
             heartbeat.at("training", step)
+            if way == "malformed-kill" and ranks.rank == 1 and step == 3:
+                for content in ("{", "[1]", '{"count": "x"}', "\\x00"):  # what a stranger may write to the port
+                    heartbeat._store.set("rank 1", content)
+                    time.sleep(timeout_seconds / 20)
             fail(way, ranks.rank, step)
             if way.startswith("slow") and step == 3:
                 if way == "slow-step":

@@ -12,6 +12,7 @@ import torch
 
 from colt5dist.train.config.load import load_config
 from colt5dist.train.guard.failures import memory_advice, record_failures
+from colt5dist.train.guard.heartbeat import _Message
 from colt5dist.train.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,6 +24,7 @@ LOST = "is lost: killed (out of memory?) or paused, or its host is down or cut o
 
 WAYS = {
     "kill": (0, f"rank 1 on host-b {LOST}"),
+    "malformed-kill": (0, f"rank 1 on host-b {LOST}"),
     "kill-first": (1, f"rank 0 on host-a {LOST}"),
     "raise": (0, "rank 1 on host-b failed: ValueError: an error of this rank only"),
     "memory": (0, "rank 1 on host-b failed: RuntimeError"),
@@ -65,6 +67,30 @@ def test_the_other_rank_ends_and_names_the_failed_one(way: str, ended: dict[str,
     # rank 0 writes it, or rank 1 if rank 0 cannot
     written = json.loads((run_dir / "status.json").read_text())
     assert (written["status"] == "failed" and "an error of" in written["reason"]) or message in written["reason"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"7",
+        b"null",
+        b"[" * 100_000,
+        b'{"count": 1}',
+        b'{"count": "1", "place": "a", "step": 1, "failed": null}',
+        b'{"count": 1, "place": "a", "step": 1, "failed": [], "more": 1}',
+    ],
+    ids=lambda content: repr(content[:20]),
+)
+def test_a_malformed_message_is_none(content: bytes) -> None:
+    assert _Message.from_json(content) is None
+
+
+def test_a_message_comes_back() -> None:
+    message = _Message(3, "training", 7, "ValueError: wrong")
+    assert _Message.from_json(message.to_json()) == message
 
 
 @pytest.mark.parametrize("way", ["slow-save", "slow-step"])

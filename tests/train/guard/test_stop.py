@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from colt5dist.train.guard.stop import StopReason, StopRequests
+from colt5dist.train.guard.stop import StopReason, StopRequests, seconds_since_start
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -66,6 +67,14 @@ def test_the_time_limit(tmp_path: Path) -> None:
     stop = requests(tmp_path, max_minutes=0.0001)
     time.sleep(0.01)
     assert stop.reason() is StopReason.TIME
+
+
+def test_the_time_limit_counts_from_the_start_of_the_process(tmp_path: Path) -> None:
+    """A job's limit includes the imports and the start."""
+    age = seconds_since_start()
+    assert age == pytest.approx(time.time() - psutil.Process().create_time(), abs=2.0) and age > 0
+    assert requests(tmp_path, max_minutes=age / 60).reason() is StopReason.TIME
+    assert requests(tmp_path, max_minutes=age / 60 + 1).reason() is None
 
 
 def test_a_second_interrupt_by_hand_ends_at_once(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ starts ended, to FOLDER/rank_N.json.
 """
 
 import json
-import multiprocessing
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
+
+import psutil
 
 from colt5dist.data.read.loader import DataWorkerError
 from colt5dist.train import loop
@@ -84,8 +85,10 @@ def clock(minutes_per_step: float) -> Iterator[None]:
         now[0] += 60 * minutes_per_step * IS_LAST
         return outcome
 
+    # the process has just begun
+    clock_of_stops = SimpleNamespace(monotonic=lambda: now[0], CLOCK_BOOTTIME=0, clock_gettime=lambda clock: 0.0)
     with (
-        patch("colt5dist.train.guard.stop.time", SimpleNamespace(monotonic=lambda: now[0])),
+        patch("colt5dist.train.guard.stop.time", clock_of_stops),
         patch.object(Engine, "step", step_and_advance),
     ):
         yield
@@ -101,9 +104,9 @@ def reader_is_killed(after_step: int) -> Iterator[None]:
         outcome = step(self, rate)
         steps_left[0] -= 1
         if IS_LAST and steps_left[0] == 0:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-                worker.join()
+            for starter in psutil.Process().children():
+                for reader in starter.children():
+                    reader.kill()
         return outcome
 
     with patch.object(Engine, "step", step_and_kill):
