@@ -20,12 +20,14 @@ from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
 from colt5dist.train.garbage import collected_by_step
+from colt5dist.train.guard.compare_ranks import check_ranks_alike
 from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
 from colt5dist.train.guard.stop import StopReason, StopRequests
 from colt5dist.train.loop import train
 from colt5dist.train.ranks import (
     EXIT_STOPPED,
+    Meeting,
     Ranks,
     barrier,
     errors_on_all_ranks,
@@ -65,6 +67,9 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     run_dir = Path(str(config.run_dir))
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
+    if ranks.world_size > 1:
+        meeting = Meeting(ranks, config.train.timeout_minutes)  # lives until the process group has taken it over
+        check_ranks_alike(config, shards, ranks, meeting)
     if plan.is_finished(config):
         return report_finished(run_dir, ranks, plan.state, entropy)
 
