@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 
 from colt5dist.errors import ConfigError, SaveError
+from colt5dist.train.slurm import FIRST_PORT, NUM_PORTS, join_tasks
 
 EXIT_WRONG_INPUT = 2
 EXIT_SAVE_FAILED = 74
 EXIT_STOPPED = 75
 
+DEEPSPEEDS_PORT = "29500"
+"""Port that `deepspeed` gives its ranks unless --master_port names another."""
 LAUNCHER_HINT = "deepspeed and torchrun set such environment variables; unset it to train in one process"
 
 T = TypeVar("T")
@@ -45,7 +48,9 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun); without a launcher there is one process.
+    """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun).
+
+    Without a launcher there is one process, or one for each of several tasks of Slurm.
 
     Returns:
         The place of this process.
@@ -53,6 +58,7 @@ def ranks_from_environment() -> Ranks:
     Raises:
         ConfigError: the variables are not integers, or contradict each other.
     """
+    join_tasks()
     world_size = _environment_integer("WORLD_SIZE", 1, at_least=1)
     local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), "WORLD_SIZE")
     ranks = Ranks(
@@ -333,6 +339,9 @@ def exit_for_wrong_input(error: ConfigError | SaveError, status: int = EXIT_WRON
 def _complete_environment(world_size: int) -> None:
     """Set the launcher's variables for a single process, with any free port; otherwise DeepSpeed would look for MPI.
 
+    Also several processes of one host get a port of their own from `deepspeed`, whose default is always the same: by
+    the number of the launcher's process, which all of them know. So two runs on one host do not meet.
+
     Raises:
         ConfigError: they are incomplete in one of several processes.
     """
@@ -340,10 +349,14 @@ def _complete_environment(world_size: int) -> None:
         missing = [key for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
         if missing:
             raise ConfigError(f"WORLD_SIZE={world_size}: {', '.join(missing)} not set; {LAUNCHER_HINT}")
+        # LOCAL_SIZE: deepspeed's number of processes on this host; torchrun has another name for it
+        if os.environ.get("LOCAL_SIZE") == str(world_size) and os.environ["MASTER_PORT"] == DEEPSPEEDS_PORT:
+            os.environ["MASTER_PORT"] = str(FIRST_PORT + os.getppid() % NUM_PORTS)
         return
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for key, value in alone.items():
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
+    if os.environ.get("MASTER_PORT") in (None, DEEPSPEEDS_PORT) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.environ["MASTER_PORT"] = "0"
 
 
 def _silence_memory_report() -> None:

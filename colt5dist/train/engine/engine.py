@@ -393,7 +393,8 @@ def device_problems(config: RunConfig, world_size: int, cuda_devices: int, local
     if cuda_devices and local_world_size > cuda_devices:
         found.append(
             f"this host has {cuda_devices} GPUs for {local_world_size} processes; start {cuda_devices} with "
-            f"--num_gpus {cuda_devices}, or set CUDA_VISIBLE_DEVICES= to run on CPUs"
+            f"--num_gpus {cuda_devices}, or set CUDA_VISIBLE_DEVICES= to run on CPUs (with srun: give the GPUs to the "
+            "host, --gpus-per-node, not to the tasks)"
         )
     return found
 
