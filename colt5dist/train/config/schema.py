@@ -89,7 +89,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer. Weight decay is never applied to norms, routing vectors and embeddings."""
+    """The optimizer. Weight decay is never applied to norms, routing vectors, biases (of positions) and embeddings."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
     """adamw: any ZeRO stage. adafactor: only zero.stage 0 in fp32 (ZeRO's flat shards change what it computes); it is
@@ -131,7 +131,8 @@ class ScheduleConfig:
     warmup_steps: int = 10_000
     """Steps of linear warm-up from 0 to optimizer.lr; inverse_sqrt decays as sqrt(warmup_steps / step) from there."""
     total_steps: int | None = None
-    """Last step of the decay of cosine and warmup_stable_decay; the rate stays at its minimum afterwards."""
+    """Last step of the decay of cosine and warmup_stable_decay; the rate stays at its minimum afterwards, which must be
+    above 0 if there are such steps. A minimum of 0 would be reached one step after it."""
     decay_steps: int | None = None
     """Number of steps of the final linear decay of warmup_stable_decay."""
     min_lr_ratio: float = 0.0
@@ -333,6 +334,14 @@ class RunConfig:
                 later = stage.model.problems() + stage.train.problems() + stage._input_multiple_problems()
                 found += [f"data.length_schedule[{number}]: {line}" for line in later]
         found.extend(deepspeed_problems(self.deepspeed))
+        schedule = self.schedule
+        decays_to_zero = schedule.name in ("cosine", "warmup_stable_decay") and schedule.min_lr_ratio == 0
+        if decays_to_zero and schedule.total_steps and schedule.total_steps < self.train.steps:
+            found.append(
+                f"schedule.total_steps: {schedule.total_steps} is before the last step, and train.steps "
+                f"{self.train.steps} would go on at rate 0; set schedule.total_steps={self.train.steps}, or "
+                "schedule.min_lr_ratio above 0"
+            )
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(
                 f"optimizer.name: adafactor cannot work on the flat shards of zero.stage {self.zero.stage}; "
