@@ -39,6 +39,7 @@ from colt5dist.train.report.accounting import describe_batch, step_flops, tokens
 from colt5dist.train.report.meter import Meter
 from colt5dist.train.report.monitor import Monitor
 from colt5dist.train.report.summary import summary
+from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.train.run import Run
 from colt5dist.wording import count
 
@@ -100,6 +101,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         checkpoints = run_dir / run_directory.CHECKPOINTS
         with monitor:
             notes = [f"note: {note}" for stage in config.stages for note in length_notes(stage.data)]
+            notes += [f"note: {line}" for line in settings_without_effect(config, on_gpu=device.type == "cuda")]
             description = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
             for line in (*plan.notes, *dict.fromkeys(notes), *description):
                 monitor.say(line)

@@ -117,7 +117,8 @@ def plan_start(
             )
         state.tokenizer_fingerprint = tokenizer_fingerprint  # older checkpoints do not name it
         if not problems:
-            return StartPlan(whole[-1], None, state, (*notes, f"resuming from {whole[-1]}"))
+            notes += [f"resuming from {whole[-1]}", *_notes_on_settings(config, run_dir)]
+            return StartPlan(whole[-1], None, state, tuple(notes))
     init_from = None
     if config.init_from and not whole:
         try:
@@ -286,6 +287,20 @@ def _newest(path: Path) -> tuple[Path, list[Path]]:
             return path, []
         raise ConfigError(f"init_from: {path} is damaged: {problem}; name another checkpoint")
     raise ConfigError(f"init_from: no whole checkpoint in {path}; name a run directory or a checkpoint folder")
+
+
+def _notes_on_settings(config: RunConfig, run_dir: Path) -> list[str]:
+    """What a resumed run says of settings that it may change, or does not read."""
+    notes = []
+    samples = saved_leaves(run_dir / CONFIG).get("train.eval_samples", config.train.eval_samples)
+    if samples != config.train.eval_samples:
+        notes.append(
+            f"note: train.eval_samples: {config.train.eval_samples} here, {samples} before; held-out losses from before "
+            "are of other samples"
+        )
+    if config.init_from:
+        notes.append(f"note: init_from: {config.init_from} has no effect; the run continues from its own checkpoint")
+    return notes
 
 
 def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:

@@ -71,6 +71,17 @@ FREE_ZERO = {
 }
 """Keys of its section `zero_optimization` that may be given."""
 
+FLOPS_PROFILER = (
+    "enabled",
+    "recompute_fwd_factor",
+    "profile_step",
+    "module_depth",
+    "top_modules",
+    "detailed",
+    "output_file",
+)
+"""Keys of its section `flops_profiler`, which DeepSpeed itself does not check."""
+
 OWNED = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -126,7 +137,13 @@ WITHOUT_EFFECT = {
 def deepspeed_problems(section: dict[str, Any]) -> list[str]:
     """Check the section `deepspeed`; returns what is wrong with it, one line per key."""
     found = _problems(section, FREE, prefix="")
-    inner = section.get("zero_optimization")
+    inner, profiler = section.get("zero_optimization"), section.get("flops_profiler")
+    if isinstance(profiler, dict):
+        found += [
+            f"deepspeed.flops_profiler.{name}: no such key; use one of {', '.join(FLOPS_PROFILER)}"
+            for name in profiler
+            if name not in FLOPS_PROFILER
+        ]
     return found + (_problems(inner, FREE_ZERO, prefix="zero_optimization.") if isinstance(inner, dict) else [])
 
 

@@ -24,7 +24,13 @@ from colt5dist.train.engine.compile import (
     restore_layers,
     without_compiled_code,
 )
-from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
+from colt5dist.train.engine.deepspeed_json import (
+    deepspeed_config,
+    engine_stage,
+    library_problems,
+    sums_flat,
+    uses_bf16,
+)
 from colt5dist.train.engine.flat_gradients import FlatGradients
 from colt5dist.train.engine.gradients import DeepSpeedGradients
 from colt5dist.train.engine.micro_batch_graph import (
@@ -74,7 +80,7 @@ class Engine:
         self.z_loss = config.train.z_loss
         settings = deepspeed_config(config, world_size, on_gpu)
         if flat_gradients is None:
-            flat_gradients = on_gpu and self.stage in (1, 2) and config.zero.offload == "none"
+            flat_gradients = sums_flat(config, on_gpu)
         if on_gpu and flat_gradients:
             # CUDA graphs cannot be captured on the default stream; and autograd adds the gradient of a parameter on the
             # stream that was current when DeepSpeed first looked at it, so that one stream has to serve throughout
@@ -384,6 +390,8 @@ def num_elements(shape: tuple[int, ...]) -> int:
 def device_problems(config: RunConfig, world_size: int, cuda_devices: int, local_world_size: int) -> list[str]:
     """What is wrong with the configuration on the devices that are there, one line each."""
     found = config.batch_problems(world_size)
+    if not found:
+        found += library_problems(config, world_size, cuda_devices > 0)
     if config.optimizer.name == "adafactor" and uses_bf16(config, cuda_devices > 0):
         found.append(
             "optimizer.name: adafactor needs fp32 parameters; set train.precision=fp32 or optimizer.name=adamw"

@@ -188,3 +188,29 @@ def test_a_field_inside_a_list_has_its_own_mark() -> None:
     assert differing([sources % ("a", 1)], [sources % ("b", 1)], OF_A_HOST) == set()
     assert differing([sources % ("a", 1)], [sources % ("a", 2)], OF_A_HOST) == {"data.sources"}
     assert differing([], ["train.log_every=7", "data.num_workers=3"], OF_A_HOST) == {"train.log_every"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        (["deepspeed.zero_optimization.sub_group_size=-1"], "deepspeed.zero_optimization.sub_group_size"),
+        (["deepspeed.zero_optimization.leaf_module.klasses=[A]"], "deepspeed.zero_optimization.leaf_module.klasses"),
+        (["deepspeed.comms_logger.enable=true"], "deepspeed.comms_logger.enable"),
+        (["deepspeed.gradient_predivide_factor=2.0", "zero.stage=2"], "deepspeed.gradient_predivide_factor"),
+        (["deepspeed.prescale_gradients=true", "zero.stage=3"], "deepspeed.prescale_gradients"),
+        (
+            ["deepspeed.zero_optimization.zero_hpz_partition_size=3", "zero.stage=3"],
+            "deepspeed.zero_optimization.zero_hpz_partition_size",
+        ),
+    ],
+)
+def test_deepspeed_checks_its_section_before_the_ranks_connect(tmp_path: Path, settings: list[str], key: str) -> None:
+    config = load(tmp_path, "", *settings)
+    (problem,) = device_problems(config, world_size=4, cuda_devices=0, local_world_size=4)
+    assert problem.startswith(f"{key}: ") and "\n" not in problem
+
+
+def test_keys_of_the_flops_profiler() -> None:
+    """DeepSpeed ignores those that it does not know."""
+    (problem,) = deepspeed_problems({"flops_profiler": {"enabled": True, "steps": 3}})
+    assert problem.startswith("deepspeed.flops_profiler.steps: no such key; use one of enabled, ")
