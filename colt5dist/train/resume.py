@@ -295,7 +295,7 @@ def _notes_on_settings(config: RunConfig, run_dir: Path) -> list[str]:
     samples = saved_leaves(run_dir / CONFIG).get("train.eval_samples", config.train.eval_samples)
     if samples != config.train.eval_samples:
         notes.append(
-            f"note: train.eval_samples: {config.train.eval_samples} here, {samples} before; held-out losses from before "
+            f"note: train.eval_samples: {config.train.eval_samples} here, {samples} before; earlier held-out losses "
             "are of other samples"
         )
     if config.init_from:
