@@ -63,14 +63,14 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     """
     check_devices(config, ranks)
     shards = open_run_shards(config)
+    if ranks.world_size > 1:
+        meeting = Meeting(ranks, config.train.timeout_minutes)  # lives until the process group has taken it over
+        check_ranks_alike(config, shards, ranks, meeting)
     shapes = parameter_shapes(config)
     plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
     run_dir = Path(str(config.run_dir))
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
-    if ranks.world_size > 1:
-        meeting = Meeting(ranks, config.train.timeout_minutes)  # lives until the process group has taken it over
-        check_ranks_alike(config, shards, ranks, meeting)
     if plan.is_finished(config):
         return report_finished(run_dir, ranks, plan.state, entropy)
 
