@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ EXIT_STOPPED = 75
 DEEPSPEEDS_PORT = "29500"
 """Port that `deepspeed` gives its ranks unless --master_port names another."""
 LAUNCHER_HINT = "deepspeed and torchrun set such environment variables; unset it to train in one process"
+
+MEETINGS: Counter[int] = Counter()
+"""Number of meetings that this process has had as a rank."""
 
 T = TypeVar("T")
 
@@ -153,7 +157,10 @@ class Meeting:
             )
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise _not_connected(ranks.world_size, str(error).splitlines()[0]) from error
-        self._store = dist.PrefixStore(f"colt5dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # the server keeps the texts of earlier meetings, and torchrun's also those of processes that it has replaced
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"colt5dist/{start}/{MEETINGS[ranks.rank]}", store)
+        MEETINGS[ranks.rank] += 1
 
     def gather(self, title: str, text: str) -> list[str]:
         """Have rank 0 get a text of every rank; every rank calls this.

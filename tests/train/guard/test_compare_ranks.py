@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conftest import free_port, write_short_texts
 
 from colt5dist.data import open_sources
 from colt5dist.errors import ConfigError
+from colt5dist.train import ranks
 from colt5dist.train.config.load import load_config
 from colt5dist.train.guard import compare_ranks
 from colt5dist.train.guard.compare_ranks import check_ranks_alike, differences, what_decides_a_step
@@ -27,6 +29,7 @@ def place(rank: int, world_size: int = 2) -> Ranks:
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     """A free port, which the environment names as a launcher would."""
     number = free_port()
+    monkeypatch.setattr(ranks, "MEETINGS", Counter())
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": number}.items():
         monkeypatch.setenv(name, str(value))
     return number
