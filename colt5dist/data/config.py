@@ -1,10 +1,14 @@
-"""The settings under `data:`: which text is read, and how it becomes samples."""
+"""The settings under `data:`: which text is read, and how it becomes samples.
+
+The text itself is compared by its fingerprint, so the fields that say where it lies keep the result.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 from colt5dist.errors import ConfigError
+from colt5dist.marks import keeps_result, of_a_host
 
 MOST_WORKERS = 256
 """Largest number of reader processes per rank."""
@@ -16,7 +20,7 @@ SMALLEST = {"input_length": 16, "target_length": 4}
 class SourceConfig:
     """One of several shard sets."""
 
-    shards: str = ""
+    shards: str = of_a_host("")
     """Folder, address or "python-stdlib", like data.shards."""
     weight: float = 1.0
     """Share of the samples that come from it, relative to the other weights (above 0)."""
@@ -32,7 +36,7 @@ class LengthConfig:
     """Replaces data.input_length (tokens)."""
     target_length: int | None = None
     """Replaces data.target_length (tokens)."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = keeps_result(None)
     """Replaces train.micro_batch_size (samples per GPU)."""
     num_heavy_tokens: float | None = None
     """Replaces model.num_heavy_tokens."""
@@ -42,10 +46,10 @@ class LengthConfig:
 class DataConfig:
     """Which text is read and how it is cut into samples."""
 
-    shards: str = "python-stdlib"
+    shards: str = of_a_host("python-stdlib")
     """Folder written by launch/prepare.py, its http(s)://, s3:// or gs:// address, or "python-stdlib": built from the
     running Python's own standard library."""
-    sources: list[SourceConfig] = field(default_factory=list)
+    sources: list[SourceConfig] = keeps_result(factory=list)
     """Several shard sets, mixed by weight, instead of data.shards: [{shards: DIR, weight: 2}, ...]. All must have been
     made with the same tokenizer."""
     input_length: int = 4096
@@ -55,7 +59,7 @@ class DataConfig:
     length_schedule: list[LengthConfig] = field(default_factory=list)
     """Other lengths from later steps on: [{step: 1000, input_length: 16384, micro_batch_size: 2}, ...]. The number of
     samples per global batch stays the same; each entry has its own order of the text."""
-    num_workers: int = 1
+    num_workers: int = of_a_host(1)
     """Reader processes per rank, at most 256 (0: the training process reads by itself)."""
     mixture: Any = "colt5"
     """The objectives, a name or a list of names (colt5dist/data/order/mixture.py): colt5, ul2, causal, prefix_lm(rate),
@@ -64,11 +68,11 @@ class DataConfig:
     """Sentinel ids reserved above the tokenizer's vocabulary (null: as many as the mixture needs)."""
     min_document_tokens: int = 0
     """Documents with fewer tokens are left out (0: none)."""
-    skip: list[list[int]] = field(default_factory=list)
+    skip: list[list[int]] = keeps_result(factory=list)
     """Ranges of sample numbers that training leaves out: [[a, b], ...] leaves out a to b - 1 (after a loss spike)."""
-    max_bad_records: int = 16
+    max_bad_records: int = keeps_result(16)
     """Damaged records of the shards that are reported and replaced before the run stops (0: it stops at the first)."""
-    cache_gb: float = 100.0
+    cache_gb: float = of_a_host(100.0)
     """Disk space, in 10^9 bytes, for shards that are downloaded from an address; it should hold all data.sources that
     have an address. A larger set is not kept on disk: its members are downloaded one by one as they are needed."""
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
+from colt5dist.marks import keeps_result
 from colt5dist.nn.routing.router import ROUTINGS
 from colt5dist.ops.checks import check_whole, is_number, is_whole_number, not_a_number, not_whole
 from colt5dist.ops.soft_topk import soft_topk_problems
@@ -84,7 +85,7 @@ class CoLT5Config:
     router_eps_init: float | None = None
     router_eps_decay: float = 1.0
     router_solver: str = "coordinate_descent"
-    router_implementation: str = "auto"
+    router_implementation: str = keeps_result("auto")
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     initializer_range: float = 0.02

@@ -23,12 +23,14 @@ from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
 from colt5dist.train.garbage import collected_by_step
+from colt5dist.train.guard.compare_ranks import check_ranks_alike
 from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
 from colt5dist.train.guard.stop import StopReason, StopRequests
 from colt5dist.train.loop import train
 from colt5dist.train.ranks import (
     EXIT_STOPPED,
+    Meeting,
     Ranks,
     barrier,
     errors_on_all_ranks,
@@ -40,6 +42,7 @@ from colt5dist.train.report.accounting import describe_batch, step_flops, tokens
 from colt5dist.train.report.meter import Meter
 from colt5dist.train.report.monitor import Monitor
 from colt5dist.train.report.summary import summary
+from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.train.run import Run
 from colt5dist.wording import count
 
@@ -63,6 +66,9 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     """
     check_devices(config, ranks)
     shards = open_run_shards(config)
+    if ranks.world_size > 1:
+        meeting = Meeting(ranks, config.train.timeout_minutes)  # lives until the process group has taken it over
+        check_ranks_alike(config, shards, ranks, meeting)
     shapes = parameter_shapes(config)
     plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
     run_dir = Path(str(config.run_dir))
@@ -100,6 +106,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         checkpoints = run_dir / run_directory.CHECKPOINTS
         with monitor:
             notes = [f"note: {note}" for stage in config.stages for note in length_notes(stage.data)]
+            notes += [f"note: {line}" for line in settings_without_effect(config, on_gpu=device.type == "cuda")]
             description = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
             for line in (*plan.notes, *dict.fromkeys(notes), *description):
                 monitor.say(line)

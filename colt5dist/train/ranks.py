@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,18 @@ import torch
 import torch.distributed as dist
 
 from colt5dist.errors import ConfigError, SaveError
+from colt5dist.train.slurm import FIRST_PORT, NUM_PORTS, join_tasks
 
 EXIT_WRONG_INPUT = 2
 EXIT_SAVE_FAILED = 74
 EXIT_STOPPED = 75
 
+DEEPSPEEDS_PORT = "29500"
+"""Port that `deepspeed` gives its ranks unless --master_port names another."""
 LAUNCHER_HINT = "deepspeed and torchrun set such environment variables; unset it to train in one process"
+
+MEETINGS: Counter[int] = Counter()
+"""Number of meetings that this process has had as a rank."""
 
 T = TypeVar("T")
 
@@ -45,7 +52,9 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun); without a launcher there is one process.
+    """Read RANK, LOCAL_RANK, WORLD_SIZE (set by deepspeed and torchrun).
+
+    Without a launcher there is one process, or one for each of several tasks of Slurm.
 
     Returns:
         The place of this process.
@@ -53,6 +62,7 @@ def ranks_from_environment() -> Ranks:
     Raises:
         ConfigError: the variables are not integers, or contradict each other.
     """
+    join_tasks()
     world_size = _environment_integer("WORLD_SIZE", 1, at_least=1)
     local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), "WORLD_SIZE")
     ranks = Ranks(
@@ -114,11 +124,114 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
     try:
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise ConfigError(
-            f"MASTER_ADDR, MASTER_PORT: {ranks.world_size} processes did not connect at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); see the output of the other hosts"
-        ) from error
+        raise _not_connected(ranks.world_size, str(error).splitlines()[0]) from error
     return device
+
+
+class Meeting:
+    """Texts of all ranks, exchanged before there is a process group: by TCP alone, whatever libraries the ranks have.
+
+    Rank 0 serves the texts at MASTER_ADDR and MASTER_PORT. The process group that is made afterwards uses the same
+    server, so keep the meeting until then.
+
+    Args:
+        ranks: place of this rank; there are several.
+        timeout_minutes: how long rank 0 waits for the other ranks, and they for it.
+
+    Raises:
+        ConfigError: the launcher's environment variables are incomplete, the port is taken, or rank 0 is not there.
+    """
+
+    def __init__(self, ranks: Ranks, timeout_minutes: float) -> None:
+        _complete_environment(ranks.world_size)
+        self._ranks = ranks
+        serves = ranks.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun serves itself
+        try:
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                _environment_integer("MASTER_PORT", 0, at_least=0),
+                is_master=serves,
+                wait_for_workers=False,
+                timeout=timedelta(minutes=timeout_minutes),
+                multi_tenant=True,
+            )
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise _not_connected(ranks.world_size, str(error).splitlines()[0]) from error
+        # the server keeps the texts of earlier meetings, and torchrun's also those of processes that it has replaced
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"colt5dist/{start}/{MEETINGS[ranks.rank]}", store)
+        MEETINGS[ranks.rank] += 1
+
+    def gather(self, title: str, text: str) -> list[str]:
+        """Have rank 0 get a text of every rank; every rank calls this.
+
+        Args:
+            title: what the text is, another one at every call.
+            text: this rank's.
+
+        Returns:
+            The texts of all ranks on rank 0, and nothing on the others.
+
+        Raises:
+            ConfigError: on rank 0, if a rank did not send its text in time.
+        """
+        keys = [f"{title}/{rank}" for rank in range(self._ranks.world_size)]
+        try:
+            self._store.set(keys[self._ranks.rank], text)
+            if not self._ranks.is_first:
+                return []
+            return [value.decode() for value in self._store.multi_get(keys)]
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            if not self._ranks.is_first:
+                raise _not_connected(len(keys), "rank 0 has ended") from error
+            missing = describe_ranks([rank for rank, key in enumerate(keys) if not self._store.check([key])])
+            raise _not_connected(len(keys), f"no word from {missing}") from error
+
+    def tell(self, title: str, text: str) -> str:
+        """Return rank 0's text on all ranks, once all of them have it; every rank calls this.
+
+        Args:
+            title: what the text is, another one at every call.
+            text: rank 0's; the others' is not used.
+
+        Raises:
+            ConfigError: rank 0 did not send it in time, or did not get an answer.
+        """
+        if self._ranks.is_first:
+            self._store.set(title, text)
+        else:
+            try:
+                text = self._store.get(title).decode()
+            except (dist.DistStoreError, dist.DistNetworkError) as error:
+                raise _not_connected(self._ranks.world_size, "no word from rank 0") from error
+        self.gather(f"{title}: read", "")  # rank 0, which serves, must not end before
+        return text
+
+
+def describe_ranks(numbers: list[int]) -> str:
+    """Name ranks in words: `rank 0`, `ranks 1-7, 9`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"
+
+
+def _not_connected(world_size: int, why: str) -> ConfigError:
+    """The error of a start whose processes do not find each other."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in why or "in use" in why:
+        return ConfigError(
+            f"MASTER_PORT: port {port} is in use on this host, perhaps by another run; start with another one: "
+            f"deepspeed --master_port {int(port) + 1 if int(port) < 65_535 else 29_500} ..."
+        )
+    return ConfigError(
+        f"MASTER_ADDR, MASTER_PORT: {world_size} processes did not connect at {host}:{port} ({why}); see the output of "
+        "the other hosts"
+    )
 
 
 def set_collective_timeout(seconds: float) -> None:
@@ -233,6 +346,9 @@ def exit_for_wrong_input(error: ConfigError | SaveError, status: int = EXIT_WRON
 def _complete_environment(world_size: int) -> None:
     """Set the launcher's variables for a single process, with any free port; otherwise DeepSpeed would look for MPI.
 
+    Also several processes of one host get a port of their own from `deepspeed`, whose default is always the same: by
+    the number of the launcher's process, which all of them know. So two runs on one host do not meet.
+
     Raises:
         ConfigError: they are incomplete in one of several processes.
     """
@@ -240,10 +356,14 @@ def _complete_environment(world_size: int) -> None:
         missing = [key for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
         if missing:
             raise ConfigError(f"WORLD_SIZE={world_size}: {', '.join(missing)} not set; {LAUNCHER_HINT}")
+        # LOCAL_SIZE: deepspeed's number of processes on this host; torchrun has another name for it
+        if os.environ.get("LOCAL_SIZE") == str(world_size) and os.environ["MASTER_PORT"] == DEEPSPEEDS_PORT:
+            os.environ["MASTER_PORT"] = str(FIRST_PORT + os.getppid() % NUM_PORTS)
         return
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for key, value in alone.items():
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
+    if os.environ.get("MASTER_PORT") in (None, DEEPSPEEDS_PORT) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.environ["MASTER_PORT"] = "0"
 
 
 def _silence_memory_report() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from colt5dist.errors import ConfigError
+from colt5dist.marks import KEEPS_RESULT
 from colt5dist.train.checkpoint import (
     COMPLETE,
     Damage,
@@ -27,6 +28,7 @@ from colt5dist.train.checkpoint import (
     size_problem,
     unfinished_folders,
 )
+from colt5dist.train.config.differences import settings_that_must_be_alike
 from colt5dist.train.config.load import ALLOW_FROM_ZERO, config_leaves, saved_leaves
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import num_elements
@@ -34,34 +36,6 @@ from colt5dist.train.ranks import Ranks, broadcast_from_first, errors_on_all_ran
 from colt5dist.train.report.monitor import METRICS, TENSORBOARD, read_metrics
 from colt5dist.train.run_directory import CHECKPOINTS, CONFIG, RUN_ID, read_run_id
 from colt5dist.wording import looked_for
-
-MAY_CHANGE = (
-    "run_dir",
-    "resume",
-    "resume_allow",
-    "init_from",
-    "data.shards",  # the fingerprint of the content is compared instead
-    "data.sources",  # likewise
-    "data.num_workers",
-    "data.skip",  # the checkpoints record what was left out
-    "data.max_bad_records",
-    "data.cache_gb",
-    "train.steps",
-    "train.compile",
-    "train.micro_batch_size",
-    "train.log_every",
-    "train.eval_every",
-    "train.routing_every",
-    "train.max_minutes",
-    "train.timeout_minutes",
-    "train.timeout_seconds",
-    "train.heartbeat_port",
-    "zero",
-    "checkpoint",
-    "health",  # the checkpoints record what was rolled back
-    "profile",
-)
-"""Keys and sections that a resumed run may change without naming them in `resume_allow`."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +121,8 @@ def plan_start(
             )
         state.tokenizer_fingerprint = tokenizer_fingerprint  # older checkpoints do not name it
         if not problems:
-            return StartPlan(whole[-1], None, state, (*notes, f"resuming from {whole[-1]}"))
+            notes += [f"resuming from {whole[-1]}", *_notes_on_settings(config, run_dir)]
+            return StartPlan(whole[-1], None, state, tuple(notes))
     init_from = None
     if config.init_from and not whole:
         try:
@@ -320,18 +295,32 @@ def _newest(path: Path) -> tuple[Path, list[Path]]:
     )
 
 
+def _notes_on_settings(config: RunConfig, run_dir: Path) -> list[str]:
+    """What a resumed run says of settings that it may change, or does not read."""
+    notes = []
+    samples = saved_leaves(run_dir / CONFIG).get("train.eval_samples", config.train.eval_samples)
+    if samples != config.train.eval_samples:
+        notes.append(
+            f"note: train.eval_samples: {config.train.eval_samples} here, {samples} before; earlier held-out losses "
+            "are of other samples"
+        )
+    if config.init_from:
+        notes.append(f"note: init_from: {config.init_from} has no effect; the run continues from its own checkpoint")
+    return notes
+
+
 def _difference_problems(config: RunConfig, run_dir: Path) -> list[str]:
-    """Settings that differ from those the run was started with although they must not."""
+    """Settings that differ from those the run was started with, although its result depends on them."""
     path = run_dir / CONFIG
     if not path.exists():
         return [f"{path}: missing beside checkpoints; put it back, or choose another run_dir"]
-    new = config_leaves(config)
-    old = {**config_leaves(RunConfig()), **saved_leaves(path)}  # the run may lack newer keys: it used their defaults
-    allowed = (*MAY_CHANGE, *config.resume_allow)
+    # the run may lack newer keys: it used their defaults
+    settings = (config_leaves(config), {**config_leaves(RunConfig()), **saved_leaves(path)})
+    new, old = (settings_that_must_be_alike(leaves, KEEPS_RESULT) for leaves in settings)
     found = []
     for key in sorted(old.keys() | new.keys()):
-        may = any(key == name or key.startswith(f"{name}.") for name in allowed)
-        if old.get(key) != new.get(key) and not may:
+        allowed = any(key == name or key.startswith(f"{name}.") for name in config.resume_allow)
+        if old.get(key) != new.get(key) and not allowed:
             found.append(
                 f"{key}: {new.get(key)} here, {old.get(key)} in the run that is resumed; set it back, choose another "
                 f"run_dir, or allow it with {shlex.quote(f'resume_allow=[{key}]')}"

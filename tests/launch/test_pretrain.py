@@ -145,7 +145,10 @@ def test_a_longer_run_is_the_same_run(reference: tuple[Path, str], run_pretrain:
 def test_it_resumes_with_another_number_of_processes_and_stage(
     reference: tuple[Path, str], half: Path, run_pretrain: Pretrain
 ) -> None:
-    run_pretrain(half, *SAME, "zero.stage=3", "train.micro_batch_size=2", processes=2)
+    """And with other settings that keep the result, without a word in `resume_allow`."""
+    other = ("train.activation_checkpointing=full", "model.router_implementation=reference", "train.eval_samples=4")
+    done = run_pretrain(half, *SAME, "zero.stage=3", "train.micro_batch_size=2", *other, processes=2)
+    assert "note: train.eval_samples: 4 here, 8 before; earlier held-out losses are of other samples" in done.stdout
     assert losses(half)[:4] == losses(reference[0])[:4]
     assert losses(half)[4:] == pytest.approx(losses(reference[0])[4:], rel=2e-5)
 

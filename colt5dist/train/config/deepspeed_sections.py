@@ -5,48 +5,82 @@ trainer. Both are refused here, before any device is touched.
 """
 
 import difflib
+from dataclasses import dataclass
 from typing import Any
 
-FREE = {
-    "comms_logger": dict,
-    "dump_state": bool,
-    "flops_profiler": dict,
-    "memory_breakdown": bool,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": float,
-    "steps_per_print": int,
-    "wall_clock_breakdown": bool,
-    "zero_optimization": dict,
-}
-"""Sections and settings of DeepSpeed 0.19.8 that may be given, with their type."""
+LOG = "DeepSpeed's log is kept at warnings here; use profile.steps"
+"""Why a setting that only writes into DeepSpeed's log has no effect."""
 
-FREE_ZERO = {
-    "contiguous_gradients": bool,
-    "enable_sanity_checks": bool,
-    "ignore_unused_parameters": bool,
-    "leaf_module": dict,
-    "log_trace_cache_warnings": bool,
-    "memory_efficient_linear": bool,
-    "overlap_comm": bool,
-    "override_module_apply": bool,
-    "parameter_alignment": bool,
-    "reduce_scatter": bool,
-    "round_robin_gradients": bool,
-    "stage3_allgather_sequential": bool,
-    "stage3_max_live_parameters": int,
-    "stage3_max_reuse_distance": int,
-    "stage3_model_persistence_threshold": int,
-    "stage3_module_granularity_threshold": int,
-    "stage3_prefetch_bucket_size": int,
-    "stage3_use_all_reduce_for_fetch_params": bool,
-    "sub_group_size": int,
-    "use_multi_rank_bucket_allreduce": bool,
-    "zero_hpz_partition_size": int,
-    "zero_quantized_gradients": bool,
-    "zero_quantized_nontrainable_weights": bool,
-    "zero_quantized_weights": bool,
+
+@dataclass(frozen=True, kw_only=True)
+class FreeKey:
+    """A section or setting of DeepSpeed that may be given."""
+
+    kind: type
+    """Type of its value."""
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    """ZeRO stages at which DeepSpeed reads it."""
+    sums: bool = False
+    """Whether it is about how DeepSpeed runs a micro-batch and sums its gradients, which it does not do at ZeRO stages
+    1 and 2 on GPUs (colt5dist/train/engine/flat_gradients.py)."""
+    nowhere: str = ""
+    """Why it has no effect anywhere here."""
+    changes_result: bool = False
+    """Whether the losses depend on it, so that a resumed run may not change it."""
+
+
+FREE = {
+    "comms_logger": FreeKey(kind=dict, nowhere=LOG),
+    "dump_state": FreeKey(kind=bool, nowhere=LOG),
+    "flops_profiler": FreeKey(kind=dict, sums=True),
+    "memory_breakdown": FreeKey(kind=bool, nowhere=LOG),
+    "prescale_gradients": FreeKey(kind=bool, sums=True, changes_result=True),
+    "gradient_predivide_factor": FreeKey(kind=float, sums=True, changes_result=True),
+    "steps_per_print": FreeKey(kind=int, nowhere=LOG),
+    "wall_clock_breakdown": FreeKey(kind=bool, nowhere=LOG),
+    "zero_optimization": FreeKey(kind=dict),
 }
-"""Keys of its section `zero_optimization` that may be given, with their type."""
+"""Sections and settings of DeepSpeed 0.19.8 that may be given."""
+
+SHARDED, STAGES_1_AND_2, STAGE_3 = (1, 2, 3), (1, 2), (3,)
+FREE_ZERO = {
+    "contiguous_gradients": FreeKey(kind=bool, stages=SHARDED, sums=True),
+    "enable_sanity_checks": FreeKey(kind=bool, stages=STAGE_3),
+    "ignore_unused_parameters": FreeKey(kind=bool, stages=STAGES_1_AND_2, sums=True),
+    "leaf_module": FreeKey(kind=dict, stages=STAGE_3),
+    "log_trace_cache_warnings": FreeKey(kind=bool, stages=STAGE_3),
+    "memory_efficient_linear": FreeKey(kind=bool, stages=STAGE_3),
+    "overlap_comm": FreeKey(kind=bool, stages=SHARDED, sums=True),
+    "override_module_apply": FreeKey(kind=bool, stages=STAGE_3),
+    "parameter_alignment": FreeKey(kind=bool, stages=STAGES_1_AND_2),
+    "reduce_scatter": FreeKey(kind=bool, stages=SHARDED, sums=True),
+    "round_robin_gradients": FreeKey(kind=bool, stages=STAGES_1_AND_2),
+    "stage3_allgather_sequential": FreeKey(kind=bool, stages=STAGE_3),
+    "stage3_max_live_parameters": FreeKey(kind=int, stages=STAGE_3),
+    "stage3_max_reuse_distance": FreeKey(kind=int, stages=STAGE_3),
+    "stage3_model_persistence_threshold": FreeKey(kind=int, stages=STAGE_3),
+    "stage3_module_granularity_threshold": FreeKey(kind=int, stages=STAGE_3),
+    "stage3_prefetch_bucket_size": FreeKey(kind=int, stages=STAGE_3),
+    "stage3_use_all_reduce_for_fetch_params": FreeKey(kind=bool, stages=STAGE_3),
+    "sub_group_size": FreeKey(kind=int, stages=STAGE_3),
+    "use_multi_rank_bucket_allreduce": FreeKey(kind=bool, stages=STAGES_1_AND_2, sums=True),
+    "zero_hpz_partition_size": FreeKey(kind=int, stages=STAGE_3),
+    "zero_quantized_gradients": FreeKey(kind=bool, stages=STAGE_3, changes_result=True),
+    "zero_quantized_nontrainable_weights": FreeKey(kind=bool, stages=STAGE_3, changes_result=True),
+    "zero_quantized_weights": FreeKey(kind=bool, stages=STAGE_3, changes_result=True),
+}
+"""Keys of its section `zero_optimization` that may be given."""
+
+FLOPS_PROFILER = (
+    "enabled",
+    "recompute_fwd_factor",
+    "profile_step",
+    "module_depth",
+    "top_modules",
+    "detailed",
+    "output_file",
+)
+"""Keys of its section `flops_profiler`, which DeepSpeed itself does not check."""
 
 OWNED = {
     "train_batch_size": "train.global_batch_size",
@@ -103,11 +137,24 @@ WITHOUT_EFFECT = {
 def deepspeed_problems(section: dict[str, Any]) -> list[str]:
     """Check the section `deepspeed`; returns what is wrong with it, one line per key."""
     found = _problems(section, FREE, prefix="")
-    inner = section.get("zero_optimization")
+    inner, profiler = section.get("zero_optimization"), section.get("flops_profiler")
+    if isinstance(profiler, dict):
+        found += [
+            f"deepspeed.flops_profiler.{name}: no such key; use one of {', '.join(FLOPS_PROFILER)}"
+            for name in profiler
+            if name not in FLOPS_PROFILER
+        ]
     return found + (_problems(inner, FREE_ZERO, prefix="zero_optimization.") if isinstance(inner, dict) else [])
 
 
-def _problems(section: dict[str, Any], free: dict[str, type], prefix: str) -> list[str]:
+def keeps_result_in_deepspeed(key: str) -> bool:
+    """Whether a setting such as `deepspeed.zero_optimization.overlap_comm` leaves the result of a run as it is."""
+    outer, _, inner = key.removeprefix("deepspeed.").partition(".")
+    known, name = (FREE_ZERO, inner.split(".")[0]) if outer == "zero_optimization" else (FREE, outer)
+    return name in known and not known[name].changes_result
+
+
+def _problems(section: dict[str, Any], free: dict[str, FreeKey], prefix: str) -> list[str]:
     """What is wrong with the keys of one mapping, which `prefix` leads to."""
     found = []
     for name, value in section.items():
@@ -120,8 +167,10 @@ def _problems(section: dict[str, Any], free: dict[str, type], prefix: str) -> li
             near = difflib.get_close_matches(str(name), free, n=1)
             fix = f"did you mean {prefix}{near[0]}?" if near else f"use one of {', '.join(free)}"
             found.append(f"deepspeed.{key}: is not among the keys that may be given; {fix}")
-        elif not _has_type(value, free[name]):
-            found.append(f"deepspeed.{key}: {value!r} is not of type {free[name].__name__}; see DeepSpeed's reference")
+        elif not _has_type(value, free[name].kind):
+            found.append(
+                f"deepspeed.{key}: {value!r} is not of type {free[name].kind.__name__}; see DeepSpeed's reference"
+            )
     return found
 
 

@@ -77,7 +77,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         problems += [
             f"resume_allow: no such key {key}; {_did_you_mean(key, known)}"
             for key in config.resume_allow
-            if key not in known and key != ALLOW_FROM_ZERO
+            if key not in known and key != ALLOW_FROM_ZERO and key.split(".")[0] not in FREE_SECTIONS
         ]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -2,6 +2,8 @@
 
 Each section checks its own fields in `problems`; `RunConfig.problems` checks what concerns several sections. A message
 begins with the key, says what is wrong, and ends with how to fix it.
+
+`keeps_result` and `of_a_host` mark the fields that do not change the result of a run (colt5dist/marks.py).
 """
 
 import math
@@ -11,6 +13,7 @@ from typing import Any, Literal
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import parse_mixture
+from colt5dist.marks import keeps_result, of_a_host
 from colt5dist.model.config import CoLT5Config
 from colt5dist.train.config.deepspeed_sections import deepspeed_problems
 
@@ -19,41 +22,41 @@ from colt5dist.train.config.deepspeed_sections import deepspeed_problems
 class TrainConfig:
     """Number of steps, batch sizes and execution of the run."""
 
-    steps: int = 1000
+    steps: int = keeps_result(1000)
     """Optimizer steps after which the run is finished. Schedules do not read it, so a longer run is the same run."""
     global_batch_size: int = 256
     """Samples per optimizer step, over all devices."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = keeps_result(8)
     """Samples that a device processes at once, at most its share of a step; gradient accumulation follows from it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the forward and backward pass; auto: bf16 on GPUs, fp32 on CPUs. The optimizer works in fp32."""
-    activation_checkpointing: Literal["none", "full", "full_keep_routing"] = "none"
+    activation_checkpointing: Literal["none", "full", "full_keep_routing"] = keeps_result("none")
     """What is recomputed in the backward pass: nothing, every layer, or every layer except the routers' decisions."""
-    compile: Literal["auto", "layers", "off"] = "auto"
-    """On GPUs: auto compiles the layers and, at ZeRO stages 1 and 2, records forward and backward of a micro-batch in
+    compile: Literal["auto", "layers", "off"] = keeps_result("auto")
+    """On GPUs: auto compiles the layers and, at ZeRO stages 1 to 3, records forward and backward of a micro-batch in
     one CUDA graph; layers only compiles the layers; off does neither. Nothing is compiled on CPUs."""
     z_loss: float = 1e-4
     """Weight of the squared log-normaliser of the output softmax, added to the training loss."""
-    log_every: int = 10
+    log_every: int = keeps_result(10)
     """Steps between two records in metrics.jsonl and TensorBoard."""
-    eval_every: int = 500
+    eval_every: int = keeps_result(500)
     """Steps between two evaluations on the held-out split; 0: only before the first and after the last step."""
-    eval_samples: int = 64
+    eval_samples: int = keeps_result(64)
     """Held-out samples per evaluation, the same ones each time."""
-    eval_shuffled_inputs: bool = False
+    eval_shuffled_inputs: bool = keeps_result(False)
     """Also evaluate with each sample given its neighbour's input; shows how much the decoder uses the encoder."""
-    routing_every: int = 100
+    routing_every: int = keeps_result(100)
     """Steps between two records of the routers' statistics; 0: none."""
-    max_minutes: float | None = None
+    max_minutes: float | None = keeps_result(None)
     """Minutes after the start of the process at which the run writes a checkpoint and stops with status 75; null: no
     limit."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = keeps_result(30.0)
     """Minutes without progress after which the run is ended with an error, before the first step (also the first with
     new lengths) is done, and while checkpoints are written or read or the data is opened."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = keeps_result(600.0)
     """Seconds without progress (a step, a batch of an evaluation) after which the run is ended with an error at all
     other times. A rank that is silent for a third of them is named as lost."""
-    heartbeat_port: int = 0
+    heartbeat_port: int = keeps_result(0)
     """Port of rank 0's host on which the ranks tell each other that they are alive; 0: any free one. Set it where a
     firewall lets only some ports through between the hosts."""
     deterministic: bool = False
@@ -92,7 +95,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """The optimizer. Weight decay is never applied to norms, routing vectors and embeddings."""
+    """The optimizer. Weight decay is never applied to norms, routing vectors, biases (of positions) and embeddings."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
     """adamw: any ZeRO stage. adafactor: only zero.stage 0 in fp32 (ZeRO's flat shards change what it computes); it is
@@ -134,7 +137,8 @@ class ScheduleConfig:
     warmup_steps: int = 10_000
     """Steps of linear warm-up from 0 to optimizer.lr; inverse_sqrt decays as sqrt(warmup_steps / step) from there."""
     total_steps: int | None = None
-    """Last step of the decay of cosine and warmup_stable_decay; the rate stays at its minimum afterwards."""
+    """Last step of the decay of cosine and warmup_stable_decay; the rate stays at its minimum afterwards, which must be
+    above 0 if there are such steps. A minimum of 0 would be reached one step after it."""
     decay_steps: int | None = None
     """Number of steps of the final linear decay of warmup_stable_decay."""
     min_lr_ratio: float = 0.0
@@ -170,16 +174,16 @@ class ScheduleConfig:
 class ZeroConfig:
     """How DeepSpeed's ZeRO shards the model states over the devices."""
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal[0, 1, 2, 3] = keeps_result(1)
     """What is sharded. 0: nothing, 1: optimizer states, 2: also gradients, 3: also parameters. Stage 0 in bf16 runs as
     stage 1."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload: Literal["none", "optimizer", "parameters"] = keeps_result("none")
     """Model states kept in host memory: optimizer (stages 1-3) or also the parameters (stage 3)."""
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    reduce_dtype: Literal["fp32", "bf16"] = keeps_result("fp32")
     """Precision in which gradients are summed over devices."""
-    bucket_size: int = 500_000_000
+    bucket_size: int = keeps_result(500_000_000)
     """Number of elements of a communication bucket."""
-    persistence_threshold: int = 100_000
+    persistence_threshold: int = keeps_result(100_000)
     """Stage 3: parameters with fewer elements are kept whole on every device."""
 
     def problems(self) -> list[str]:
@@ -202,19 +206,19 @@ class ZeroConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
-    every_steps: int = 1000
+    every_steps: int = keeps_result(1000)
     """Steps between two checkpoints; 0: none. The last step and a requested stop are always saved."""
-    every_minutes: float | None = None
+    every_minutes: float | None = keeps_result(None)
     """Minutes between two checkpoints by the clock of rank 0, counted from the start or the last save; null: only
     every_steps counts."""
-    keep_last: int = 2
+    keep_last: int = keeps_result(2)
     """Number of newest whole checkpoints to keep; older ones are deleted once a newer one is whole."""
-    keep_every: int = 0
+    keep_every: int = keeps_result(0)
     """Checkpoints of steps that are a multiple of it are never deleted; 0: none."""
-    on_error: Literal["continue", "stop"] = "continue"
+    on_error: Literal["continue", "stop"] = keeps_result("continue")
     """What happens if a checkpoint cannot be written. The last one of a run, or before a stop, always ends the run with
     status 74. Older checkpoints are not changed in any case."""
-    asynchronous: bool = False
+    asynchronous: bool = keeps_result(False)
     """Copy to host memory and write while training continues; needs 12 bytes of it per parameter, over all ranks."""
 
     def problems(self) -> list[str]:
@@ -236,17 +240,17 @@ class CheckpointConfig:
 class HealthConfig:
     """What happens when losses or gradients are not finite, and at loss spikes."""
 
-    max_skipped: int = 10
+    max_skipped: int = keeps_result(10)
     """Steps in a row, skipped because a loss or gradient was not finite, after which the run ends with status 1."""
-    spike_window: int = 100
+    spike_window: int = keeps_result(100)
     """Number of applied steps that a loss is compared with; before there are as many, no loss counts as a spike."""
-    spike_threshold: float = 10.0
+    spike_threshold: float = keeps_result(10.0)
     """A loss this many robust standard deviations above the window's median is a spike."""
-    on_spike: Literal["warn", "rollback"] = "warn"
+    on_spike: Literal["warn", "rollback"] = keeps_result("warn")
     """warn: log and count it; rollback: also go back to the last checkpoint and pass over the samples around it."""
-    skip_steps: int = 20
+    skip_steps: int = keeps_result(20)
     """Number of steps up to and including the spike whose samples are passed over after a rollback."""
-    max_rollbacks: int = 3
+    max_rollbacks: int = keeps_result(3)
     """Largest number of rollbacks of a run; further spikes are only logged."""
 
     def problems(self) -> list[str]:
@@ -265,7 +269,7 @@ class HealthConfig:
 class ProfileConfig:
     """A window of steps that is recorded with torch.profiler."""
 
-    steps: list[int] = field(default_factory=list)
+    steps: list[int] = keeps_result(factory=list)
     """First and last step of the window, for instance [20, 23]; the trace goes to `profile/` in the run directory."""
 
     def problems(self) -> list[str]:
@@ -283,16 +287,16 @@ SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoi
 class RunConfig:
     """Everything that decides a run."""
 
-    run_dir: str | None = None
+    run_dir: str | None = of_a_host(None)
     """Folder of the run; null: runs/<name of the config file>."""
     seed: int = 0
     """Seed of the initial weights, the data order, the masks and random routing."""
-    resume: Literal["never", "auto", "must"] = "auto"
+    resume: Literal["never", "auto", "must"] = keeps_result("auto")
     """auto: resume from the newest whole checkpoint, if any; must: fail without one; never: fail if there is a run."""
-    resume_allow: list[str] = field(default_factory=list)
+    resume_allow: list[str] = keeps_result(factory=list)
     """Keys that may differ from the run that is resumed, for instance [optimizer.lr]; from_zero: start at step 0 if
     there are checkpoints but none is whole."""
-    init_from: str | None = None
+    init_from: str | None = keeps_result(None)
     """Run directory or checkpoint of another run whose weights, and nothing else, this run starts from."""
     model: CoLT5Config = field(default_factory=CoLT5Config)
     data: DataConfig = field(default_factory=DataConfig)
@@ -336,6 +340,14 @@ class RunConfig:
                 later = stage.model.problems() + stage.train.problems() + stage._input_multiple_problems()
                 found += [f"data.length_schedule[{number}]: {line}" for line in later]
         found.extend(deepspeed_problems(self.deepspeed))
+        schedule = self.schedule
+        decays_to_zero = schedule.name in ("cosine", "warmup_stable_decay") and schedule.min_lr_ratio == 0
+        if decays_to_zero and schedule.total_steps and schedule.total_steps < self.train.steps:
+            found.append(
+                f"schedule.total_steps: {schedule.total_steps} is before the last step, and train.steps "
+                f"{self.train.steps} would go on at rate 0; set schedule.total_steps={self.train.steps}, or "
+                "schedule.min_lr_ratio above 0"
+            )
         if self.optimizer.name == "adafactor" and self.zero.stage != 0:
             found.append(
                 f"optimizer.name: adafactor cannot work on the flat shards of zero.stage {self.zero.stage}; "

@@ -28,7 +28,6 @@ MOST_FORMS = 64
 
 def compile_layers(model: nn.Module) -> None:
     """Compile every layer's forward when it is first called; one graph a layer, or an error."""
-    use_cache()
     torch._dynamo.config.recompile_limit = MOST_FORMS
     torch._dynamo.config.accumulated_recompile_limit = 16 * MOST_FORMS
     for layer in model.modules():

@@ -1,8 +1,11 @@
 """The JSON that DeepSpeed gets, derived from ours: batch sizes, clipping and number formats exist once."""
 
+import os
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 
 from colt5dist.train.config.schema import RunConfig
 
@@ -20,6 +23,62 @@ def engine_stage(config: RunConfig, on_gpu: bool) -> int:
     """
     stage = int(config.zero.stage)
     return 1 if stage == 0 and uses_bf16(config, on_gpu) else stage
+
+
+def sums_flat(config: RunConfig, on_gpu: bool) -> bool:
+    """Whether gradients are summed by us (`GradientSums`), not by DeepSpeed."""
+    return on_gpu and engine_stage(config, on_gpu) > 0 and config.zero.offload == "none"
+
+
+def library_problems(config: RunConfig, world_size: int, on_gpu: bool) -> list[str]:
+    """Have DeepSpeed itself check what the section `deepspeed` holds, before it has a process group or a model.
+
+    Args:
+        config: the run.
+        world_size: number of processes.
+        on_gpu: whether it runs on GPUs.
+
+    Returns:
+        What is wrong, one line per key.
+    """
+    if not config.deepspeed:
+        return []
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    merged = deepspeed_config(config, world_size, on_gpu)
+    zero, stage = merged["zero_optimization"], engine_stage(config, on_gpu)
+    found = []
+    for title, kind in (("zero_optimization", DeepSpeedZeroConfig), ("comms_logger", CommsLoggerConfig)):
+        try:
+            kind(**merged.get(title, {}))
+        except (ValueError, TypeError, AssertionError) as error:
+            details = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
+            for detail in details:
+                key = ".".join(["deepspeed", title, *map(str, detail["loc"])])
+                found.append(f"{key}: {str(detail['msg']).splitlines()[0]}; see DeepSpeed's reference")
+    factor = merged.get("gradient_predivide_factor", 1.0)
+    if not factor > 0:
+        found.append(f"deepspeed.gradient_predivide_factor: {factor} is not positive; use a number above 0")
+    if stage in (2, 3) and zero.get("reduce_scatter", True):
+        given = {
+            "gradient_predivide_factor": factor != 1,
+            "prescale_gradients": merged.get("prescale_gradients", False),
+        }
+        found += [
+            f"deepspeed.{name}: needs deepspeed.zero_optimization.reduce_scatter=false at ZeRO stage {stage}; set it"
+            for name, changed in given.items()
+            if changed
+        ]
+    part = min(int(zero.get("zero_hpz_partition_size", 1) or 1), world_size)
+    if stage == 3 and part > 0 and world_size % part:
+        found.append(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size: {part} does not divide {world_size} processes; use "
+            "a divisor"
+        )
+    return found
 
 
 def deepspeed_config(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:

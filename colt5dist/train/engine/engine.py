@@ -26,7 +26,13 @@ from colt5dist.train.engine.compile import (
     use_cache,
     without_compiled_code,
 )
-from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage, uses_bf16
+from colt5dist.train.engine.deepspeed_json import (
+    deepspeed_config,
+    engine_stage,
+    library_problems,
+    sums_flat,
+    uses_bf16,
+)
 from colt5dist.train.engine.flat_gradients import FlatGradients
 from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.engine.gradients import DeepSpeedGradients
@@ -83,7 +89,7 @@ class Engine:
         self.z_loss = config.train.z_loss
         settings = deepspeed_config(config, world_size, on_gpu)
         if flat_gradients is None:
-            flat_gradients = on_gpu and self.stage > 0 and config.zero.offload == "none"
+            flat_gradients = sums_flat(config, on_gpu)
         if on_gpu:
             use_cache()
         if on_gpu and flat_gradients:
@@ -426,6 +432,8 @@ def num_elements(shape: tuple[int, ...]) -> int:
 def device_problems(config: RunConfig, world_size: int, cuda_devices: int, local_world_size: int) -> list[str]:
     """What is wrong with the configuration on the devices that are there, one line each."""
     found = config.batch_problems(world_size)
+    if not found:
+        found += library_problems(config, world_size, cuda_devices > 0)
     if config.optimizer.name == "adafactor" and uses_bf16(config, cuda_devices > 0):
         found.append(
             "optimizer.name: adafactor needs fp32 parameters; set train.precision=fp32 or optimizer.name=adamw"
@@ -435,7 +443,8 @@ def device_problems(config: RunConfig, world_size: int, cuda_devices: int, local
     if cuda_devices and local_world_size > cuda_devices:
         found.append(
             f"this host has {cuda_devices} GPUs for {local_world_size} processes; start {cuda_devices} with "
-            f"--num_gpus {cuda_devices}, or set CUDA_VISIBLE_DEVICES= to run on CPUs"
+            f"--num_gpus {cuda_devices}, or set CUDA_VISIBLE_DEVICES= to run on CPUs (with srun: give the GPUs to the "
+            "host, --gpus-per-node, not to the tasks)"
         )
     return found
 

@@ -1,6 +1,6 @@
-"""A step's gradients where DeepSpeed sums them itself: stages 0 and 3, offloaded optimizers, and CPUs.
+"""A step's gradients where DeepSpeed sums them itself: stage 0, offloaded optimizers, and CPUs.
 
-`FlatGradients` does the same for ZeRO stages 1 and 2 on GPUs, without Python per parameter; both have the same methods.
+`GradientSums` do the same for ZeRO stages 1 to 3 on GPUs, without DeepSpeed's Python per parameter; the methods are alike.
 Between the last backward pass and the optimizer, summed over ranks and unclipped, DeepSpeed 0.19.8 keeps the gradients
 here (tests/train/guard/test_bad_numbers.py probes every place):
 

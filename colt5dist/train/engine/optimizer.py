@@ -5,12 +5,13 @@ from torch import nn
 
 from colt5dist.train.config.schema import OptimizerConfig
 
-UNDECAYED = ("norm", "embedding", "rout", "loss.weight")
-"""Parameters whose name contains one of these are not decayed, nor are vectors; loss.weight: the output embedding."""
+UNDECAYED = ("norm", "embedding", "rout", "bias", "loss.weight")
+"""Parameters whose name contains one of these are not decayed, nor are vectors; bias: also the table of relative
+positions; loss.weight: the output embedding."""
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices, but not norms, embeddings and routing vectors."""
+    """Whether weight decay applies: matrices, but not norms, embeddings, biases and routing vectors."""
     shape = getattr(parameter, "ds_shape", parameter.shape)  # at ZeRO stage 3 the tensor itself is empty
     return len(shape) >= 2 and not any(word in name for word in UNDECAYED)
 

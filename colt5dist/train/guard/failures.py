@@ -11,6 +11,7 @@ import torch
 from colt5dist.errors import ConfigError, SaveError, TrainingFault, first_line
 from colt5dist.files import write_whole
 from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.deepspeed_json import engine_stage
 from colt5dist.train.ranks import Ranks
 from colt5dist.train.report.monitor import read_metrics
 from colt5dist.train.run_directory import FAILURES, STATUS, write_status
@@ -102,6 +103,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_advice(config: RunConfig, world_size: int, step: int) -> str:
     """Describe the configured sizes that determine the use of memory, and what would lower it.
 
+    Only settings are advised that a resumed run may change, with values that fit the others.
+
     Args:
         config: the run.
         world_size: number of processes.
@@ -113,18 +116,28 @@ def memory_advice(config: RunConfig, world_size: int, step: int) -> str:
     stage = config.stage_at(step)
     train, data, zero = stage.train, stage.data, stage.zero
     size = stage.micro_batch_size(world_size)
+    number = config.stage_number(step) - 1
+    of_entry = number >= 0 and config.data.length_schedule[number].micro_batch_size is not None
+    size_key = f"data.length_schedule[{number}].micro_batch_size" if of_entry else "train.micro_batch_size"
     fixes = []
     if size > 1:
-        fixes.append(f"lower train.micro_batch_size (for instance to {size // 2})")
+        share = train.global_batch_size // world_size
+        smaller = max(divisor for divisor in range(1, size) if share % divisor == 0)
+        fixes.append(f"lower {size_key} (for instance to {smaller})")
     if train.activation_checkpointing == "none":
         fixes.append("set train.activation_checkpointing=full_keep_routing")
-    if world_size > 1 and zero.stage < 3:
-        fixes.append(f"raise zero.stage (to {zero.stage + 1})")
-    if zero.offload == "none" and zero.stage:
-        fixes.append("set zero.offload=optimizer")
-    fixes.append("lower data.input_length or data.target_length")
+    if stage.optimizer.name != "adafactor":  # which needs stage 0
+        zero_stage = engine_stage(config, torch.cuda.is_available())
+        if world_size > 1 and zero_stage < 3:
+            fixes.append(f"raise zero.stage (to {zero_stage + 1})")
+        if zero.offload == "none" and zero.stage:
+            fixes.append("set zero.offload=optimizer")
+        if zero.offload == "optimizer" and zero.stage == 3:
+            fixes.append("set zero.offload=parameters")
+    if not fixes:
+        fixes.append("use more or larger devices")
     return (
-        f"out of memory with train.micro_batch_size {size}, data.input_length {data.input_length}, "
+        f"out of memory with {size_key} {size}, data.input_length {data.input_length}, "
         f"data.target_length {data.target_length}, train.activation_checkpointing {train.activation_checkpointing}, "
         f"zero.stage {zero.stage}, zero.offload {zero.offload} on {world_size} processes; {', or '.join(fixes)}; "
         "--dry-run estimates what is needed"

@@ -16,10 +16,13 @@ from colt5dist.wording import count
 
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
     "A100": 312e12,
     "A800": 312e12,
@@ -102,9 +105,13 @@ def step_flops(config: RunConfig) -> int:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of one device in floating-point operations per second; None if it is not known."""
-    if device.type != "cuda":
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """The same by the name of the device; None also for a part of a GPU (MIG), whose share of the peak is unknown."""
+    if re.search(r"\bMIG\b", name):
         return None
-    name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 

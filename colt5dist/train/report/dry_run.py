@@ -9,10 +9,11 @@ from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import checkpoint_bytes
 from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.deepspeed_json import engine_stage
+from colt5dist.train.engine.deepspeed_json import engine_stage, library_problems
 from colt5dist.train.engine.engine import num_elements, parameter_shapes
 from colt5dist.train.report.accounting import describe_batch, state_memory, step_flops, tokens_of_run
 from colt5dist.train.report.activation_memory import activation_bytes
+from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.wording import count
 
 WORLD_SIZES = (1, 8, 64)
@@ -29,9 +30,9 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         The report, several lines.
 
     Raises:
-        ConfigError: the batch sizes do not divide among the devices.
+        ConfigError: the batch sizes do not divide among the devices, or DeepSpeed refuses its section.
     """
-    problems = config.batch_problems(world_size)
+    problems = config.batch_problems(world_size) or library_problems(config, world_size, on_gpu=True)
     if problems:
         raise ConfigError("\n".join(problems))
     train = config.train
@@ -62,6 +63,7 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         lines.append(
             "  note: in bf16 stage 0 runs as stage 1, hence the same memory (DeepSpeed's stage 0 trains differently)"
         )
+    lines += [f"note: {line}" for line in settings_without_effect(config, on_gpu=True)]
     return "\n".join(lines)
 
 

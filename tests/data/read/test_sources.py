@@ -53,6 +53,34 @@ def test_interleave(weights: list[float], seed: int) -> None:
     assert found == [interleave.find(number) for number in range(ROUND - 50, ROUND + 50)]
 
 
+@given(
+    weights=st.lists(st.floats(1e-300, 1e308, exclude_min=True), min_size=1, max_size=30),
+    repeats=st.sampled_from([1, 2, 40, 500]),
+)
+def test_shares_of_any_weights(weights: list[float], repeats: int) -> None:
+    """Up to 15,000 sets: each gets one sample or more, equal weights alike, and no set more than its share."""
+    counts = np.array(shares(weights * repeats))
+    number = len(weights) * repeats
+    assert counts.min() >= 1 and counts.sum() == ROUND * -(-number // 256)
+    exact = np.array(weights * repeats) / max(weights) / (np.array(weights) / max(weights)).sum() / repeats
+    assert np.all(counts <= np.maximum(np.ceil(exact * counts.sum()) + 1, 1))
+    rows = counts.reshape(repeats, -1)
+    assert np.ptp(rows, axis=0).max() <= 1
+
+
+def test_sets_with_tiny_weights_take_from_all_others() -> None:
+    """Not from the largest one alone."""
+    counts = shares([1e-9] * 1000 + [1.0, 1.0])
+    assert counts[:1000] == [1] * 1000 and counts[1000] == counts[1001]
+
+
+def test_a_round_of_thousands_of_sets() -> None:
+    counts = shares([1.0 + number % 3 for number in range(5000)])
+    interleave = Interleave([1.0 + number % 3 for number in range(5000)], seed=3)
+    found = [interleave.find(number) for number in range(sum(counts), 2 * sum(counts))]
+    assert sorted(found) == [(source, share + place) for source, share in enumerate(counts) for place in range(share)]
+
+
 def test_samples_come_from_their_sets(three: list[ShardSet]) -> None:
     """A sample of the mixture is the sample of its set's own order, with a mask of its own."""
     mixed = config(three, [1, 2, 5])

@@ -6,8 +6,10 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from colt5dist.errors import ConfigError
+from colt5dist.marks import KEEPS_RESULT, OF_A_HOST
 from colt5dist.train.config.deepspeed_sections import FREE, FREE_ZERO, OWNED, WITHOUT_EFFECT, deepspeed_problems
-from colt5dist.train.config.load import load_config
+from colt5dist.train.config.differences import settings_that_must_be_alike
+from colt5dist.train.config.load import config_leaves, load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage
 from colt5dist.train.engine.engine import device_problems
@@ -134,3 +136,81 @@ def test_a_micro_batch_that_does_not_divide_a_devices_share_is_refused(tmp_path:
     assert "4 does not divide the 6 samples" in problem and problem.endswith("use one of 1, 2, 3, 6")
     (problem,) = config.batch_problems(5)
     assert problem.startswith("train.global_batch_size: 12 does not divide among 5 devices")
+
+
+def differing(old: list[str], new: list[str], mark: str = KEEPS_RESULT) -> set[str]:
+    """Keys that differ between two configurations and do not carry a mark."""
+    tiny = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
+    one, two = (settings_that_must_be_alike(config_leaves(load_config(tiny, s)), mark) for s in (old, new))
+    return {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.activation_checkpointing=full",
+        "model.router_implementation=reference",
+        "train.eval_samples=3",
+        "train.eval_shuffled_inputs=false",
+        "train.log_every=7",
+        "deepspeed.zero_optimization.overlap_comm=false",
+        "deepspeed.flops_profiler.enabled=true",
+        "data.sources=[{shards: a, weight: 2}]",
+    ],
+)
+def test_what_keeps_the_result_may_change_on_resume(setting: str) -> None:
+    assert differing([], [setting]) == set()
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("optimizer.lr=0.5", "optimizer.lr"),
+        ("model.router_solver=newton", "model.router_solver"),
+        ("train.precision=bf16", "train.precision"),
+        ("deepspeed.prescale_gradients=true", "deepspeed.prescale_gradients"),
+        (
+            "deepspeed.zero_optimization.zero_quantized_gradients=true",
+            "deepspeed.zero_optimization.zero_quantized_gradients",
+        ),
+        ("data.length_schedule=[{step: 9, input_length: 4096}]", "data.length_schedule"),
+    ],
+)
+def test_what_changes_the_result_may_not(setting: str, key: str) -> None:
+    assert differing([], [setting]) == {key}
+
+
+def test_a_field_inside_a_list_has_its_own_mark() -> None:
+    entry = "data.length_schedule=[{step: 9, input_length: %d, micro_batch_size: %d}]"
+    assert differing([entry % (4096, 4)], [entry % (4096, 2)]) == set()
+    assert differing([entry % (4096, 4)], [entry % (8192, 4)]) == {"data.length_schedule"}
+    sources = "data.sources=[{shards: %s, weight: %d}]"
+    assert differing([sources % ("a", 1)], [sources % ("b", 1)], OF_A_HOST) == set()
+    assert differing([sources % ("a", 1)], [sources % ("a", 2)], OF_A_HOST) == {"data.sources"}
+    assert differing([], ["train.log_every=7", "data.num_workers=3"], OF_A_HOST) == {"train.log_every"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        (["deepspeed.zero_optimization.sub_group_size=-1"], "deepspeed.zero_optimization.sub_group_size"),
+        (["deepspeed.zero_optimization.leaf_module.klasses=[A]"], "deepspeed.zero_optimization.leaf_module.klasses"),
+        (["deepspeed.comms_logger.enable=true"], "deepspeed.comms_logger.enable"),
+        (["deepspeed.gradient_predivide_factor=2.0", "zero.stage=2"], "deepspeed.gradient_predivide_factor"),
+        (["deepspeed.prescale_gradients=true", "zero.stage=3"], "deepspeed.prescale_gradients"),
+        (
+            ["deepspeed.zero_optimization.zero_hpz_partition_size=3", "zero.stage=3"],
+            "deepspeed.zero_optimization.zero_hpz_partition_size",
+        ),
+    ],
+)
+def test_deepspeed_checks_its_section_before_the_ranks_connect(tmp_path: Path, settings: list[str], key: str) -> None:
+    config = load(tmp_path, "", *settings)
+    (problem,) = device_problems(config, world_size=4, cuda_devices=0, local_world_size=4)
+    assert problem.startswith(f"{key}: ") and "\n" not in problem
+
+
+def test_keys_of_the_flops_profiler() -> None:
+    """DeepSpeed ignores those that it does not know."""
+    (problem,) = deepspeed_problems({"flops_profiler": {"enabled": True, "steps": 3}})
+    assert problem.startswith("deepspeed.flops_profiler.steps: no such key; use one of enabled, ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from colt5dist.marks import KEEPS_RESULT
+from colt5dist.train.config.differences import marked_keys
 from colt5dist.train.config.load import load_config
 from colt5dist.train.guard.failures import memory_advice, record_failures
 from colt5dist.train.guard.heartbeat import _Message
@@ -126,4 +129,34 @@ def test_what_is_already_low_is_not_advised() -> None:
     settings = ["zero.stage=3", "zero.offload=parameters", "train.micro_batch_size=1", "train.global_batch_size=8"]
     config = load_config(TINY, [*settings, "train.activation_checkpointing=full"])
     advice = memory_advice(config, 2, 1)
-    assert advice.endswith("; lower data.input_length or data.target_length; --dry-run estimates what is needed")
+    assert advice.endswith("; use more or larger devices; --dry-run estimates what is needed")
+
+
+SCHEDULE = "data.length_schedule=[{step: 5, input_length: 4096, micro_batch_size: 3}]"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["zero.stage=0", "train.global_batch_size=18", "train.micro_batch_size=9"],
+        ["zero.stage=3", "zero.offload=optimizer"],
+        ["zero.stage=0", "optimizer.name=adafactor", "train.global_batch_size=12", "train.micro_batch_size=6"],
+        [SCHEDULE, "train.global_batch_size=12", "train.micro_batch_size=2"],
+    ],
+    ids=["default", "odd share", "offloaded", "adafactor", "schedule"],
+)
+def test_all_that_is_advised_may_be_changed_on_resume(settings: list[str]) -> None:
+    """Each piece of advice, followed, is a valid configuration, and its key carries the mark."""
+    config = load_config(TINY, settings)
+    advice = memory_advice(config, 2, 10).split("; ")[1]
+    for fix in advice.split(", or "):
+        match = re.fullmatch(r"(?:lower|raise|set) ([\w.\[\]]+)(?:=| \(for instance to | \(to )(\w+)\)?", fix)
+        assert match, fix
+        key, value = match.groups()
+        assert re.sub(r"\[\d+\]", "[]", key) in marked_keys(KEEPS_RESULT)
+        if key.startswith("data.length_schedule"):
+            changed = [SCHEDULE.replace("micro_batch_size: 3", f"micro_batch_size: {value}"), *settings[1:]]
+        else:
+            changed = [*settings, f"{key}={value}"]
+        assert load_config(TINY, changed).batch_problems(2) == []

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from colt5dist.train.config.load import load_config
 from colt5dist.train.engine.engine import build_model
-from colt5dist.train.report.accounting import forward_multiply_adds, state_memory, step_flops
+from colt5dist.train.report.accounting import forward_multiply_adds, peak_flops_of, state_memory, step_flops
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -46,3 +46,25 @@ def test_memory_falls_with_the_stage_and_the_devices() -> None:
     assert one == [20_000_000] * 4
     cpu = [row.device_bytes for row in state_memory(config, 1_000_000, 2, on_gpu=False)]
     assert cpu == [16_000_000, 14_000_000, 12_000_000, 10_000_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("Some other GPU", None),
+    ],
+)
+def test_peaks_by_name(name: str, peak: float | None) -> None:
+    """Of the form, not of its family: the NVL and PCIe forms are slower, and of a part of a GPU the peak is unknown."""
+    assert peak_flops_of(name) == peak
