@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from colt5dist.model.arguments import check_batch, check_ids, check_model_arguments
 from colt5dist.model.config import CoLT5Config
 from colt5dist.model.decoder import Decoder
 from colt5dist.model.encoder import Encoder
+from colt5dist.model.pretrained_form import PretrainedForm
 from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.checks import check_mask, check_sample_index, check_tokens
@@ -28,7 +29,7 @@ class CoLT5Output(NamedTuple):
     routing: tuple[LayerRouting, ...]
 
 
-class CoLT5(nn.Module):
+class CoLT5(PretrainedForm):
     """CoLT5: conditional (or dense) encoder, decoder, and the loss of the targets.
 
     The inputs of encoder and decoder share one embedding; the output has another (arXiv 2303.09752).
@@ -45,10 +46,13 @@ class CoLT5(nn.Module):
         ValueError: every problem of the configuration, one line each.
     """
 
+    architecture = "encoder_decoder"
+
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
         super().__init__()
-        check_model_arguments("CoLT5", "encoder_decoder", config, activation_checkpointing, seed)
+        check_model_arguments("CoLT5", self.architecture, config, activation_checkpointing, seed)
         self.config = config
+        self.seed = seed
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
         self.encoder = Encoder(config, activation_checkpointing=activation_checkpointing, seed=seed)
         self.decoder = Decoder(config, activation_checkpointing=activation_checkpointing)
