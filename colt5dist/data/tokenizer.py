@@ -178,6 +178,11 @@ class JsonTokenizer(Tokenizer):
     def names(self) -> frozenset[str]:
         return frozenset(self._pieces.values())
 
+    @property
+    def special_names(self) -> dict[int, str]:
+        """Names of the file's special tokens by id; pad and end token only where the file has them."""
+        return dict(self._specials)
+
 
 def _steps(description: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
     """The steps of a decoder's description, with those of a Sequence in its place."""

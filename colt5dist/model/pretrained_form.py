@@ -1,6 +1,7 @@
 """`from_pretrained` and `save_pretrained` of the models: from and to files, without DeepSpeed and other processes."""
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,6 +19,18 @@ from colt5dist.storage.stored_model import StoredModel, open_stored
 
 CLASSES = {"encoder_decoder": "CoLT5", "causal": "CausalCoLT5"}
 """Name of the model's class by `model.architecture`."""
+TRANSFORMERS_CLASSES = {
+    "encoder_decoder": ("CoLT5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+    "causal": ("CoLT5ForCausalLM", "AutoModelForCausalLM"),
+}
+"""The same for transformers: the class in `MODELING_FILE`, and what opens it."""
+MODELING_FILE = Path(__file__).parent / "huggingface" / "modeling_colt5dist.py"
+"""The file that is copied into a saved folder for transformers."""
+GENERATION_NAME = "generation_config.json"
+PLACES = ("shards", "sources", "cache_gb", "num_workers", "skip")
+"""Keys of `data` that say where the run's text is, and not how samples are made; a saved folder does not name them."""
+EVALUATION = ("eval_samples", "micro_batch_size", "precision")
+"""Keys of `train` that decide how the run evaluates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +61,10 @@ class PretrainedForm(nn.Module):
     config: CoLT5Config
     seed: int
     origin: Origin = Origin()
+    pad_id: int = 0
+    """The tokenizer's pad token, with which the decoder starts."""
+    eos_id: int = 1
+    """The tokenizer's end token."""
 
     @classmethod
     def from_pretrained(
@@ -104,12 +121,14 @@ class PretrainedForm(nn.Module):
             train=stored.settings.get("train", {}),
             token_ids=stored.token_ids,
         )
+        if model.origin.token_ids is not None:
+            model.pad_id, model.eos_id = model.origin.token_ids["pad_id"], model.origin.token_ids["eos_id"]
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model so that `from_pretrained` reads it.
+        """Write the model so that `from_pretrained` reads it, and transformers with `trust_remote_code=True`.
 
-        The tokenizer is another object with its own `save`; launch/export.py writes both.
+        The tokenizer is another object with its own files; launch/export.py writes both.
 
         Args:
             folder: is made where it is missing; files of the same names are replaced.
@@ -120,23 +139,49 @@ class PretrainedForm(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, dict(self.named_parameters()))
-        content = json.dumps(self._exported_config(), indent=2, sort_keys=True)
-        write_whole(folder / CONFIG_NAME, f"{content}\n".encode())
+        shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+        for name, content in ((CONFIG_NAME, self._exported_config()), (GENERATION_NAME, self._generation_config())):
+            write_whole(folder / name, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
+
+    def _generation_config(self) -> dict[str, Any]:
+        """Content of generation_config.json, which is for transformers."""
+        ids = self.origin.token_ids
+        if ids is None:
+            return {"use_cache": False}
+        found = {"pad_token_id": ids["pad_id"], "eos_token_id": ids["eos_id"], "use_cache": False}
+        start = "bos_token_id" if self.architecture == "causal" else "decoder_start_token_id"
+        return {**found, start: ids["start_id"]}
 
     def _exported_config(self) -> dict[str, Any]:
-        """Content of config.json."""
+        """Content of config.json: one section for `from_pretrained`, and keys that transformers reads."""
         section = {
             "format_version": FORMAT_VERSION,
             "step": self.origin.step,
             "settings": {
                 "seed": self.seed,
                 "model": asdict(self.config),
-                "data": self.origin.data,
-                "train": self.origin.train,
+                "data": {key: value for key, value in self.origin.data.items() if key not in PLACES},
+                "train": {key: value for key, value in self.origin.train.items() if key in EVALUATION},
             },
         }
-        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
-        return {"dtype": dtype, SECTION: section}
+        name, auto = TRANSFORMERS_CLASSES[self.architecture]
+        ids = {key: value for key, value in self._generation_config().items() if key != "use_cache"}
+        return {
+            SECTION: section,
+            "architectures": [name],
+            "auto_map": {
+                "AutoConfig": f"{MODELING_FILE.stem}.CoLT5TransformersConfig",
+                auto: f"{MODELING_FILE.stem}.{name}",
+            },
+            "dtype": str(next(self.parameters()).dtype).removeprefix("torch."),
+            "is_encoder_decoder": self.architecture == "encoder_decoder",
+            "model_type": "colt5dist",
+            "hidden_size": self.config.d_model,
+            "num_attention_heads": self.config.num_heads,
+            "num_hidden_layers": self.config.num_decoder_layers,
+            "vocab_size": self.config.vocab_size,
+            **ids,
+        }
 
 
 def check_arguments(step: Any, dtype: Any) -> None:

@@ -127,7 +127,10 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor], *, file_bytes:
     for name, part in zip(names, files, strict=True):
         tensors = {key: weights[key].detach().cpu().contiguous() for key in part}
         try:
+            (folder / name).touch()
+            mode = (folder / name).stat().st_mode
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            (folder / name).chmod(mode)  # the library writes a file that only its owner reads
         except SafetensorError as error:
             raise OSError(None, str(error), str(folder / name)) from None
     if len(files) > 1:
