@@ -73,6 +73,10 @@ class DecoderState:
         written = self._slots < self._position
         self._source.copy_(torch.where(written, self._source[parents], self._own_rows))
 
-    def num_bytes(self) -> int:
-        """Bytes of keys and values that the last steps read, those of the decoded tokens at their full number."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self._past, *self._contexts))
+    def past_bytes(self) -> int:
+        """Bytes of the keys and values of decoded tokens, at their full number."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._past)
+
+    def context_bytes(self) -> int:
+        """Bytes of the keys and values of the inputs."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._contexts)
