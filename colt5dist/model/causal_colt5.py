@@ -20,6 +20,7 @@ from colt5dist.model.generation import (
     write,
 )
 from colt5dist.model.layer_settings import attention_settings, feed_forward_settings, head_settings, router_settings
+from colt5dist.model.pretrained_form import PretrainedForm
 from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
@@ -69,7 +70,7 @@ class CausalLayer(nn.Module):
         return x, LayerRouting(*map(routed_tokens, routes)) if collect_routing else None
 
 
-class CausalCoLT5(nn.Module):
+class CausalCoLT5(PretrainedForm):
     """Decoder-only CoLT5: embedding, causal conditional layers, norm, and the loss of the targets.
 
     The output embedding is not that of the input. No logit depends on a later token by one bit.
@@ -85,15 +86,13 @@ class CausalCoLT5(nn.Module):
         ValueError: every problem of the configuration, one line each.
     """
 
-    pad_id: int = 0
-    """The tokenizer's pad token, with which a text starts; set by what loads a model with its tokenizer."""
-    eos_id: int = 1
-    """The tokenizer's end token; set in the same place."""
+    architecture = "causal"
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
         super().__init__()
-        check_model_arguments("CausalCoLT5", "causal", config, activation_checkpointing, seed)
+        check_model_arguments("CausalCoLT5", self.architecture, config, activation_checkpointing, seed)
         self.config = config
+        self.seed = seed
         self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
         self.layers = nn.ModuleList(

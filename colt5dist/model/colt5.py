@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colt5dist.model.arguments import check_batch, check_ids, check_model_arguments
 from colt5dist.model.config import CoLT5Config
@@ -21,6 +21,7 @@ from colt5dist.model.generation import (
     without_end,
     write_from_start,
 )
+from colt5dist.model.pretrained_form import PretrainedForm
 from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.checks import check_mask, check_sample_index, check_tokens
@@ -41,7 +42,7 @@ class CoLT5Output(NamedTuple):
     routing: tuple[LayerRouting, ...]
 
 
-class CoLT5(nn.Module):
+class CoLT5(PretrainedForm):
     """CoLT5: conditional (or dense) encoder, decoder, and the loss of the targets.
 
     The inputs of encoder and decoder share one embedding; the output has another (arXiv 2303.09752).
@@ -58,15 +59,13 @@ class CoLT5(nn.Module):
         ValueError: every problem of the configuration, one line each.
     """
 
-    pad_id: int = 0
-    """The tokenizer's pad token, with which the decoder starts; set by what loads a model with its tokenizer."""
-    eos_id: int = 1
-    """The tokenizer's end token; set in the same place."""
+    architecture = "encoder_decoder"
 
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
         super().__init__()
-        check_model_arguments("CoLT5", "encoder_decoder", config, activation_checkpointing, seed)
+        check_model_arguments("CoLT5", self.architecture, config, activation_checkpointing, seed)
         self.config = config
+        self.seed = seed
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
         self.encoder = Encoder(config, activation_checkpointing=activation_checkpointing, seed=seed)
         self.decoder = Decoder(config, activation_checkpointing=activation_checkpointing)

@@ -89,7 +89,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
-        run_id = run_directory.record_start(run_dir, config, ranks, hosts)
+        run_id = run_directory.record_start(run_dir, config, ranks, hosts, shards.tokenizer)
         meter = Meter(device, hosts, step_flops(config))
         monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
         checkpoints = run_dir / run_directory.CHECKPOINTS
