@@ -66,6 +66,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
     if plan.is_finished(config):
+        if ranks.is_first:
+            run_directory.keep_tokenizer(run_dir, shards.tokenizer, config)
         return report_finished(run_dir, ranks, plan.state, entropy)
 
     make_deterministic(config)

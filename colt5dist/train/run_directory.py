@@ -120,6 +120,19 @@ def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str
     return str(broadcast_from_first(read_run_id(run_dir)))
 
 
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Copy the tokenizer into a run folder that lacks it, as those of earlier versions do; a full disk is no error.
+
+    Args:
+        run_dir: folder of the run.
+        tokenizer: the tokenizer of the shards.
+        config: the run.
+    """
+    with suppress(OSError):
+        if not (run_dir / TOKENIZER_FOLDER).exists():
+            model_tokenizer(tokenizer, config.data).save(run_dir / TOKENIZER_FOLDER)
+
+
 def read_run_id(run_dir: Path) -> str | None:
     """Read the id that the run's checkpoints carry, which distinguishes them from those of another run.
 

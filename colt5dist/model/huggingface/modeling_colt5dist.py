@@ -5,6 +5,7 @@ An exported folder holds a copy of this file. `AutoModelForSeq2SeqLM` and `AutoM
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class CoLT5PreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: CoLT5TransformersConfig, model_class: type[nn.Module]) -> None:
         super().__init__(config)
+        self._colt5: Any
         settings = (config.colt5dist or {})["settings"]
         model = model_class(CoLT5Config(**settings["model"]), seed=settings["seed"])
         for name, module in model.named_children():
@@ -136,8 +138,8 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
             (b * num_return_sequences, 1 + new tokens) int64, the start token first.
         """
         ids = inputs if input_ids is None else input_ids
-        own = self._own_generation(arguments) if generation_config is None and ids is not None else None
-        if own is None:
+        own = self._own_generation(arguments) if generation_config is None else None
+        if own is None or ids is None:
             return super().generate(
                 ids, generation_config=generation_config, attention_mask=attention_mask, **arguments
             )
@@ -228,12 +230,12 @@ class _EncoderOfGeneration(nn.Module):
 
     def __init__(self, model: CoLT5ForConditionalGeneration) -> None:
         super().__init__()
-        object.__setattr__(self, "_colt5", model._colt5)
+        self._encode_alone = partial(encode_inputs, model._colt5)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> EncoderStates:
         """Encoder states of the inputs, each read as if it were alone in the batch, and where they are valid."""
         mask = None if attention_mask is None else attention_mask.bool()
-        states, lengths = encode_inputs(self._colt5, input_ids, mask, sample_numbers(None, input_ids))
+        states, lengths = self._encode_alone(input_ids, mask, sample_numbers(None, input_ids))
         places = torch.arange(states.shape[1], device=states.device)
         return EncoderStates(last_hidden_state=states, mask=places < lengths.unsqueeze(1))
 
@@ -260,8 +262,8 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
             (b * num_return_sequences, t + new tokens) int64, the prompt with its padding first.
         """
         ids = inputs if input_ids is None else input_ids
-        own = self._own_generation(arguments) if generation_config is None and ids is not None else None
-        if own is None:
+        own = self._own_generation(arguments) if generation_config is None else None
+        if own is None or ids is None:
             return super().generate(
                 ids, generation_config=generation_config, attention_mask=attention_mask, **arguments
             )
@@ -286,7 +288,7 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
             input_ids: (b, t) int64, the start token first.
             attention_mask: (b, t), 1 = valid; padding may be on either side; None: all.
             labels: (b, t) int64, usually input_ids: position i is compared with the logits of position i - 1; those
-                that are -100 do not count.
+                that are -100, or come after padding, do not count.
             sample_index: (b,) int64, needed by a model with random routing.
 
         Returns:
@@ -303,5 +305,8 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
         logits = self.loss.logits(states)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+            following = labels[:, 1:]
+            if attention_mask is not None:
+                following = following.masked_fill(attention_mask[:, :-1] == 0, IGNORED)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten(), ignore_index=IGNORED)
         return CausalLMOutput(loss=loss, logits=logits)
