@@ -100,7 +100,20 @@ class ExportedReader:
         return dict(self._shapes)
 
     def fill(self, name: str, key: str, shape: tuple[int, ...], offset: int, target: torch.Tensor) -> None:
-        """Fill a flat tensor with elements of a parameter from `offset` on; `key` and `shape` are known to fit."""
+        """Fill a tensor with consecutive elements of a stored one.
+
+        Args:
+            name: name of the parameter.
+            key: not used: an exported folder holds weights only.
+            shape: shape that the parameter must have.
+            offset: first element to read, counted in the flattened parameter.
+            target: flat, of any type; as many elements are read as it has.
+
+        Raises:
+            ConfigError: there is no such parameter, or its file cannot be read.
+        """
+        if self._shapes.get(name) != shape:
+            raise ConfigError(f"{self.folder}: parameter {name} with shape {list(shape)} is missing; {FIX}")
         path = self._file_of[name]
         try:
             with safe_open(path, framework="pt") as file:

@@ -144,6 +144,16 @@ def open_stored(path: str | Path, step: int | None = None) -> StoredModel:
     )
 
 
+def tokenizer_fingerprint_of(root: Path) -> str:
+    """Fingerprint of the tokenizer of a run folder or an exported folder; empty where the folder does not hold it.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = root / VOCABULARY
+    return str(read_json(path, fix="copy the folder again").get("fingerprint", "")) if path.exists() else ""
+
+
 def settings_at(config: dict[str, Any], step: int) -> dict[str, Any]:
     """The settings that hold at a step: of `data.length_schedule`, those of the last entry that had begun.
 

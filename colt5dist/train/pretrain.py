@@ -15,7 +15,7 @@ from colt5dist.data import (
 )
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
-from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
+from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint, load_weights
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
@@ -167,7 +167,10 @@ def load_start(plan: resume.StartPlan, engine: Engine) -> None:
     if checkpoint is None:
         return
     with errors_on_all_ranks():
-        load_checkpoint(checkpoint, engine, weights_only=plan.resume_from is None)
+        if plan.resume_from is None:
+            load_weights(checkpoint, engine)
+        else:
+            load_checkpoint(checkpoint, engine)
     refresh_parameters(engine)
 
 

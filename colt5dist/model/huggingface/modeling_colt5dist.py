@@ -4,6 +4,7 @@ An exported folder holds a copy of this file. `AutoModelForSeq2SeqLM` and `AutoM
 `trust_remote_code=True`. The weights have the names that they have in colt5dist.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,34 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, Seq2SeqLMOutput
 
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
+from colt5dist.model.generation import encode_inputs, sample_numbers
 from colt5dist.nn.attention.relative_bias import RelativeBias
 
 IGNORED = -100
 """Label of a token that does not count in the loss."""
+OURS = {
+    "max_new_tokens": None,
+    "max_length": None,
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": None,
+    "top_p": None,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "num_return_sequences": 1,
+}
+"""Arguments of `generate` that colt5dist's own generation has, and their defaults."""
+NEUTRAL = {
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "transformers_version",
+}
+"""Settings of a generation configuration that change nothing."""
+DEFAULT_NEW_TOKENS = 20
+"""Tokens that are written where nothing says how many, as in transformers."""
 
 
 class CoLT5TransformersConfig(PreTrainedConfig):
@@ -55,6 +80,23 @@ class CoLT5PreTrainedModel(PreTrainedModel):
         if isinstance(module, RelativeBias):
             module.reset_buckets()
 
+    def _own_generation(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        """Arguments of colt5dist's `generate` that mean what these mean; None where it has no such arguments."""
+        configured = {
+            name: value
+            for name, value in self.generation_config.to_diff_dict().items()
+            if name not in NEUTRAL and not name.startswith("_") and value is not None
+        }
+        given = {name: value for name, value in given.items() if value is not None and name not in NEUTRAL}
+        wanted = {**OURS, **configured, **given}
+        if set(wanted) != set(OURS) or (wanted["do_sample"] and wanted["num_beams"] > 1):
+            return None
+        number = wanted.pop("max_new_tokens")
+        length = wanted.pop("max_length")
+        if not wanted.pop("do_sample"):
+            wanted.update(temperature=0.0, top_k=None, top_p=None)
+        return {"max_new_tokens": number, "max_length": length, **wanted, "seed": None}
+
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of input tokens."""
         return self.embedding
@@ -70,6 +112,40 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
     def __init__(self, config: CoLT5TransformersConfig) -> None:
         super().__init__(config, CoLT5)
         self.encoder.main_input_name = self.main_input_name  # generation asks for it
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Write the targets of inputs: from caches, by colt5dist, where it has these arguments, else by transformers.
+
+        Args:
+            inputs: (b, n) int64, like input_ids.
+            generation_config: of transformers; with one, transformers writes.
+            input_ids: (b, n) int64.
+            attention_mask: (b, n), 1 = valid; None: all.
+            arguments: `OURS`, or any others of transformers.
+
+        Returns:
+            (b * num_return_sequences, 1 + new tokens) int64, the start token first.
+        """
+        ids = inputs if input_ids is None else input_ids
+        own = self._own_generation(arguments) if generation_config is None and ids is not None else None
+        if own is None:
+            return super().generate(
+                ids, generation_config=generation_config, attention_mask=attention_mask, **arguments
+            )
+        length = own.pop("max_length")
+        own["max_new_tokens"] = own["max_new_tokens"] or (length - 1 if length else DEFAULT_NEW_TOKENS)
+        mask = None if attention_mask is None else attention_mask.bool()
+        self._colt5.pad_id, self._colt5.eos_id = self.config.decoder_start_token_id, self.config.eos_token_id
+        return F.pad(self._colt5.generate(ids, input_mask=mask, **own), (1, 0), value=self._colt5.pad_id)
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         """What generation calls once for its inputs."""
@@ -108,7 +184,8 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
             states, mask = self._encode(input_ids, attention_mask, sample_index)
         else:
             states = encoder_outputs[0]
-            mask = None if attention_mask is None else attention_mask.bool()
+            mask = getattr(encoder_outputs, "mask", attention_mask)
+            mask = None if mask is None else mask.bool()
         logits = self.loss.logits(self._colt5.decode(decoder_input_ids, states, input_mask=mask))
         loss = None
         if labels is not None:
@@ -137,6 +214,13 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
         return shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id or 0)
 
 
+@dataclass
+class EncoderStates(BaseModelOutput):
+    """Encoder states, and a mask of those that are valid."""
+
+    mask: Tensor | None = None
+
+
 class _EncoderOfGeneration(nn.Module):
     """The encoder in the form in which transformers' generation calls one."""
 
@@ -144,12 +228,14 @@ class _EncoderOfGeneration(nn.Module):
 
     def __init__(self, model: CoLT5ForConditionalGeneration) -> None:
         super().__init__()
-        self._encode_inputs = model._encode
+        object.__setattr__(self, "_colt5", model._colt5)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> BaseModelOutput:
-        """Encoder states of the inputs, without what was padded to them here."""
-        states, _ = self._encode_inputs(input_ids, attention_mask)
-        return BaseModelOutput(last_hidden_state=states[:, : input_ids.shape[1]])
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> EncoderStates:
+        """Encoder states of the inputs, each read as if it were alone in the batch, and where they are valid."""
+        mask = None if attention_mask is None else attention_mask.bool()
+        states, lengths = encode_inputs(self._colt5, input_ids, mask, sample_numbers(None, input_ids))
+        places = torch.arange(states.shape[1], device=states.device)
+        return EncoderStates(last_hidden_state=states, mask=places < lengths.unsqueeze(1))
 
 
 class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
@@ -157,6 +243,34 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: CoLT5TransformersConfig) -> None:
         super().__init__(config, CausalCoLT5)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Continue prompts; arguments are those of the encoder-decoder's `generate`.
+
+        Returns:
+            (b * num_return_sequences, t + new tokens) int64, the prompt with its padding first.
+        """
+        ids = inputs if input_ids is None else input_ids
+        own = self._own_generation(arguments) if generation_config is None and ids is not None else None
+        if own is None:
+            return super().generate(
+                ids, generation_config=generation_config, attention_mask=attention_mask, **arguments
+            )
+        length = own.pop("max_length")
+        own["max_new_tokens"] = own["max_new_tokens"] or (length - ids.shape[1] if length else DEFAULT_NEW_TOKENS)
+        mask = None if attention_mask is None else attention_mask.bool()
+        self._colt5.pad_id, self._colt5.eos_id = self.config.pad_token_id, self.config.eos_token_id
+        written = self._colt5.generate(ids, input_mask=mask, **own)
+        return torch.cat((ids.repeat_interleave(own["num_return_sequences"], dim=0), written), dim=1)
 
     def forward(
         self,

@@ -28,7 +28,7 @@ from colt5dist.train.checkpoint.folders import (
     renamed_folders,
     unfinished_folders,
 )
-from colt5dist.train.checkpoint.read import find_damage, load_checkpoint, read_fragments
+from colt5dist.train.checkpoint.read import find_damage, load_checkpoint, load_weights, read_fragments
 from colt5dist.train.checkpoint.save import Saver
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 
@@ -45,6 +45,7 @@ __all__ = [
     "is_whole",
     "json_problem",
     "load_checkpoint",
+    "load_weights",
     "model_problems",
     "optimizer_problems",
     "read_complete",

@@ -8,6 +8,7 @@ from typing import Any
 from colt5dist.errors import ConfigError
 from colt5dist.storage.checkpoints import WEIGHT, parameter_shapes_of, read_index, read_json
 from colt5dist.storage.complete_file import FOLDER_NAME, FORMAT_VERSION, STATE, folder_name
+from colt5dist.storage.exported import ExportedReader, is_exported
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 from colt5dist.train.config.schema import OptimizerConfig
 
@@ -53,16 +54,16 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Compare the parameters of a checkpoint with those of a model.
+    """Compare the stored parameters with those of a model.
 
     Args:
-        folder: a checkpoint.
+        folder: a checkpoint, or an exported folder.
         shapes: name and shape of every parameter of the model.
 
     Returns:
         The first difference and the number of further ones, as one line; nothing if there is none.
     """
-    saved = parameter_shapes_of(folder)
+    saved = ExportedReader(folder).shapes() if is_exported(folder) else parameter_shapes_of(folder)
     found = [f"{folder}: parameter {name} is missing" for name in shapes if name not in saved]
     found += [f"{folder}: parameter {name} is not in this model" for name in saved if name not in shapes]
     found += [

@@ -5,6 +5,7 @@ from typing import Any
 
 from colt5dist.storage.checkpoints import WEIGHT, FragmentReader, read_index
 from colt5dist.storage.complete_file import Damage, find_difference
+from colt5dist.storage.exported import ExportedReader, is_exported
 from colt5dist.train.checkpoint.folders import read_state
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 from colt5dist.train.engine import fragments
@@ -54,6 +55,27 @@ def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False)
         fragments.create_optimizer_state(engine, state.optimizer_step, shapes)
     read_fragments(folder, index, engine, weights_only=weights_only)
     return state
+
+
+def load_weights(folder: Path, engine: Engine) -> None:
+    """Load the weights from a checkpoint of another run, or from an exported folder, and leave the optimizer as new.
+
+    Call `fragments.refresh_parameters` afterwards on all ranks, once all have read their part.
+
+    Args:
+        folder: a whole checkpoint, or an exported folder.
+        engine: an engine of the same model, before its first step.
+
+    Raises:
+        ConfigError: it is of another model, or cannot be read.
+    """
+    if not is_exported(folder):
+        load_checkpoint(folder, engine, weights_only=True)
+        return
+    reader = ExportedReader(folder)
+    for fragment in fragments.needed_fragments(engine):
+        if fragment.key == WEIGHT:
+            reader.fill(fragment.name, WEIGHT, fragment.shape, fragment.offset, fragment.tensor)
 
 
 def read_fragments(
