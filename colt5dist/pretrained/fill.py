@@ -27,7 +27,20 @@ class Filled(NamedTuple):
 
 
 def fill(model: CoLT5 | CausalCoLT5, tokenizer: ModelTokenizer, text: str, **settings: Any) -> str:
-    """Fill the blanks of a text; arguments are those of `fill_texts`."""
+    """Fill the blanks of a text; `fill_texts` does it with many, and says what a blank is.
+
+    Args:
+        model: from `colt5dist.load`, an encoder-decoder that span corruption has trained.
+        tokenizer: its tokenizer.
+        text: with blanks `<0>`, `<1>`, ... or `___`.
+        settings: those of `fill_texts`, for instance max_answer_tokens.
+
+    Returns:
+        The text with its blanks filled; what is not a blank is as it was.
+
+    Raises:
+        ValueError: the text has no blank, too many, or one out of order; or a setting is wrong.
+    """
     return fill_texts(model, tokenizer, [text], **settings)[0][0].text
 
 
