@@ -85,7 +85,9 @@ def step_bytes(model: CoLT5, state: DecoderState) -> float:
     return num_weights + state.context_bytes() + state.past_bytes() / 2
 
 
-def measure(config: CoLT5Config, *, batch: int, length: int, new_tokens: int, device: torch.device, repeats: int) -> Speed:
+def measure(
+    config: CoLT5Config, *, batch: int, length: int, new_tokens: int, device: torch.device, repeats: int
+) -> Speed:
     """Measure CoLT5 with random weights."""
     torch.manual_seed(0)
     with device:
@@ -184,7 +186,8 @@ def line(speed: Speed) -> str:
 
 
 HEADER = (
-    f"{'':<27} {'tokens/s':>10} {'samples/s':>9} {'s in all':>8} {'encoder s':>9} {'step ms':>8} {'floor ms':>9} {'GiB':>6}"
+    f"{'':<27} {'tokens/s':>10} {'samples/s':>9} {'s in all':>8} {'encoder s':>9} {'step ms':>8} {'floor ms':>9} "
+    f"{'GiB':>6}"
 )
 
 
@@ -227,7 +230,12 @@ def main(arguments: list[str]) -> int:
         if ours and theirs:
             print(f"CoLT5 writes {ours / theirs:.1f} times as many tokens per second")
     if options.output:
-        content = {"device": device_line(), "config": str(options.config), **shape, "results": list(map(asdict, speeds))}
+        content = {
+            "device": device_line(),
+            "config": str(options.config),
+            **shape,
+            "results": list(map(asdict, speeds)),
+        }
         options.output.write_text(json.dumps(content, indent=1))
     return 0
 

@@ -113,7 +113,9 @@ def test_greedy_is_the_likeliest_token_of_the_whole_pass(model):
     for row in range(3):
         read = torch.zeros(1, 1, dtype=torch.int64)
         for token in written[row].tolist():
-            following = model.loss.logits(model.decode(read, encoded_alone(model, ids[row : row + 1])))[:, -1:].argmax(-1)
+            following = model.loss.logits(model.decode(read, encoded_alone(model, ids[row : row + 1])))[:, -1:].argmax(
+                -1
+            )
             assert following.item() == token
             read = torch.cat((read, following), dim=1)
             if token == model.eos_id:
@@ -132,7 +134,9 @@ def test_a_batch_is_its_samples_one_by_one(model, way):
     assert (written == model.eos_id).any() and (written[:, -1] != model.pad_id).any()
     each = written.unflatten(0, (5, -1))
     for row in range(5):
-        alone = model.generate(ids[row][mask[row]].unsqueeze(0), sample_index=numbers[row : row + 1], **ENDS, **WAYS[way])
+        alone = model.generate(
+            ids[row][mask[row]].unsqueeze(0), sample_index=numbers[row : row + 1], **ENDS, **WAYS[way]
+        )
         assert torch.equal(F.pad(alone, (0, each.shape[2] - alone.shape[1])), each[row])
 
 

@@ -87,7 +87,9 @@ def test_it_writes_what_the_cpu_writes(model, way):
     assert same.float().mean() >= 0.6
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=["float32", "bfloat16"]
+)
 def test_cached_logits_are_those_of_the_whole_pass(model, dtype, tolerance):
     model = model.to("cuda", dtype)
     targets = torch.randint(2, 512, (3, 130), generator=torch.Generator().manual_seed(2)).cuda()

@@ -63,7 +63,9 @@ class GenerationSettings:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p}; use a number above 0, at most 1")
         if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature} with num_beams {self.num_beams}; use 0, beams draw nothing")
+            raise ValueError(
+                f"temperature: {self.temperature} with num_beams {self.num_beams}; use 0, beams draw nothing"
+            )
         if self.temperature == 0:
             for name in ("top_k", "top_p"):
                 if getattr(self, name) is not None:

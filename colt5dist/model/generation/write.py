@@ -1,7 +1,7 @@
 """The loop that writes: a step at a time, with a look of the host every few steps."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -101,11 +101,12 @@ def together(parts: Sequence[tuple[list[int], Tensor]], num_samples: int, pad_id
 
 @contextmanager
 def for_inference(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """No gradients, no dropout, and the type of the weights throughout, whatever autocast is on."""
+    """No gradients, no dropout, the type of the weights whatever autocast is on, and kernels on the model's GPU."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), on_device:
             yield
     finally:
         for module in training:
