@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from colt5dist.nn.routing.router import CoordinateDescentRouter as CoordinateDescentRouter
     from colt5dist.ops.soft_topk import soft_topk as soft_topk
     from colt5dist.ops.topk import topk as topk
+    from colt5dist.pretrained.fill import fill as fill
+    from colt5dist.pretrained.load import load as load
 
 __version__ = "0.1.0"
 
@@ -43,6 +45,8 @@ _HOMES = {
     "ConditionalRoutedImageAttention": "colt5dist.nn.conditional.image_attention",
     "ConditionalRoutedTransformerBlock": "colt5dist.nn.conditional.block",
     "CoordinateDescentRouter": "colt5dist.nn.routing.router",
+    "fill": "colt5dist.pretrained.fill",
+    "load": "colt5dist.pretrained.load",
     "soft_topk": "colt5dist.ops.soft_topk",
     "topk": "colt5dist.ops.topk",
 }

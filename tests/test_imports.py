@@ -1,6 +1,8 @@
 """The rooms of the package: imports go one way, there is no circle, and no room has too many files to look over."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +14,8 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "colt5dist").rglob("*.py"))
 }
-FLOORS = ["benchmark", "train", "model", "nn", "ops"]
-"""Rooms from the top down: a room imports from those after it only; `data` imports from none of model, nn, ops."""
+FLOORS = ["benchmark", "train", "pretrained", "model", "storage", "nn", "ops"]
+"""Rooms from the top down: a room imports from those after it only; `data` imports from none of them."""
 TRAIN_FLOORS = ["guard", "report", "checkpoint", "engine", "config"]
 """The same inside `train`; what lies beside the rooms is ordered by the modules' own imports."""
 DATA_FLOORS = ["prepare", "read", "order"]
@@ -66,7 +68,23 @@ def test_imports_only_go_down(parent: str, floors: list[str]) -> None:
 def test_data_knows_no_model() -> None:
     for name, imports in IMPORTS.items():
         if name.startswith("colt5dist.data"):
-            assert not {i for i in imports if i.split(".")[1:2] and i.split(".")[1] in ("model", "nn", "ops", "train")}
+            assert not {i for i in imports if i.split(".")[1:2] and i.split(".")[1] in FLOORS}
+
+
+def test_files_on_disk_are_read_without_the_layers() -> None:
+    for name, imports in IMPORTS.items():
+        if name.startswith("colt5dist.storage"):
+            assert {i.split(".")[1] for i in imports} <= {"storage", "errors", "files"}
+
+
+def test_a_trained_model_needs_no_deepspeed() -> None:
+    command = (
+        "import sys, colt5dist, colt5dist.pretrained.evaluate_shards, colt5dist.pretrained.export;"
+        "colt5dist.load, colt5dist.CoLT5, colt5dist.CausalCoLT5;"
+        "print(sorted(name for name in sys.modules if name.startswith(('deepspeed', 'colt5dist.train'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_rooms_and_files_are_not_too_large() -> None:

@@ -131,7 +131,7 @@ def test_named_modules_and_classes_exist(page: Path) -> None:
 def test_named_keys_exist(page: Path) -> None:
     keys = config_leaves(RunConfig())
     named = set(re.findall(rf"(?<![\w./*-])(?:{'|'.join(SECTIONS)})\.\w+", " ".join(code_spans(TEXTS[page]))))
-    files = (".py", ".yaml", ".json", ".bin", ".md")
+    files = (".py", ".yaml", ".json", ".bin", ".md", ".safetensors")
     assert [key for key in sorted(named) if key not in keys and not key.endswith(files)] == []
 
 

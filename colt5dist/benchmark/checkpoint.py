@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from colt5dist.benchmark import device_line
+from colt5dist.storage.checkpoints import WEIGHT
 from colt5dist.train.checkpoint import Saver, TrainerState, find_damage, load_checkpoint, read_complete, step_folder
 from colt5dist.train.checkpoint.commit import wait_for_deletions
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, parameter_shapes
-from colt5dist.train.engine.fragments import WEIGHT, create_optimizer_state, owned_fragments, refresh_parameters
+from colt5dist.train.engine.fragments import create_optimizer_state, owned_fragments, refresh_parameters
 from colt5dist.train.ranks import (
     barrier,
     finish_process_group,

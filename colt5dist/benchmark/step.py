@@ -223,8 +223,8 @@ def measure_long_t5(length: int, *, steps: int, seconds: float) -> Result:
     return result
 
 
-def train_long_t5(length: int, micro_batch: int, checkpointing: bool, steps: int) -> None:
-    """Train LongT5-Base on random tokens; prints seconds per step, tokens per second and peak memory in GiB."""
+def build_long_t5(device: str) -> Any:
+    """Hugging Face's LongT5-Base with transient-global attention and random weights, in bf16."""
     from transformers import LongT5Config, LongT5ForConditionalGeneration
 
     config = LongT5Config(
@@ -239,9 +239,17 @@ def train_long_t5(length: int, micro_batch: int, checkpointing: bool, steps: int
         encoder_attention_type="transient-global",
         tie_word_embeddings=False,
         dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
     )
     torch.manual_seed(0)
-    model = LongT5ForConditionalGeneration(config).to("cuda", torch.bfloat16)
+    return LongT5ForConditionalGeneration(config).to(device, torch.bfloat16)
+
+
+def train_long_t5(length: int, micro_batch: int, checkpointing: bool, steps: int) -> None:
+    """Train LongT5-Base on random tokens; prints seconds per step, tokens per second and peak memory in GiB."""
+    model = build_long_t5("cuda")
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()

@@ -7,6 +7,7 @@ from. `read/token_reader.py` reads these tokens, `read/denoise.py` makes inputs 
 
 from colt5dist.data.compatibility import data_problems
 from colt5dist.data.config import DataConfig
+from colt5dist.data.model_tokenizer import TOKENIZER_FOLDER, ModelTokenizer, model_tokenizer
 from colt5dist.data.open_shard_sets import open_sources
 from colt5dist.data.order.mixture import parse_mixture
 from colt5dist.data.order.skip import SkipList
@@ -20,8 +21,10 @@ from colt5dist.data.standard_library import STANDARD_LIBRARY, ensure_standard_li
 
 __all__ = [
     "STANDARD_LIBRARY",
+    "TOKENIZER_FOLDER",
     "Batch",
     "DataConfig",
+    "ModelTokenizer",
     "ShardSet",
     "SkipList",
     "Sources",
@@ -29,6 +32,7 @@ __all__ = [
     "ensure_standard_library_shards",
     "held_out_batches",
     "length_notes",
+    "model_tokenizer",
     "open_shards",
     "open_sources",
     "parse_mixture",

@@ -68,6 +68,11 @@ class Tokenizer(ABC):
         """(vocab_size,) number of UTF-8 bytes of text that each id represents; 0 for special tokens."""
 
     @property
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """How the tokens of the vocabulary are written; empty where no text is the name of a token."""
+
+    @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned type, of 16 or 32 bits, that holds all ids."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
@@ -96,6 +101,10 @@ class ByteTokenizer(Tokenizer):
         lengths = np.ones(self.vocab_size, dtype=np.int64)
         lengths[: self.first_byte] = 0
         return lengths
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset()
 
 
 class JsonTokenizer(Tokenizer):
@@ -208,6 +217,15 @@ class JsonTokenizer(Tokenizer):
             if token not in self._specials:
                 lengths[token] = len(piece.encode()) if token in self._added else _piece_bytes(piece, decoders)
         return lengths
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._pieces.values())
+
+    @property
+    def special_names(self) -> dict[int, str]:
+        """Names of the file's special tokens by id; pad and end token only where the file has them."""
+        return {token: self._pieces[token] for token in self._specials if token in self._pieces}
 
 
 def _rename_pieces(description: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

@@ -74,3 +74,14 @@ def check_batch(
     check_mask("input_mask", input_mask, input_ids.shape, input_ids, "input_ids")
     check_mask("target_mask", target_mask, target_ids.shape, target_ids, "target_ids")
     check_sample_index(sample_index, input_ids, "input_ids")
+
+
+def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """The one of two arguments that is given.
+
+    Raises:
+        TypeError: both are given, or none.
+    """
+    if (value is None) == (other is None):
+        raise TypeError(f"{name}: {'missing' if value is None else f'given together with {other_name}'}; give one")
+    return other if value is None else value

@@ -4,19 +4,32 @@ import torch
 from torch import Tensor, nn
 
 from colt5dist.model.activation_checkpointing import run_layer
-from colt5dist.model.arguments import check_batch, check_ids, check_model_arguments
+from colt5dist.model.arguments import check_batch, check_ids, check_model_arguments, one_of
 from colt5dist.model.colt5 import CoLT5Output
 from colt5dist.model.config import CoLT5Config
+from colt5dist.model.generation import (
+    GenerationSettings,
+    check_inputs,
+    for_inference,
+    grouped,
+    sample_numbers,
+    search_for,
+    together,
+    valid_spans,
+    without_end,
+    write,
+)
 from colt5dist.model.layer_settings import attention_settings, feed_forward_settings, head_settings, router_settings
+from colt5dist.model.pretrained_form import PretrainedForm
 from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.checks import check_sample_index
 from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutoregressiveBlock
-from colt5dist.nn.conditional.autoregressive_decoding import BlockState, block_step, read_block
+from colt5dist.nn.conditional.autoregressive_decoding import BlockState, block_step, read_block, select_rows
 from colt5dist.nn.embedding import Embedding
 from colt5dist.nn.norm import RMSNorm
-from colt5dist.ops.checks import check_counts, is_number, not_a_number
+from colt5dist.ops.checks import check_counts
 
 
 class CausalLayer(nn.Module):
@@ -57,7 +70,7 @@ class CausalLayer(nn.Module):
         return x, LayerRouting(*map(routed_tokens, routes)) if collect_routing else None
 
 
-class CausalCoLT5(nn.Module):
+class CausalCoLT5(PretrainedForm):
     """Decoder-only CoLT5: embedding, causal conditional layers, norm, and the loss of the targets.
 
     The output embedding is not that of the input. No logit depends on a later token by one bit.
@@ -73,10 +86,13 @@ class CausalCoLT5(nn.Module):
         ValueError: every problem of the configuration, one line each.
     """
 
+    architecture = "causal"
+
     def __init__(self, config: CoLT5Config, *, activation_checkpointing: str = "none", seed: int = 0) -> None:
         super().__init__()
-        check_model_arguments("CausalCoLT5", "causal", config, activation_checkpointing, seed)
+        check_model_arguments("CausalCoLT5", self.architecture, config, activation_checkpointing, seed)
         self.config = config
+        self.seed = seed
         self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
         self.layers = nn.ModuleList(
@@ -193,34 +209,105 @@ class CausalCoLT5(nn.Module):
             x = block_step(layer.block, x, state)
         return self.loss.logits(self.norm(x)).squeeze(1)
 
-    @torch.no_grad()
     def generate(
-        self, prompt_ids: Tensor, num_tokens: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+        self,
+        input_ids: Tensor | None = None,
+        num_tokens: int | None = None,
+        *,
+        input_mask: Tensor | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        sample_index: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        prompt_ids: Tensor | None = None,
     ) -> Tensor:
-        """Continue a prompt.
+        """Continue prompts. Arguments and result are those of `CoLT5.generate`, but for the following.
+
+        Prompts of one length are read and continued together, so what is written for a prompt does not depend on the
+        others. A step's shapes follow the text, so it is no CUDA graph.
 
         Args:
-            prompt_ids: (b, t) int64, t >= 1, the start token first.
-            num_tokens: tokens to write, 0 or more.
-            temperature: 0: the likeliest token each time; above 0: drawn from softmax(logits / temperature).
-            generator: generator of the random draws; None: PyTorch's default.
+            input_ids: (b, t) int64, t >= 1, the prompts, the start token first.
+            num_tokens: tokens to write, 0 or more, in place of max_new_tokens: no token ends a text early.
+            input_mask: (b, t) bool, True = valid, without padding between valid tokens; None: all.
+            max_new_tokens: most tokens for a sequence, the end token (`eos_id`) included.
+            temperature: as in `CoLT5.generate`.
+            top_k: as in `CoLT5.generate`.
+            top_p: as in `CoLT5.generate`.
+            num_beams: as in `CoLT5.generate`.
+            length_penalty: as in `CoLT5.generate`.
+            num_return_sequences: as in `CoLT5.generate`.
+            seed: as in `CoLT5.generate`.
+            sample_index: (b,) int64, the samples' numbers, by which is drawn; None: 0 to b - 1.
+            generator: generator of a seed, in place of one.
+            prompt_ids: another name of input_ids.
 
         Returns:
-            The tokens that follow the prompt, (b, num_tokens) int64.
+            The tokens that follow the prompts, (b * num_return_sequences, new tokens) int64.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: an argument has a wrong value.
         """
-        check_counts(num_tokens=num_tokens, at_least=0)
-        if not is_number(temperature):
-            raise TypeError(not_a_number("temperature", temperature))
-        if not temperature >= 0:
-            raise ValueError(f"temperature: {temperature}; use 0 or more")
-        logits, states = self.start_decoding(prompt_ids)
-        written: list[Tensor] = []
-        while len(written) < num_tokens:
-            if temperature == 0:
-                written.append(logits.argmax(dim=-1))
-            else:
-                shares = (logits / temperature).softmax(dim=-1)
-                written.append(torch.multinomial(shares, 1, generator=generator).squeeze(1))
-            if len(written) < num_tokens:
-                logits = self.decode_step(written[-1], states)
-        return torch.stack(written, dim=1) if written else prompt_ids[:, :0]
+        input_ids = one_of("input_ids", input_ids, "prompt_ids", prompt_ids)
+        steps = one_of("max_new_tokens", max_new_tokens, "num_tokens", num_tokens)
+        if generator is not None:
+            one_of("seed", seed, "generator", generator)
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        check_counts(**{"num_tokens" if max_new_tokens is None else "max_new_tokens": steps}, at_least=0)
+        settings = GenerationSettings(
+            max_new_tokens=max(steps, 1),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            num_return_sequences=num_return_sequences,
+            seed=seed,
+            pad_id=self.pad_id,
+            eos_id=self.eos_id if num_tokens is None else None,
+        )
+        settings.check(self.config.vocab_size)
+        check_inputs("input_ids", input_ids, input_mask, "input_mask", self.loss.weight.device)
+        check_sample_index(sample_index, input_ids, "input_ids")
+        numbers = sample_numbers(sample_index, input_ids)
+        spans = valid_spans("input_ids", input_ids, input_mask, self.config.vocab_size)
+        for row, span in enumerate(spans):
+            if span.has_gaps:
+                raise ValueError(f"input_mask: sample {row} has padding between its tokens; put it at the end")
+        if steps == 0:
+            return input_ids.new_zeros(input_ids.shape[0] * num_return_sequences, 0)
+        parts = []
+        with for_inference(self, input_ids.device):
+            for rows in grouped([span.end - span.first for span in spans]):
+                prompts = torch.stack([input_ids[row, spans[row].first : spans[row].end] for row in rows])
+                parts.append((rows, self._continue(prompts, settings, numbers[rows])))
+            return without_end(together(parts, len(spans), settings.pad_id), settings)
+
+    def _continue(self, prompts: Tensor, settings: GenerationSettings, sample_index: Tensor) -> Tensor:
+        """What is written after prompts (b, t) of one length, (b * num_return_sequences, max_new_tokens)."""
+        logits, states = self.start_decoding(prompts)
+        search = search_for(settings, sample_index, logits.dtype)
+        rows = torch.arange(len(prompts), device=prompts.device).repeat_interleave(settings.rows_per_sample)
+        for state in states:
+            select_rows(state, rows)
+
+        def step() -> None:
+            search.update(self.decode_step(search.tokens, states))
+            reorder()
+
+        def reorder() -> None:
+            if search.parents is not None:
+                for state in states:
+                    select_rows(state, search.parents)
+
+        search.update(logits[rows])
+        reorder()
+        write(step, search, settings.max_new_tokens - 1)
+        return search.result()

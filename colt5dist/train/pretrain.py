@@ -18,7 +18,7 @@ from colt5dist.data.read.loader import start_readers
 from colt5dist.data.standard_library import STANDARD_LIBRARY
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
-from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint
+from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint, load_weights
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
@@ -75,6 +75,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     last_stage = config.stage_at(config.train.steps)
     entropy = unigram_entropy(shards, last_stage.data, num_samples=config.train.eval_samples)
     if plan.is_finished(config):
+        if ranks.is_first:
+            run_directory.keep_tokenizer(run_dir, shards.tokenizer, config)
         return report_finished(run_dir, ranks, plan.state, entropy)
 
     readers = start_readers(shards, config.data)  # forked before there are CUDA, NCCL and threads
@@ -100,7 +102,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
-        run_id = run_directory.record_start(run_dir, config, ranks, hosts)
+        run_id = run_directory.record_start(run_dir, config, ranks, hosts, shards.tokenizer)
         meter = Meter(device, hosts, step_flops(config))
         monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
         checkpoints = run_dir / run_directory.CHECKPOINTS
@@ -216,7 +218,10 @@ def load_start(plan: resume.StartPlan, engine: Engine) -> None:
     if checkpoint is None:
         return
     with errors_on_all_ranks():
-        load_checkpoint(checkpoint, engine, weights_only=plan.resume_from is None)
+        if plan.resume_from is None:
+            load_weights(checkpoint, engine)
+        else:
+            load_checkpoint(checkpoint, engine)
     refresh_parameters(engine)
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from colt5dist.errors import ConfigError
 from colt5dist.marks import KEEPS_RESULT
+from colt5dist.storage.checkpoints import CHECKPOINTS
+from colt5dist.storage.exported import is_exported
+from colt5dist.storage.stored_model import CONFIG, tokenizer_fingerprint_of
 from colt5dist.train.checkpoint import (
     COMPLETE,
     Damage,
@@ -34,7 +37,7 @@ from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import num_elements
 from colt5dist.train.ranks import Ranks, broadcast_from_first, errors_on_all_ranks, raise_together
 from colt5dist.train.report.monitor import METRICS, TENSORBOARD, read_metrics
-from colt5dist.train.run_directory import CHECKPOINTS, CONFIG, RUN_ID, read_run_id
+from colt5dist.train.run_directory import RUN_ID, read_run_id
 from colt5dist.wording import looked_for
 
 
@@ -131,7 +134,8 @@ def plan_start(
             raise ConfigError(f"init_from: {config.init_from} cannot be read ({error.strerror}); name a run") from None
         notes += [f"passed over {folder}: {size_problem(folder)}" for folder in others]
         problems += model_problems(init_from, shapes)
-        trained_with = read_state(init_from).tokenizer_fingerprint
+        exported = is_exported(init_from)
+        trained_with = tokenizer_fingerprint_of(init_from) if exported else read_state(init_from).tokenizer_fingerprint
         if not trained_with:
             notes.append(f"init_from: {init_from} does not name its tokenizer; it must be that of the shards here")
         elif trained_with != tokenizer_fingerprint:
@@ -183,6 +187,8 @@ def confirm_plan(
     damaged: dict[Path, Damage] = {}
     notes: list[str] = []
     while folder := plan.resume_from or plan.init_from:
+        if is_exported(folder):  # it has no hashes
+            break
         begin = time.perf_counter()
         damage = find_damage(folder, ranks)
         if damage is None:
@@ -276,11 +282,13 @@ def space_problems(run_dir: Path, checkpoint_size: int, num_checkpoints: int) ->
 
 
 def _newest(path: Path) -> tuple[Path, list[Path]]:
-    """Find the checkpoint that `init_from` names: a checkpoint folder, or the newest whole one of a run directory.
+    """Find what `init_from` names: an exported folder, a checkpoint, or the newest whole one of a run directory.
 
     Returns:
-        The checkpoint, and the folders beside it that are not whole.
+        The checkpoint, or the exported folder; and the folders beside it that are not whole.
     """
+    if is_exported(path):
+        return path, []
     for root in (path / CHECKPOINTS, path):
         whole, others = find_checkpoints(root)
         if whole:
@@ -291,7 +299,8 @@ def _newest(path: Path) -> tuple[Path, list[Path]]:
             return path, []
         raise ConfigError(f"init_from: {path} is damaged: {problem}; name another checkpoint")
     raise ConfigError(
-        f"init_from: no whole checkpoint in {path}; name a run directory or a checkpoint folder{looked_for(path)}"
+        f"init_from: no whole checkpoint in {path}; name a run directory, a checkpoint folder, or a folder that "
+        f"launch/export.py wrote{looked_for(path)}"
     )
 
 

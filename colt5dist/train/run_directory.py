@@ -1,7 +1,7 @@
 """The run directory: what a run writes there besides metrics and checkpoints.
 
-It holds `run_id`, `config.yaml` (resolved), `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-`status.json`, `failures/`; and `.lock`, which rank 0 holds as long as it is alive.
+It holds `run_id`, `config.yaml` (resolved), `environment.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`,
+`checkpoints/`, `status.json`, `failures/`; and `.lock`, which rank 0 holds as long as it is alive.
 """
 
 import json
@@ -19,8 +19,12 @@ from typing import Any
 import torch
 
 import colt5dist
+from colt5dist.data import TOKENIZER_FOLDER, model_tokenizer
+from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import is_locked_for_life, lock_for_life, write_whole
+from colt5dist.storage.checkpoints import CHECKPOINTS
+from colt5dist.storage.stored_model import CONFIG
 from colt5dist.train.checkpoint import unfinished_folders
 from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
@@ -30,9 +34,7 @@ RUN_ID = "run_id"
 """File with a random id of the run, drawn at its first start."""
 LOCK = ".lock"
 """File that rank 0 locks as long as it is alive."""
-CONFIG = "config.yaml"
 STATUS = "status.json"
-CHECKPOINTS = "checkpoints"
 FAILURES = "failures"
 
 
@@ -104,14 +106,16 @@ def _is_used(run_dir: Path) -> str:
     return f"run_dir: another process trains in {run_dir}; wait until it ends, or choose another folder"
 
 
-def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str]) -> str:
-    """Write config.yaml and environment.json once all checks have passed; remove what an earlier start left behind.
+def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str], tokenizer: Tokenizer) -> str:
+    """Write config.yaml, environment.json and the tokenizer once all checks have passed; remove what an earlier start
+    left behind.
 
     Args:
         run_dir: folder of the run.
         config: the run.
         ranks: place of this rank.
         hosts: host name of every rank.
+        tokenizer: the tokenizer of the shards; a copy makes the run folder all that is needed to use the model.
 
     Returns:
         The id of the run, drawn here at its first start.
@@ -126,6 +130,7 @@ def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str
                 write_whole(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
             write_whole(run_dir / CONFIG, config_to_yaml(config).encode())
             write_whole(run_dir / "environment.json", json.dumps(environment(ranks, hosts), indent=1).encode())
+            model_tokenizer(tokenizer, config.data).save(run_dir / TOKENIZER_FOLDER)
             (run_dir / STATUS).unlink(missing_ok=True)
         except OSError as error:
             problem = f"run_dir: {error.filename or run_dir} cannot be written ({error.strerror})"
@@ -134,6 +139,19 @@ def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str
         for folder in unfinished_folders(run_dir / CHECKPOINTS):
             shutil.rmtree(folder, ignore_errors=True)  # a file that cannot be removed is no reason not to train
     return str(broadcast_from_first(read_run_id(run_dir)))
+
+
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Copy the tokenizer into a run folder that lacks it, as those of earlier versions do; a full disk is no error.
+
+    Args:
+        run_dir: folder of the run.
+        tokenizer: the tokenizer of the shards.
+        config: the run.
+    """
+    with suppress(OSError):
+        if not (run_dir / TOKENIZER_FOLDER).exists():
+            model_tokenizer(tokenizer, config.data).save(run_dir / TOKENIZER_FOLDER)
 
 
 def read_run_id(run_dir: Path) -> str | None:

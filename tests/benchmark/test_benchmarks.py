@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import colt5dist.benchmark.generate
 import colt5dist.benchmark.layer
 import colt5dist.benchmark.local_attention
 from colt5dist import benchmark
+from colt5dist.errors import ConfigError
 
 LOCAL = ["--batch", "1", "--length", "64", "--heads", "2", "--dim", "16", "--radius", "7", "--repeats", "1"]
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "benchmark.py"
 LAYER = ["--shapes", "1x128", "--dim", "64", "--repeats", "1"]
 
 
@@ -57,6 +60,19 @@ def test_checkpoint(tmp_path, micro_settings):
         assert figures[name] > 0 and name in done.stdout
 
 
+def test_generate(tmp_path, capsys):
+    config = SCRIPT.parents[1] / "configs" / "tiny.yaml"
+    shape = ["--batch", "2", "--length", "70", "--new-tokens", "6", "--repeats", "1"]
+    others = ["--device", "cpu", "--config", str(config), "--without-long-t5", "--output", str(tmp_path / "x.json")]
+    assert colt5dist.benchmark.generate.main([*shape, *others]) == 0
+    (ours,) = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert ours["tokens_per_second"] == pytest.approx(12 / ours["seconds"])
+    assert 0 < ours["encoder_seconds"] < ours["seconds"] and ours["step_seconds"] > ours["floor_seconds"] > 0
+    assert "CoLT5 " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--new-tokens: 1; use 4 or more"):
+        colt5dist.benchmark.generate.main(["--new-tokens", "1"])
+
+
 def test_a_wrong_result_has_no_time(monkeypatch, capsys):
     exact = benchmark.local_attention.local_attention
 
@@ -70,9 +86,6 @@ def test_a_wrong_result_has_no_time(monkeypatch, capsys):
     assert "wrong" in lines["fused windows"] and "wrong" not in lines["Triton"]
     row = benchmark.measure("nan", "1", lambda: [torch.zeros(1)], float("nan"), 1)
     assert row.wall_ms is None
-
-
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "benchmark.py"
 
 
 def run_script(*arguments, **environment):

@@ -167,8 +167,58 @@ def test_generation_takes_the_likeliest_or_draws():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert model.generate(prompt, 0).shape == (2, 0)
     for arguments in ((prompt[:, :0], 3, 0.0), (prompt, 3, -1.0)):
-        with pytest.raises(ValueError, match=r"prompt_ids|temperature"):
+        with pytest.raises(ValueError, match=r"input_ids|temperature"):
             model.generate(*arguments[:2], temperature=arguments[2])
+
+
+@pytest.fixture
+def lively():
+    """A float64 model that does not write one token again and again, and ends at different places."""
+    model = build().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
+def test_prompts_of_unequal_lengths_are_continued_as_if_alone(lively):
+    model, prompts = lively, tokens(3, 40)
+    mask = torch.arange(40) < torch.tensor([[40], [WINDOW], [40]])
+    for arguments in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"temperature": 1.0, "seed": 3, "top_k": 20}):
+        written = model.generate(prompts, input_mask=mask, max_new_tokens=20, **arguments)
+        each = written.unflatten(0, (3, -1))
+        for row, length in enumerate((40, WINDOW, 40)):
+            prompt, number = prompts[row : row + 1, :length], torch.tensor([row])
+            alone = model.generate(prompt_ids=prompt, max_new_tokens=20, sample_index=number, **arguments)
+            assert torch.equal(F.pad(alone, (0, each.shape[2] - alone.shape[1])), each[row])
+
+
+def test_beams_follow_the_text_that_they_go_on_from(lively):
+    model, prompt = lively, tokens(2, WINDOW - 2)
+    best = model.generate(prompt, 24, num_beams=4, length_penalty=0.0)
+
+    def score(written):
+        ids = torch.cat((prompt, written), dim=1)
+        shares = logits(model, ids[:, :-1]).log_softmax(dim=-1)[:, prompt.shape[1] - 1 :]
+        return shares.gather(2, written.unsqueeze(-1)).sum(dim=(1, 2))
+
+    greedy = model.generate(prompt, 24)
+    assert (score(best) > score(greedy) + 0.1).any() and (score(best) >= score(greedy) - 1e-9).all()
+
+
+def test_wrong_arguments_of_generate():
+    model, prompt = build(), tokens(2, 20)
+    gap = torch.arange(20).expand(2, 20) != 7
+    for arguments, error, message in (
+        ({}, TypeError, "max_new_tokens: missing"),
+        ({"max_new_tokens": 3, "num_tokens": 3}, TypeError, "max_new_tokens: given together with num_tokens"),
+        ({"max_new_tokens": 3, "input_mask": gap}, ValueError, "input_mask: sample 0 has padding between"),
+        ({"max_new_tokens": 3, "prompt_ids": prompt}, TypeError, "input_ids: given together with prompt_ids"),
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens: -1"),
+    ):
+        with pytest.raises(error, match=message):
+            model.generate(prompt, **arguments)
 
 
 def test_work_grows_with_the_text_and_not_with_its_square():

@@ -264,7 +264,7 @@ def test_models_refuse_what_is_no_configuration(public):
 def test_generation_refuses_wrong_arguments():
     built = model("CausalCoLT5")
     for arguments, named in (
-        ((torch.zeros(1, 3), 2), "prompt_ids"),
+        ((torch.zeros(1, 3), 2), "input_ids"),
         ((torch.zeros(1, 3).long(), "2"), "num_tokens"),
         ((torch.zeros(1, 3).long(), -2), "num_tokens"),
     ):

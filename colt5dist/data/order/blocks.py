@@ -33,6 +33,26 @@ class Chunk:
         """Tokens of the text, end tokens included."""
         return int((self.stops - self.starts).sum()) + int(self.ended.sum())
 
+    def documents_at(
+        self, places: NDArray[np.int64], document_ends: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the documents that tokens of the text belong to; an end token belongs to the one that it ends.
+
+        Args:
+            places: (tokens,) numbers of tokens of the text, below num_tokens.
+            document_ends: (documents,) positions after the documents on the set's axis.
+
+        Returns:
+            Two (tokens,) arrays: tokens of the document, and position of the token in it.
+        """
+        ends = np.cumsum(self.stops - self.starts + self.ended)
+        piece = np.searchsorted(ends, places, side="right")
+        begins = np.concatenate(([0], ends[:-1]))
+        position = np.minimum(self.starts[piece] + places - begins[piece], self.stops[piece] - 1)
+        document = np.searchsorted(document_ends, position, side="right")
+        document_starts = np.where(document > 0, document_ends[document - 1], 0)
+        return document_ends[document] - document_starts, position - document_starts
+
 
 class BlockLayout:
     """The chunks of one block for one raw length.

@@ -13,6 +13,16 @@ HELD_OUT_SEED = 0
 """Random seed of the held-out samples: the same for all runs, so that their held-out losses can be compared."""
 
 
+def held_out_samples(shards: ShardSet | Sources, config: DataConfig) -> Samples:
+    """Return what makes the held-out samples.
+
+    Args:
+        shards: the training set; its held-out documents are read.
+        config: lengths and mixture.
+    """
+    return Samples(as_sources(shards).validation, config, seed=HELD_OUT_SEED, in_turn=True)
+
+
 def held_out_batches(
     shards: ShardSet | Sources,
     config: DataConfig,
@@ -39,7 +49,7 @@ def held_out_batches(
     Returns:
         The same number of batches for every rank; rows without a sample have sample_index -1 and masks that are False.
     """
-    samples = Samples(as_sources(shards).validation, config, seed=HELD_OUT_SEED, in_turn=True)
+    samples = held_out_samples(shards, config)
     samples_per_batch = world_size * micro_batch_size
     numbers = np.arange(-(-num_samples // samples_per_batch) * samples_per_batch)
     numbers[numbers >= num_samples] = FILLER

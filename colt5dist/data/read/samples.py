@@ -113,6 +113,39 @@ class Samples:
         )
         return num_inputs, num_targets, planned.objective
 
+    def target_places(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the tokens of a sample's target stand in their documents.
+
+        A sentinel counts as the token after it, an end token as the one before it.
+
+        Args:
+            number: number of the sample.
+
+        Returns:
+            Two (target tokens,) arrays: tokens of the document, and position of the token in it.
+
+        Raises:
+            DamagedShardError: more records are damaged than data.max_bad_records allows.
+        """
+        planned, tokens = self._undamaged_text(number)
+        inputs = np.empty(self.config.input_length, dtype=np.int64)
+        targets = np.empty(self.config.target_length, dtype=np.int64)
+        # the same draws as in `write`, on the places of the tokens instead of the tokens; sentinels are above them
+        _, num_targets = denoise(
+            np.arange(len(tokens)),
+            self._mixture.objectives[planned.objective],
+            self._draws.restart(self._seed, number, Stream.DENOISE),
+            first_sentinel=len(tokens) + self._mixture.num_modes,
+            eos_id=-1,
+            inputs=inputs,
+            targets=targets,
+        )
+        places = targets[:num_targets]
+        is_sentinel = np.flatnonzero(places >= len(tokens))
+        places[is_sentinel] = places[is_sentinel + 1]
+        places[places < 0] = len(tokens) - 1
+        return planned.chunk.documents_at(places, self.sources.parts[planned.source].index.document_ends)
+
     def _undamaged_text(self, number: int) -> tuple[PlannedSample, NDArray[np.integer]]:
         """Plan and text of the first sample from `number` on that is not damaged."""
         for replacement in range(number, number + MAX_TRIES):

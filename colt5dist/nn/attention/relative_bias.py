@@ -33,8 +33,13 @@ class RelativeBias(nn.Module):
         if max_distance <= num_buckets // 4:
             raise ValueError(f"max_distance: {max_distance} is no farther than the exact ones; use more")
         self.weight = nn.Parameter(normal_(torch.empty(num_buckets, heads), std))
-        buckets = [_bucket(offset, num_buckets, max_distance) for offset in range(-radius, radius + 1)]
-        self.register_buffer("buckets", torch.tensor(buckets), persistent=False)
+        self._buckets = [_bucket(offset, num_buckets, max_distance) for offset in range(-radius, radius + 1)]
+        self.register_buffer("buckets", torch.tensor(self._buckets), persistent=False)
+
+    def reset_buckets(self) -> None:
+        """Write the buffer again, where memory without content has taken its place (`nn.Module.to_empty`)."""
+        buckets = self.get_buffer("buckets")
+        buckets.copy_(torch.tensor(self._buckets, device=buckets.device))
 
     def forward(self) -> Tensor:
         """Of the weight's type."""

@@ -9,6 +9,7 @@ For inference: nothing here has a gradient, and ZeRO-3 does not gather the weigh
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,22 @@ def block_step(block: ConditionalRoutedAutoregressiveBlock, x: Tensor, state: Bl
     return x + feed_forward_step(block.conditional_ff, x, state.feed_forward)
 
 
+def select_rows(state: BlockState, rows: Tensor) -> None:
+    """Let row i go on from what row rows[i] (new rows,) int64 has read; changes the state."""
+    for part in (state.attention, state.attention.router, state.feed_forward):
+        for name, value in vars(part).items():
+            setattr(part, name, _rows_of(value, rows))
+
+
+def _rows_of(value: Any, rows: Tensor) -> Any:
+    """Those rows of every tensor (rows, ...) in a field of a state."""
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rows_of(item, rows) for item in value)
+    return value
+
+
 @torch.no_grad()
 def feed_forward_step(layer: ConditionalRoutedFeedForward, x: Tensor, state: RouterState) -> Tensor:
     """The causal feed-forward's output (b, 1, dim) for the next token x (b, 1, dim); changes the state."""
@@ -92,7 +109,8 @@ def feed_forward_step(layer: ConditionalRoutedFeedForward, x: Tensor, state: Rou
     if len(state.window) == router.window_size:
         _finish_window(router, state, (admission,))
     out = layer.light_ff(x)
-    if admitted.any():
+    # on a GPU the host would have to wait for the answer
+    if x.is_cuda or admitted.any():
         heavy = layer.heavy_ff(x)
         out = out + (heavy * score.to(heavy.dtype)[:, None, None]).masked_fill(~admitted[:, None, None], 0.0)
     return out

@@ -10,23 +10,25 @@ It is written as `.step_00001000.tmp` and renamed once COMPLETE is in it, so a f
 once. Loading reads only the slices that a rank needs now, whatever number of ranks and ZeRO stage wrote them.
 """
 
-from colt5dist.train.checkpoint.commit import rename_damaged
-from colt5dist.train.checkpoint.complete_file import COMPLETE, Damage, json_problem, read_complete, size_problem
-from colt5dist.train.checkpoint.folders import (
-    checkpoint_bytes,
+from colt5dist.storage.checkpoints import (
     checkpoint_folders,
     find_checkpoints,
     folder_step,
     is_whole,
+    read_index,
+    step_folder,
+)
+from colt5dist.storage.complete_file import COMPLETE, Damage, json_problem, read_complete, size_problem
+from colt5dist.train.checkpoint.commit import rename_damaged
+from colt5dist.train.checkpoint.folders import (
+    checkpoint_bytes,
     model_problems,
     optimizer_problems,
-    read_index,
     read_state,
     renamed_folders,
-    step_folder,
     unfinished_folders,
 )
-from colt5dist.train.checkpoint.read import find_damage, load_checkpoint, read_fragments
+from colt5dist.train.checkpoint.read import find_damage, load_checkpoint, load_weights, read_fragments
 from colt5dist.train.checkpoint.save import Saver
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 
@@ -43,6 +45,7 @@ __all__ = [
     "is_whole",
     "json_problem",
     "load_checkpoint",
+    "load_weights",
     "model_problems",
     "optimizer_problems",
     "read_complete",

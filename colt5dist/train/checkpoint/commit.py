@@ -13,7 +13,8 @@ from typing import Any
 from safetensors import safe_open
 
 from colt5dist.files import fsync_path, write_whole
-from colt5dist.train.checkpoint.complete_file import (
+from colt5dist.storage.checkpoints import checkpoint_folders, folder_step, step_folder
+from colt5dist.storage.complete_file import (
     COMPLETE,
     FORMAT_VERSION,
     INDEX,
@@ -29,11 +30,8 @@ from colt5dist.train.checkpoint.folders import (
     DELETED_SUFFIX,
     REPLACED,
     UNREADABLE,
-    checkpoint_folders,
     deleted_folder,
-    folder_step,
     index_content,
-    step_folder,
     temporary_folder,
 )
 

@@ -1,23 +1,16 @@
-"""Checkpoint folders: their names, and what their JSON files say."""
+"""Folders beside the checkpoints, and what the trainer asks of a checkpoint: its state, model and optimizer."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint.complete_file import (
-    FOLDER_NAME,
-    FORMAT_VERSION,
-    INDEX,
-    STATE,
-    folder_name,
-    size_problem,
-)
+from colt5dist.storage.checkpoints import WEIGHT, parameter_shapes_of, read_index, read_json
+from colt5dist.storage.complete_file import FOLDER_NAME, FORMAT_VERSION, STATE, folder_name
+from colt5dist.storage.exported import ExportedReader, is_exported
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 from colt5dist.train.config.schema import OptimizerConfig
-from colt5dist.train.engine import fragments
 
 DAMAGED, UNREADABLE, REPLACED = "damaged", "unread", "replaced"
 """Endings of renamed checkpoints: changed after they were written, not readable, replaced by a new checkpoint."""
@@ -25,11 +18,6 @@ TEMPORARY_SUFFIX, DELETED_SUFFIX = ".tmp", ".deleted"
 """Endings of the hidden folders of a checkpoint that is being written or deleted."""
 RENAMED = re.compile(rf"{FOLDER_NAME.pattern}\.({DAMAGED}|{UNREADABLE}|{REPLACED})(-\d+)?")
 UNFINISHED = re.compile(rf"\.{FOLDER_NAME.pattern}(\{TEMPORARY_SUFFIX}|\{DELETED_SUFFIX})")
-
-
-def step_folder(root: Path, step: int) -> Path:
-    """Folder of the checkpoint of a step, `step_00001000` for instance."""
-    return root / folder_name(step)
 
 
 def temporary_folder(root: Path, step: int) -> Path:
@@ -42,42 +30,9 @@ def deleted_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{DELETED_SUFFIX}")
 
 
-def folder_step(folder: Path) -> int:
-    """Step of a checkpoint, from the name of its folder."""
-    match = FOLDER_NAME.fullmatch(folder.name)
-    assert match, folder
-    return int(match[1])
-
-
-def checkpoint_folders(root: Path) -> list[Path]:
-    """Folders whose name is that of a checkpoint, lowest step first; all others are ignored."""
-    found = [path for path in root.glob("step_*") if FOLDER_NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=folder_step)
-
-
 def renamed_folders(root: Path) -> list[Path]:
     """Checkpoints that were renamed because they are damaged, not readable, or were replaced by a new one."""
     return sorted(path for path in root.glob("step_*") if RENAMED.fullmatch(path.name) and path.is_dir())
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether COMPLETE exists and every file has the size that it states."""
-    return size_problem(folder) is None
-
-
-def find_checkpoints(root: Path, run_id: str | None = None) -> tuple[list[Path], list[Path]]:
-    """Find the checkpoints in a folder, judged by COMPLETE and the sizes of their files.
-
-    Args:
-        root: folder of the checkpoints.
-        run_id: the run whose checkpoints count as whole; None: any run.
-
-    Returns:
-        The whole checkpoints, lowest step first; and the other folders that have the name of a checkpoint.
-    """
-    folders = checkpoint_folders(root)
-    whole = [path for path in folders if size_problem(path, run_id) is None]
-    return whole, [path for path in folders if path not in whole]
 
 
 def unfinished_folders(root: Path) -> list[Path]:
@@ -91,56 +46,24 @@ def read_state(folder: Path) -> TrainerState:
     Raises:
         ConfigError: they cannot be read.
     """
-    content = _read_json(folder / STATE)
+    content = read_json(folder / STATE, fix="use another checkpoint")
     try:
         return TrainerState(**content["state"])
     except (KeyError, TypeError):
         raise ConfigError(f"{folder / STATE}: is damaged; use another checkpoint") from None
 
 
-def read_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Read index.json.
-
-    Returns:
-        Shape and fragments by (parameter name, key).
-
-    Raises:
-        ConfigError: it cannot be read, or names a file outside the folder.
-    """
-    path = folder / INDEX
-    content = _read_json(path)
-    try:
-        if content["format_version"] != FORMAT_VERSION:
-            raise ConfigError(
-                f"{folder}: checkpoint format {content['format_version']}, this version reads {FORMAT_VERSION}; "
-                "load it with the version that wrote it"
-            )
-        found = {(str(entry["name"]), str(entry["key"])): entry for entry in content["tensors"]}
-        files = {str(part["file"]) for entry in found.values() for part in entry["fragments"]}
-    except (KeyError, TypeError):
-        raise ConfigError(f"{path}: is damaged; use another checkpoint") from None
-    for name in files:
-        if Path(name).name != name:
-            raise ConfigError(f"{path}: names a file outside the folder: {name}; use another checkpoint")
-    return found
-
-
-def parameter_shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter in a checkpoint."""
-    return {name: tuple(e["shape"]) for (name, key), e in read_index(folder).items() if key == fragments.WEIGHT}
-
-
 def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Compare the parameters of a checkpoint with those of a model.
+    """Compare the stored parameters with those of a model.
 
     Args:
-        folder: a checkpoint.
+        folder: a checkpoint, or an exported folder.
         shapes: name and shape of every parameter of the model.
 
     Returns:
         The first difference and the number of further ones, as one line; nothing if there is none.
     """
-    saved = parameter_shapes_of(folder)
+    saved = ExportedReader(folder).shapes() if is_exported(folder) else parameter_shapes_of(folder)
     found = [f"{folder}: parameter {name} is missing" for name in shapes if name not in saved]
     found += [f"{folder}: parameter {name} is not in this model" for name in saved if name not in shapes]
     found += [
@@ -156,7 +79,7 @@ def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str
 
 def optimizer_problems(folder: Path, config: OptimizerConfig) -> list[str]:
     """Check that a checkpoint's optimizer states are those of the configured optimizer; returns at most one line."""
-    keys = {key for _, key in read_index(folder)} - {fragments.WEIGHT}
+    keys = {key for _, key in read_index(folder)} - {WEIGHT}
     if not keys or ("exp_avg" in keys) == (config.name == "adamw"):
         return []
     return [
@@ -194,15 +117,3 @@ def _check_cover(name: str, pieces: Iterable[dict[str, Any]], shape: list[int]) 
     for size in shape:
         total *= size
     assert end == total, f"{name}: fragments end at element {end} of {shape}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); use another checkpoint") from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: is damaged; use another checkpoint")
-    return content

@@ -1,14 +1,12 @@
 """Loading: each rank reads only the slices that it needs now, whatever number of ranks and ZeRO stage wrote them."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint.complete_file import Damage, find_difference
-from colt5dist.train.checkpoint.folders import read_index, read_state
+from colt5dist.storage.checkpoints import WEIGHT, FragmentReader, read_index
+from colt5dist.storage.complete_file import Damage, find_difference
+from colt5dist.storage.exported import ExportedReader, is_exported
+from colt5dist.train.checkpoint.folders import read_state
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 from colt5dist.train.engine import fragments
 from colt5dist.train.engine.engine import Engine
@@ -61,6 +59,27 @@ def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False)
     return state
 
 
+def load_weights(folder: Path, engine: Engine) -> None:
+    """Load the weights from a checkpoint of another run, or from an exported folder, and leave the optimizer as new.
+
+    Call `fragments.refresh_parameters` afterwards on all ranks, once all have read their part.
+
+    Args:
+        folder: a whole checkpoint, or an exported folder.
+        engine: an engine of the same model, before its first step.
+
+    Raises:
+        ConfigError: it is of another model, or cannot be read.
+    """
+    if not is_exported(folder):
+        load_checkpoint(folder, engine, weights_only=True)
+        return
+    reader = ExportedReader(folder)
+    for fragment in fragments.needed_fragments(engine):
+        if fragment.key == WEIGHT:
+            reader.fill(fragment.name, WEIGHT, fragment.shape, fragment.offset, fragment.tensor)
+
+
 def read_fragments(
     folder: Path, index: dict[tuple[str, str], dict[str, Any]], engine: Engine, *, weights_only: bool = False
 ) -> int:
@@ -76,72 +95,10 @@ def read_fragments(
         Number of bytes read.
     """
     num_bytes = 0
-    with _OpenFiles(folder) as files:
+    with FragmentReader(folder, index) as reader:
         for fragment in fragments.needed_fragments(engine):
-            if weights_only and fragment.key != fragments.WEIGHT:
+            if weights_only and fragment.key != WEIGHT:
                 continue
-            num_bytes += _read_fragment(folder, index, files, fragment)
+            reader.fill(fragment.name, fragment.key, fragment.shape, fragment.offset, fragment.tensor)
+            num_bytes += fragment.tensor.numel() * fragment.tensor.element_size()
     return num_bytes
-
-
-def _read_fragment(
-    folder: Path, index: dict[tuple[str, str], dict[str, Any]], files: "_OpenFiles", fragment: fragments.Fragment
-) -> int:
-    entry = index.get((fragment.name, fragment.key))
-    if entry is None or tuple(entry["shape"]) != fragment.shape:
-        raise ConfigError(
-            f"{folder}: {fragment.key} of parameter {fragment.name} with shape {list(fragment.shape)} is missing; "
-            "use the model.* and optimizer.name of the run that wrote it"
-        )
-    first, last = fragment.offset, fragment.offset + fragment.tensor.numel()
-    num_read = 0
-    for part, low, high in _overlaps(entry["fragments"], first, last):
-        values = files.read(f"{fragment.name}|{fragment.key}|{part['offset']}", part, low, high)
-        fragment.tensor[low - first : high - first].copy_(values)
-        num_read += high - low
-    if num_read != last - first:
-        raise ConfigError(
-            f"{folder}: its index has {num_read} of {last - first} elements of {fragment.name}; use another checkpoint"
-        )
-    return num_read * fragment.tensor.element_size()
-
-
-def _overlaps(parts: Iterable[dict[str, Any]], first: int, last: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-    for part in parts:
-        low, high = max(first, part["offset"]), min(last, part["offset"] + part["length"])
-        if low < high:
-            yield part, low, high
-
-
-class _OpenFiles:
-    """The ranks' files of a checkpoint, each opened when it is first needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, Any] = {}
-
-    def __enter__(self) -> "_OpenFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.clear()
-
-    def read(self, tensor_name: str, part: dict[str, Any], low: int, high: int) -> Any:
-        """Read a part of a fragment.
-
-        Args:
-            tensor_name: name of the fragment in the file.
-            part: entry of the fragment in the index.
-            low: first element to read, counted in the flattened parameter.
-            high: element after the last.
-
-        Returns:
-            (high - low,) float32 tensor.
-        """
-        path = self.folder / part["file"]
-        try:
-            if path.name not in self.files:
-                self.files[path.name] = safe_open(path, framework="pt").__enter__()
-            return self.files[path.name].get_slice(tensor_name)[low - part["offset"] : high - part["offset"]]
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); use another checkpoint") from None

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from colt5dist.errors import SaveError
+from colt5dist.storage.complete_file import FileEntry, rank_file_name
 from colt5dist.train.checkpoint.commit import Retention, commit_checkpoint, delete_old
-from colt5dist.train.checkpoint.complete_file import FileEntry, rank_file_name
 from colt5dist.train.checkpoint.folders import temporary_folder
 from colt5dist.train.checkpoint.trainer_state import TrainerState
 from colt5dist.train.checkpoint.write import write_rank_file

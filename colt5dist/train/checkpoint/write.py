@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from colt5dist.train.checkpoint.complete_file import PIECE_BYTES, FileEntry
+from colt5dist.storage.complete_file import PIECE_BYTES, FileEntry
 from colt5dist.train.engine.fragments import Fragment
 
 ELEMENT_BYTES = 4

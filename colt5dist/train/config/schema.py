@@ -297,7 +297,7 @@ class RunConfig:
     """Keys that may differ from the run that is resumed, for instance [optimizer.lr]; from_zero: start at step 0 if
     there are checkpoints but none is whole."""
     init_from: str | None = keeps_result(None)
-    """Run directory or checkpoint of another run whose weights, and nothing else, this run starts from."""
+    """Run directory, checkpoint or exported folder whose weights, and nothing else, this run starts from."""
     model: CoLT5Config = field(default_factory=CoLT5Config)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 
+from colt5dist.storage.checkpoints import WEIGHT
 from colt5dist.train.engine.engine import Engine
-
-WEIGHT = "weight"
-"""Key of the float32 master weights; the other keys are the optimizer's own (exp_avg, exp_avg_sq, ...)."""
 
 
 @dataclass(frozen=True)

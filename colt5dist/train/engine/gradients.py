@@ -1,6 +1,7 @@
 """A step's gradients where DeepSpeed sums them itself: stage 0, offloaded optimizers, and CPUs.
 
-`GradientSums` do the same for ZeRO stages 1 to 3 on GPUs, without DeepSpeed's Python per parameter; the methods are alike.
+`GradientSums` do the same for ZeRO stages 1 to 3 on GPUs, without DeepSpeed's Python per parameter, and have the same
+methods.
 Between the last backward pass and the optimizer, summed over ranks and unclipped, DeepSpeed 0.19.8 keeps the gradients
 here (tests/train/guard/test_bad_numbers.py probes every place):
 

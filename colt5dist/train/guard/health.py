@@ -16,7 +16,8 @@ import torch
 
 from colt5dist.errors import TrainingFault
 from colt5dist.files import write_whole
-from colt5dist.train.engine import fragments
+from colt5dist.storage.checkpoints import WEIGHT
+from colt5dist.train.engine.fragments import owned_fragments
 from colt5dist.train.engine.gradients import are_bad
 from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.guard import spikes
@@ -249,8 +250,8 @@ class Health:
 
     def _bad_weights(self) -> list[str]:
         """Names of the parameters of which this rank holds a weight that is not finite."""
-        owned = fragments.owned_fragments(self.engine)
-        return [f.name for f in owned if f.key == fragments.WEIGHT and not bool(torch.isfinite(f.tensor).all())]
+        owned = owned_fragments(self.engine)
+        return [f.name for f in owned if f.key == WEIGHT and not bool(torch.isfinite(f.tensor).all())]
 
     def _run_again(self, local: LocalStep) -> list[dict[str, Any]]:
         """Repeat forward and backward, and check each gradient before it is summed over ranks; collective.

@@ -17,7 +17,8 @@ import torch
 
 from colt5dist.data import open_sources
 from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint import complete_file, find_checkpoints, read_complete, size_problem, unfinished_folders
+from colt5dist.storage import complete_file
+from colt5dist.train.checkpoint import find_checkpoints, read_complete, size_problem, unfinished_folders
 from colt5dist.train.checkpoint.commit import (
     Retention,
     delete_old,

@@ -1,0 +1,40 @@
+"""The processes that evaluate together: a process group of PyTorch's own, which only sums."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined_processes(world_size: int, local_rank: int) -> Iterator[torch.device]:
+    """Join the other processes, and give the device of this one; a single process joins nothing.
+
+    The launcher's environment variables say where the others are.
+
+    Args:
+        world_size: number of processes.
+        local_rank: number of this process among those of its host.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ and world_size > 1:
+        torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all processes, in place; collective."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,1 @@
+"""What lies on disk, for all who read it: checkpoints, run folders, exported folders. No DeepSpeed, no processes."""

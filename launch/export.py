@@ -1,0 +1,57 @@
+"""Write a trained model as a folder that transformers opens: `python launch/export.py runs/tiny --output exported`.
+
+PATH is a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or an exported folder. The folder
+holds weights, configuration, tokenizer and a model card; colt5dist loads it too, and `init_from` takes it.
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from colt5dist.console import outlive_readers, status_of_report
+
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as one line, like all wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        print(f"error: arguments: {message}; --help lists them", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Read the options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("path", help="run folder, checkpoint, or exported folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write, which must not exist")
+    parser.add_argument("--dtype", choices=TYPES, help="type of the weights (default: as stored, fp32 in checkpoints)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    options = parse_arguments(arguments)
+    # imported late, so that --help and a wrong argument are answered at once
+    import torch
+
+    from colt5dist.errors import ConfigError
+    from colt5dist.pretrained.export import export
+
+    dtype = getattr(torch, TYPES[options.dtype]) if options.dtype else None
+    try:
+        exported = export(options.path, options.output, dtype=dtype, step=options.step)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    print(f"written: {exported.folder} ({exported.num_bytes / 1e6:,.1f} MB), from {exported.source}")
+    return status_of_report()
+
+
+if __name__ == "__main__":
+    outlive_readers()
+    sys.exit(main(sys.argv[1:]))
