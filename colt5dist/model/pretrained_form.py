@@ -157,6 +157,7 @@ class PretrainedForm(nn.Module):
         section = {
             "format_version": FORMAT_VERSION,
             "step": self.origin.step,
+            "token_ids": self.origin.token_ids,
             "settings": {
                 "seed": self.seed,
                 "model": asdict(self.config),

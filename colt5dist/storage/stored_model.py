@@ -91,9 +91,10 @@ class StoredModel:
             ConfigError: the file is damaged.
         """
         path = self.root / VOCABULARY
-        if not path.exists():
+        if path.exists():
+            content: Any = read_json(path, fix="copy the folder again")
+        elif self.is_checkpoint or (content := read_exported_config(self.root).get("token_ids")) is None:
             return None
-        content = read_json(path, fix="copy the folder again")
         try:
             return {name: int(content[name]) for name in ("pad_id", "start_id", "eos_id")}
         except (KeyError, TypeError, ValueError):

@@ -1,6 +1,7 @@
 """launch/evaluate.py gives the run's own held-out loss, and says in one line what is wrong."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,19 @@ import pytest
 from conftest import ROOT, Fork, Pretrain, load_script, write_short_texts
 
 from colt5dist import CoLT5
+from colt5dist.pretrained.export import export
 from colt5dist.train.report.monitor import read_metrics
 
 Main = Callable[[list[str]], int]
 
 SCHEDULE = "data.length_schedule=[{step: 3, input_length: 128, micro_batch_size: 2, num_heavy_tokens: 0.25}]"
+SETTINGS = (
+    "train.eval_every=2",
+    "checkpoint.every_steps=2",
+    "train.eval_shuffled_inputs=true",
+    "train.eval_samples=7",
+    SCHEDULE,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +35,7 @@ def main() -> Main:
 def run_dir(tmp_path_factory: pytest.TempPathFactory, run_pretrain: Pretrain) -> Path:
     """A run of four steps with an evaluation and a checkpoint after the second and the last, of other lengths."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    evaluations = ("train.eval_every=2", "checkpoint.every_steps=2", "train.eval_shuffled_inputs=true")
-    run_pretrain(folder, *evaluations, SCHEDULE, "train.eval_samples=7")
+    run_pretrain(folder, *SETTINGS)
     return folder
 
 
@@ -78,20 +86,35 @@ def test_shard_sets_by_name_and_a_saved_model(
     total = sum(part["loss"] * part["num_target_tokens"] for part in found["sets"].values())
     assert found["loss"] == pytest.approx(total / found["num_target_tokens"])
     assert list(found["sets"][short]["by_document_length"]) == ["256-1023"]
+    saved = export(run_dir, tmp_path / "saved").folder
+    assert main([str(saved), "--json", "--shards", "python-stdlib"]) == 0
+    check(json.loads(capsys.readouterr().out), evaluations(run_dir)[4])
     assert main([str(run_dir), "--shards", *sets]) == 0
     printed = capsys.readouterr().out
     assert "held-out loss: " in printed and "position in the document" in printed
 
 
+def test_a_finished_run_without_a_tokenizer_gets_it(run_dir: Path, run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """Runs of earlier versions have none; the command that finds nothing to do writes it."""
+    old = tmp_path / "old"
+    shutil.copytree(run_dir, old, ignore=shutil.ignore_patterns("tokenizer"))
+    done = run_pretrain(old, *SETTINGS)
+    assert "nothing to do" in done.stdout
+    for path in (run_dir / "tokenizer").iterdir():
+        assert path.read_bytes() == (old / "tokenizer" / path.name).read_bytes()
+
+
 def test_wrong_input_is_one_line(main: Main, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     CoLT5.from_pretrained(run_dir).save_pretrained(tmp_path / "bare")
+    export(run_dir, tmp_path / "saved")
     cases = {
         ("nowhere",): "nowhere: no such folder",
         (str(tmp_path / "empty"),): "holds no trained model",
         (str(run_dir), "--step", "3"): "no whole checkpoint in",
         (str(run_dir), "--shards", "nowhere"): "nowhere",
         (str(tmp_path / "bare"),): "vocabulary.json: cannot be read",
+        (str(tmp_path / "saved"),): "--shards: an exported folder does not say where its shards are",
     }
     for arguments, words in cases.items():
         assert main(list(arguments)) == 2, arguments

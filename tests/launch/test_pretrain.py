@@ -47,7 +47,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory, run_pretrain: Pretrain) 
 
 def test_files_of_the_run_directory(reference: tuple[Path, str]) -> None:
     run_dir, printed = reference
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "status.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "status.json",
+        "tokenizer",
+    ):
         assert (run_dir / name).exists()
     for step in (4, 8):
         assert (run_dir / "checkpoints" / f"step_{step:08d}" / "COMPLETE").exists()
