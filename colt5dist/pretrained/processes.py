@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from colt5dist.errors import ConfigError
+
 
 @contextmanager
 def joined_processes(world_size: int, local_rank: int) -> Iterator[torch.device]:
@@ -17,9 +19,17 @@ def joined_processes(world_size: int, local_rank: int) -> Iterator[torch.device]
     Args:
         world_size: number of processes.
         local_rank: number of this process among those of its host.
+
+    Raises:
+        ConfigError: the host has too few GPUs.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this host has {torch.cuda.device_count()} GPUs, too few for process {local_rank + 1} of it; start "
+                "fewer, or set CUDA_VISIBLE_DEVICES= to use CPUs"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ and world_size > 1:

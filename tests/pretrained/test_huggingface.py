@@ -122,13 +122,20 @@ def test_generation_is_ours(ours: tuple[CoLT5, ModelTokenizer], theirs: tuple[An
     assert torch.equal(single[0], found[2, : single.shape[1]])
 
 
+def test_another_end_token_is_obeyed(theirs: tuple[Any, Any]) -> None:
+    batch = theirs[1](TEXTS[:1], return_tensors="pt")
+    written = theirs[0].generate(**batch, max_new_tokens=6)[0].tolist()
+    found = theirs[0].generate(**batch, max_new_tokens=6, eos_token_id=written[1])[0].tolist()
+    assert len(written) > 2 and found == written[:2]
+
+
 def test_draws_and_lengths(ours: tuple[CoLT5, ModelTokenizer], theirs: tuple[Any, Any]) -> None:
     batch = theirs[1](TEXTS[:1], return_tensors="pt")
     torch.manual_seed(0)
     drawn = theirs[0].generate(**batch, max_length=9, do_sample=True, temperature=0.8, num_return_sequences=5)
     assert drawn.shape == (5, 9) and len({tuple(row.tolist()) for row in drawn}) > 1
     torch.manual_seed(0)
-    again = ours[0].generate(batch["input_ids"], max_new_tokens=8, temperature=0.8, num_return_sequences=5)
+    again = ours[0].generate(batch["input_ids"], max_new_tokens=8, temperature=0.8, top_k=50, num_return_sequences=5)
     assert torch.equal(drawn[:, 1:], again)
 
 

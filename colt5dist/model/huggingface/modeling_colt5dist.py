@@ -25,22 +25,17 @@ OURS = {
     "max_length": None,
     "do_sample": False,
     "temperature": 1.0,
-    "top_k": None,
+    "top_k": 50,
     "top_p": None,
     "num_beams": 1,
     "length_penalty": 1.0,
     "num_return_sequences": 1,
 }
-"""Arguments of `generate` that colt5dist's own generation has, and their defaults."""
-NEUTRAL = {
-    "pad_token_id",
-    "eos_token_id",
-    "bos_token_id",
-    "decoder_start_token_id",
-    "use_cache",
-    "transformers_version",
-}
-"""Settings of a generation configuration that change nothing."""
+"""Arguments of `generate` that colt5dist's own generation has, and what transformers takes where they are missing."""
+IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
+"""Arguments that change nothing where they are those of the model."""
+NEUTRAL = {*IDS, "use_cache", "transformers_version"}
+"""Settings of a generation configuration that otherwise change nothing."""
 DEFAULT_NEW_TOKENS = 20
 """Tokens that are written where nothing says how many, as in transformers."""
 
@@ -84,19 +79,19 @@ class CoLT5PreTrainedModel(PreTrainedModel):
 
     def _own_generation(self, given: dict[str, Any]) -> dict[str, Any] | None:
         """Arguments of colt5dist's `generate` that mean what these mean; None where it has no such arguments."""
-        configured = {
-            name: value
-            for name, value in self.generation_config.to_diff_dict().items()
-            if name not in NEUTRAL and not name.startswith("_") and value is not None
-        }
-        given = {name: value for name, value in given.items() if value is not None and name not in NEUTRAL}
-        wanted = {**OURS, **configured, **given}
+        given = {name: value for name, value in given.items() if value is not None}
+        found = {**self.generation_config.to_diff_dict(), **given}
+        if any(found.get(name) not in (None, getattr(self.config, name, None)) for name in IDS):
+            return None
+        kept = {name for name, value in found.items() if value is not None and not name.startswith("_")} - NEUTRAL
+        wanted = {**OURS, **{name: found[name] for name in kept}}
         if set(wanted) != set(OURS) or (wanted["do_sample"] and wanted["num_beams"] > 1):
             return None
         number = wanted.pop("max_new_tokens")
         length = wanted.pop("max_length")
         if not wanted.pop("do_sample"):
             wanted.update(temperature=0.0, top_k=None, top_p=None)
+        wanted["top_k"] = wanted["top_k"] or None  # 0 is transformers' word for all tokens
         return {"max_new_tokens": number, "max_length": length, **wanted, "seed": None}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -139,6 +134,8 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
         """
         ids = inputs if input_ids is None else input_ids
         own = self._own_generation(arguments) if generation_config is None else None
+        if ids is not None and attention_mask is None:
+            attention_mask = torch.ones_like(ids)  # or transformers would take the start token for padding
         if own is None or ids is None:
             return super().generate(
                 ids, generation_config=generation_config, attention_mask=attention_mask, **arguments
@@ -263,6 +260,8 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
         """
         ids = inputs if input_ids is None else input_ids
         own = self._own_generation(arguments) if generation_config is None else None
+        if ids is not None and attention_mask is None:
+            attention_mask = torch.ones_like(ids)  # or transformers would take the start token for padding
         if own is None or ids is None:
             return super().generate(
                 ids, generation_config=generation_config, attention_mask=attention_mask, **arguments
