@@ -104,6 +104,7 @@ def train_badly(
             run_dir=run_dir,
             ranks=ranks,
             shards=open_run_shards(config),
+            readers=None,
             engine=engine,
             state=state,
             monitor=monitor,
