@@ -94,6 +94,11 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """Run the command with the arguments of this process, as its main script; returns the exit status."""
     outlive_readers()
-    sys.exit(main(sys.argv[1:]))
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(command())
