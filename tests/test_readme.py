@@ -29,6 +29,7 @@ OF_OTHERS = {
     "--num_gpus": "deepspeed",
     "--num_accelerators": "deepspeed",
     "--no_ssh": "deepspeed",
+    "--module": "deepspeed",
     "--node_rank": "deepspeed",
     "--master_addr": "deepspeed",
     "--master_port": "deepspeed",
