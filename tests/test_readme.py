@@ -40,6 +40,7 @@ OF_OTHERS = {
     "--gpus-per-node": "srun",
     "--logdir": "tensorboard",
     "--signal": "sbatch",
+    "--no-deps": "pip",
     "--help": "argparse",
 }
 """Options of other programs."""
