@@ -14,6 +14,7 @@ import pytest
 
 from colt5dist.__main__ import main
 from colt5dist.packaged import CONFIGS, SCRIPTS, command_files, config_names, find_config
+from colt5dist.train import run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {f"colt5dist-{path.stem}": f"colt5dist.launch.{path.stem}:command" for path in ROOT.glob("launch/*.py")}
@@ -70,6 +71,24 @@ def test_names_never_lead_out_of_the_folder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     assert find_config("configs/../../pyproject.toml") == Path("configs/../../pyproject.toml")
     assert config_names() and not [name for name in config_names() if find_config(name).parent != CONFIGS]
+
+
+def test_a_run_names_no_commit_of_a_repository_that_only_surrounds_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@localhost"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    (tmp_path / "run_directory.py").touch()
+    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "run_directory.py"))
+    assert run_directory._commit() is None
+    git("add", "run_directory.py")
+    git("commit", "-m", "second")
+    assert run_directory._commit() == git("rev-parse", "HEAD")
 
 
 def test_a_wheel_works_without_the_checkout(tmp_path: Path) -> None:
