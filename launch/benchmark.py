@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
 
 
 def command() -> int:
-    """Run the command with the arguments of this process, as its main script; returns the exit status."""
+    """Run the command with the arguments of this process; returns the exit status."""
     return main(sys.argv[1:])
 
 

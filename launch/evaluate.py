@@ -10,7 +10,7 @@ import json
 import sys
 from typing import NoReturn
 
-from colt5dist.console import outlive_readers, status_of_report
+from colt5dist.console import as_command, status_of_report
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,11 +69,7 @@ def main(arguments: list[str]) -> int:
     return status_of_report()
 
 
-def command() -> int:
-    """Run the command with the arguments of this process, as its main script; returns the exit status."""
-    outlive_readers()
-    return main(sys.argv[1:])
-
+command = as_command(main)
 
 if __name__ == "__main__":
     sys.exit(command())
