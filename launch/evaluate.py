@@ -21,20 +21,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-OF_PAIRS: dict[str, dict[str, Any]] = {
-    "--predictions": {"type": Path, "metavar": "JSONL", "help": "file for what was written, with its scores"},
-    "--metrics": {"nargs": "+", "metavar": "NAME", "help": "some of rouge, f1, exact_match (default: all)"},
-    "--input-key": {"help": "key of the input (default: input)"},
-    "--target-key": {"help": "key of the target (default: output)"},
-    "--id-key": {"help": "key that is the same in all pairs of one input (default: id)"},
-    "--max-new-tokens": {"type": positive, "help": "most tokens of a text (default: 256)"},
-    "--num-beams": {"type": positive, "help": "beams of a beam search (default: 1, none)"},
-    "--length-penalty": {"type": float, "help": "exponent of a beam's length (default: 1.0)"},
-    "--batch-size": {"type": positive, "help": "texts at a time (default: 8)"},
-}
-"""Options that need --pairs."""
-
-
 class Parser(argparse.ArgumentParser):
     """Reports a wrong argument as one line, like all wrong input."""
 
@@ -56,13 +42,23 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--step", type=int, help="step of the checkpoint (default: the newest)")
     add("--json", action="store_true", help="print one JSON object")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    for name, properties in OF_PAIRS.items():
-        add(name, default=argparse.SUPPRESS, **properties)
+    add = parser.add_argument_group("with --pairs", argument_default=argparse.SUPPRESS).add_argument
+    of_pairs = [
+        add("--predictions", type=Path, metavar="JSONL", help="file for what was written, with its scores"),
+        add("--metrics", nargs="+", metavar="NAME", help="some of rouge, f1, exact_match (default: all)"),
+        add("--input-key", help="key of the input (default: input)"),
+        add("--target-key", help="key of the target (default: output)"),
+        add("--id-key", help="key that is the same in all pairs of one input (default: id)"),
+        add("--max-new-tokens", type=positive, help="most tokens of a text (default: 256)"),
+        add("--num-beams", type=positive, help="beams of a beam search (default: 1, none)"),
+        add("--length-penalty", type=float, help="exponent of a beam's length (default: 1.0)"),
+        add("--batch-size", type=positive, help="texts at a time (default: 8)"),
+    ]
     options = parser.parse_args(arguments)
-    names = {option.removeprefix("--").replace("-", "_"): option for option in OF_PAIRS}
-    options.of_pairs = {name: value for name, value in vars(options).items() if name in names}
-    if options.of_pairs and options.pairs is None:
-        parser.error(f"{', '.join(names[name] for name in options.of_pairs)}: of no use without --pairs")
+    given = [action for action in of_pairs if hasattr(options, action.dest)]
+    if given and options.pairs is None:
+        parser.error(f"{', '.join(action.option_strings[0] for action in given)}: of no use without --pairs")
+    options.of_pairs = {action.dest: getattr(options, action.dest) for action in given}
     return options
 
 

@@ -129,17 +129,23 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(stream, start=1):
                 text = line.decode("utf-8-sig")
                 if text.strip():
-                    record = json.loads(text)
-                    if not isinstance(record, dict):
-                        raise ValueError
-                    yield number, record
+                    yield number, _object(text, path, number)
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: line {number} is not UTF-8; give a file of JSON objects, one a line") from None
     except (OSError, *DAMAGE) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ConfigError(f"{path}: cannot be read ({reason})") from None
+
+
+def _object(text: str, path: Path, number: int) -> dict[str, Any]:
+    """The object that a line is."""
+    try:
+        record = json.loads(text)
     except (ValueError, RecursionError):
-        raise ConfigError(f"{path}: line {number} is not a JSON object; give an object a line") from None
+        raise ConfigError(f"{path}: line {number} is not JSON; give an object a line") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path}: line {number} is not a JSON object; give an object a line")
+    return record
 
 
 def read_lines(path: Path, key: str) -> list[Line]:
