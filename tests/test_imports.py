@@ -79,7 +79,8 @@ def test_files_on_disk_are_read_without_the_layers() -> None:
 
 def test_a_trained_model_needs_no_deepspeed() -> None:
     command = (
-        "import sys, colt5dist, colt5dist.pretrained.evaluate_shards, colt5dist.pretrained.export;"
+        "import sys, colt5dist, colt5dist.pretrained.evaluate_shards, colt5dist.pretrained.evaluate_pairs;"
+        "import colt5dist.pretrained.export;"
         "colt5dist.load, colt5dist.CoLT5, colt5dist.CausalCoLT5;"
         "print(sorted(name for name in sys.modules if name.startswith(('deepspeed', 'colt5dist.train'))))"
     )

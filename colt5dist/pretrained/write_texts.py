@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from colt5dist.data.model_tokenizer import ModelTokenizer
-from colt5dist.errors import ConfigError
+from colt5dist.data.prepare.compressed import DAMAGE, open_compressed
+from colt5dist.data.prepare.inputs import COMPRESSED_SUFFIXES
+from colt5dist.errors import ConfigError, first_line
 from colt5dist.files import write_whole
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5
@@ -107,31 +109,58 @@ class Line:
     """Its text."""
 
 
-def read_lines(path: Path, key: str) -> list[Line]:
-    """Read the texts of a JSON-lines file; empty lines are left out.
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read a JSON-lines file, also a compressed one (.gz, .zst); empty lines are left out.
 
     Args:
         path: an object a line.
+
+    Yields:
+        The number of a line, from 1 on, and its object.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is no object.
+    """
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            suffix = path.suffix.lower()
+            stream = open_compressed(raw, suffix) if suffix in COMPRESSED_SUFFIXES else raw
+            for number, line in enumerate(stream, start=1):
+                text = line.decode("utf-8-sig")
+                if text.strip():
+                    yield number, _object(text, path, number)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: line {number} is not UTF-8; give a file of JSON objects, one a line") from None
+    except (OSError, *DAMAGE) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise ConfigError(f"{path}: cannot be read ({reason})") from None
+
+
+def _object(text: str, path: Path, number: int) -> dict[str, Any]:
+    """The object that a line is."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{path}: line {number} is not JSON; give an object a line") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path}: line {number} is not a JSON object; give an object a line")
+    return record
+
+
+def read_lines(path: Path, key: str) -> list[Line]:
+    """Read the texts of a JSON-lines file.
+
+    Args:
+        path: as `read_objects` takes it.
         key: of the text in each.
 
     Raises:
         ConfigError: the file cannot be read, a line is no object with a text, or there is none.
     """
-    try:
-        content = path.read_bytes().decode()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8; give a file of JSON objects, one a line") from None
     lines = []
-    for number, text in enumerate(content.split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except ValueError:
-            raise ConfigError(f"{path}: line {number} is not JSON; give an object a line") from None
-        if not isinstance(record, dict) or not isinstance(record.get(key), str) or not record[key].strip():
+    for number, record in read_objects(path):
+        if not isinstance(record.get(key), str) or not record[key].strip():
             raise ConfigError(f"{path}: line {number} has no text with the key {key!r}; --input-key names another")
         lines.append(Line(number=number, record=record, text=record[key]))
     if not lines:
@@ -151,7 +180,15 @@ def write_lines(path: Path, lines: Sequence[Line], results: Sequence[Any], key: 
     Raises:
         ConfigError: the file cannot be written.
     """
-    records = [{**line.record, key: result} for line, result in zip(lines, results, strict=True)]
+    write_objects(path, [{**line.record, key: result} for line, result in zip(lines, results, strict=True)])
+
+
+def write_objects(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write objects, one a line, whole or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     try:
         content = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode()
     except UnicodeEncodeError:  # half a character, which JSON can escape and UTF-8 has no form for
