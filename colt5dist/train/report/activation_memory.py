@@ -35,6 +35,13 @@ class KeptBytes:
     total: int
     """Of the whole model."""
 
+    def of_samples(self, config: RunConfig, number: int) -> int:
+        """Bytes of the whole model for more samples, on a GPU, if these are those of one.
+
+        All but the logits is proportional to the samples.
+        """
+        return number * (self.total - logits_bytes(config, 1)) + logits_bytes(config, number)
+
 
 def activation_bytes(config: RunConfig, micro_batch_size: int, *, on_gpu: bool) -> int:
     """Bytes that one forward pass keeps for the backward pass; each storage counts once.
@@ -68,12 +75,12 @@ def kept_bytes(config: RunConfig, micro_batch_size: int, *, on_gpu: bool) -> Kep
     of_decoder = _forward_bytes(config, encoder, 2, micro_batch_size, on_gpu) - few if decoder else 0
     outside = few - encoder * of_encoder - decoder * of_decoder
     if on_gpu:
-        outside += _logits_bytes(config, micro_batch_size)
+        outside += logits_bytes(config, micro_batch_size)
     layers = model.num_encoder_layers * of_encoder + model.num_decoder_layers * of_decoder
     return KeptBytes(of_encoder, of_decoder, outside, outside + layers)
 
 
-def _logits_bytes(config: RunConfig, micro_batch_size: int) -> int:
+def logits_bytes(config: RunConfig, micro_batch_size: int) -> int:
     """Bytes of the logits of a micro-batch, which a GPU keeps unless they are too many (`VocabularyLoss`)."""
     logits = micro_batch_size * config.data.target_length * config.model.vocab_size
     return logits * (2 if uses_bf16(config, on_gpu=True) else 4) if logits <= MAX_KEPT_LOGITS else 0

@@ -8,6 +8,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -145,9 +146,7 @@ def cluster(num_gpus: int, num_hosts: int | None = None, gpu_memory: float = 80.
     return Cluster(num_gpus, hosts, round(gpu_memory * GIB), gpu, peak)
 
 
-def plan_report(
-    config_file: str, settings: Sequence[str], gpus: Cluster, tokens: float | None = None, *, command: bool = True
-) -> str:
+def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens: float | None = None) -> str:
     """Write the plan of a run as text.
 
     Args:
@@ -156,7 +155,6 @@ def plan_report(
             checkpointing is not varied.
         gpus: the GPUs.
         tokens: input and target tokens that the run is to read; None: those of train.steps.
-        command: whether to end with the command to type.
 
     Returns:
         Several lines.
@@ -167,6 +165,8 @@ def plan_report(
     config = load_config(config_file, settings)
     if config.train.global_batch_size % gpus.num_gpus:
         raise ConfigError("\n".join(config.batch_problems(gpus.num_gpus)))
+    if config.optimizer.name != "adamw":
+        raise ConfigError(f"optimizer.name: a plan is for adamw, not {config.optimizer.name}; leave it out")
     if tokens is not None and not (math.isfinite(tokens) and tokens >= 1):
         raise ConfigError(f"--tokens: {tokens} is not positive; use for instance 1e11")
     given = {key for key in PLANNED_KEYS if any(setting.split("=")[0].strip() == key for setting in settings)}
@@ -193,14 +193,16 @@ def plan_report(
     if best is None:
         fix = "more GPUs (--gpus), GPUs with more memory, shorter inputs or zero.offload"
         return "\n".join([*lines, f"nothing fits: use {fix}"])
+    if best.fits == "tight":
+        lines.append(
+            "note: nothing fits with a reserve; what is recommended may lack memory, or run without CUDA graph"
+        )
     lines.append(
         f"recommended (*): ZeRO stage {best.stage}, micro-batch {best.micro_batch_size}, activation checkpointing "
         f"{best.checkpointing}: {best.total_bytes / GIB:.1f} GiB per GPU, {best.step_seconds:.3g} s per step, "
         f"{best.step_seconds * steps / 86400:.3g} days"
     )
-    if command:
-        lines.append("  " + _command(config_file, settings, gpus, best, config))
-    return "\n".join(lines)
+    return "\n".join([*lines, "  " + _command(config_file, settings, gpus, best, config)])
 
 
 def plan_options(config: RunConfig, gpus: Cluster, given: set[str]) -> list[Option]:
@@ -232,7 +234,7 @@ def plan_options(config: RunConfig, gpus: Cluster, given: set[str]) -> list[Opti
     shapes = parameter_shapes(config)
     num_parameters, gathered = sum(map(num_elements, shapes.values())), gathered_elements(shapes)
     states = state_memory(config, num_parameters, gpus.num_gpus, on_gpu=True, num_gathered=gathered)
-    # of a micro-batch of one sample: all that is kept is proportional to the samples
+    # of a micro-batch of one sample
     plain = kept_bytes(_with(config, 1, "none"), 1, on_gpu=True)
     kept = {way: plain if way == "none" else kept_bytes(_with(config, 1, way), 1, on_gpu=True) for way in ways}
     return [
@@ -261,7 +263,7 @@ def _option(
 ) -> Option:
     """Memory and time of one way to run; `kept` and `plain` are of one sample, with checkpointing and without."""
     checkpointing = config.train.activation_checkpointing
-    activations = size * kept.total
+    activations = kept.of_samples(config, size)
     if checkpointing != "none":
         activations += size * max(plain.encoder_layer, plain.decoder_layer)
     return Option(
@@ -272,7 +274,7 @@ def _option(
         gradient_bytes=states.gradient_bytes,
         activation_bytes=activations,
         bucket_bytes=_bucket_bytes(config, states.stage, gpus.num_gpus, num_parameters, gathered),
-        graph_bytes=_graph_bytes(config, activations, size * plain.total, size),
+        graph_bytes=_graph_bytes(config, activations, plain.of_samples(config, size), size),
         memory_bytes=gpus.memory_bytes,
         step_seconds=step_seconds(config, gpus, states.stage, size, num_parameters),
     )
@@ -341,7 +343,7 @@ def expected_mfu(num_parameters: int, input_length: int) -> float:
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float:
     """Interpolate on a logarithmic axis; beyond the ends, the value of the end."""
-    for (low, below), (high, above) in zip(points, points[1:], strict=False):
+    for (low, below), (high, above) in pairwise(points):
         if x < high:
             share = max(0.0, math.log(x / low) / math.log(high / low))
             return below + share * (above - below)
@@ -399,9 +401,10 @@ def _checkpoint_lines(config: RunConfig, num_parameters: int, steps: int) -> lis
 
 def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
     """What the figures leave out of account, one line each."""
+    speed = expected_mfu(num_parameters, config.data.input_length)
     lines = [
-        f"note: time from {expected_mfu(num_parameters, config.data.input_length):.1%} of the peak, as measured on H100s"
-        "; evaluations, checkpoints and waits for data come on top"
+        f"note: time from {speed:.1%} of the peak (stage 1), as measured on H100s; evaluations, checkpoints and "
+        "waits for data come on top"
     ]
     if num_parameters < MEASURED_MFU[0][0] * 0.9:
         lines.append("note: the model is smaller than any that was measured, and will be slower than this")
@@ -411,7 +414,9 @@ def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
         rate = BYTES_PER_SECOND_IN_HOST if gpus.num_hosts == 1 else BYTES_PER_SECOND_BETWEEN_HOSTS
         lines.append(f"note: links are assumed to carry {rate / 1e9:g} GB/s for each GPU")
     if config.zero.offload != "none":
-        lines.append(f"note: zero.offload: {config.zero.offload} is left out of the plan, which is slower and not needed")
+        lines.append(
+            f"note: zero.offload: {config.zero.offload} is left out of the plan, which is slower and not needed"
+        )
     if len(config.stages) > 1:
         lines.append("note: data.length_schedule: memory and time are those of the first lengths")
     return lines
