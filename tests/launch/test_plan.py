@@ -34,7 +34,7 @@ def test_the_command_that_it_prints_can_be_typed(
 
 
 def test_dry_run_shows_the_plan_of_other_gpus(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pretrain_main(["--dry-run", "--gpus", "8", "zero.stage=1", "data.shards=not-there"]) == 0
+    assert pretrain_main(["--dry-run", "--gpus", "8", "zero.stage=1", "train.activation_checkpointing=none"]) == 0
     out = capsys.readouterr().out
     assert "8 samples = 8 devices x 1 micro-batch x 1" in out
     assert "plan: 8 GPUs (H100, 80 GiB each) on 1 host" in out and "recommended (*): ZeRO stage 1" in out

@@ -162,7 +162,7 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
     Raises:
         ConfigError: the configuration is wrong, or the batch does not divide among the GPUs.
     """
-    config = load_config(config_file, settings)
+    config = load_config(config_file, list(settings))
     if config.train.global_batch_size % gpus.num_gpus:
         raise ConfigError("\n".join(config.batch_problems(gpus.num_gpus)))
     if config.optimizer.name != "adamw":
@@ -228,7 +228,9 @@ def plan_options(config: RunConfig, gpus: Cluster, given: set[str]) -> list[Opti
     if "train.activation_checkpointing" in given:
         ways = [now]
     # stage 0 in bf16 is stage 1
-    stages = [stage for stage in (0, 1, 2, 3) if engine_stage(_with(config, stage, "none"), on_gpu=True) == stage]
+    stages: list[int] = [
+        stage for stage in (0, 1, 2, 3) if engine_stage(_with(config, stage, "none"), on_gpu=True) == stage
+    ]
     if "zero.stage" in given:
         stages = [engine_stage(config, on_gpu=True)]
     shapes = parameter_shapes(config)
