@@ -324,11 +324,8 @@ def train(jobs: Sequence[Job], parallel: int, deadline: float) -> dict[str, str]
 def _ended(process: subprocess.Popen[bytes], job: Job, problems: dict[str, str]) -> None:
     """Print how a run ended; a signal ends one that is still starting, which has nothing to save."""
     if process.returncode in (0, STOPPED, -signal.SIGTERM):
-        records = read_metrics(job.folder)
-        print(
-            f"{job.name}: {'done' if job.is_done() else 'stopped'}, step {records[-1]['step'] if records else 0}",
-            flush=True,
-        )
+        step = max((record["step"] for record in read_metrics(job.folder)), default=0)
+        print(f"{job.name}: {'done' if step >= job.steps else 'stopped'}, step {step}", flush=True)
         return
     lines = Path(f"{job.folder}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_LINES:]
     problems[job.name] = "\n    ".join([f"ended with status {process.returncode}", *lines])
@@ -340,15 +337,14 @@ def read_results(
     """Read the records of all runs with inputs of a length, and compare the variants."""
     seconds: dict[str, float | None] = {}
     for name, job in zip(options.variants, timed, strict=True):
-        times = (
-            [r["step_seconds"] for r in read_metrics(job.folder) if r["step"] > SKIPPED_STEPS] if job.is_done() else []
-        )
+        records = read_metrics(job.folder) if job.is_done() else []
+        times = [record["step_seconds"] for record in records if record["step"] > SKIPPED_STEPS]
         seconds[name] = statistics.median(times) if times else None
     runs: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
     for number, job in enumerate(curves):
         seed, place = divmod(number, len(options.variants))
-        points = {r["step"]: r["eval/loss"] for r in read_metrics(job.folder) if r.get("eval/loss") is not None}
-        if points := {step: loss for step, loss in points.items() if step <= options.steps}:
+        records = [record for record in read_metrics(job.folder) if record["step"] <= options.steps]
+        if points := {r["step"]: r["eval/loss"] for r in records if r.get("eval/loss") is not None}:
             runs[list(options.variants)[place]][seed] = points
     comparisons = []
     for a, b in combinations(options.variants, 2):
@@ -359,10 +355,8 @@ def read_results(
 
 def table(result: dict[str, Any]) -> list[str]:
     """Return the lines of the tables of an input length."""
-    lines = [
-        f"inputs of {result['input_length']:,} tokens",
-        f"{'':10} {'s/step':>8} {'seeds':>5} {'step':>6}  held-out loss, mean",
-    ]
+    head = f"{'':10} {'s/step':>8} {'seeds':>5} {'step':>6}  held-out loss, mean"
+    lines = [f"inputs of {result['input_length']:,} tokens", head]
     for name, seeds in result["held_out_loss"].items():
         seconds = result["step_seconds"][name]
         start = f"{name:10} {'-' if seconds is None else f'{seconds:.4f}':>8}"
@@ -372,10 +366,8 @@ def table(result: dict[str, Any]) -> list[str]:
     lines.append(f"{'difference':20} {'seeds':>5}  {'at equal steps':42}  at equal GPU time")
     for part in result["comparisons"]:
         cells = []
-        for key, place in (
-            ("equal_steps", f"{part['step']} steps"),
-            ("equal_time", f"{part['gpu_seconds'] or 0:.0f} s"),
-        ):
+        places = {"equal_steps": f"{part['step']} steps", "equal_time": f"{part['gpu_seconds'] or 0:.0f} s"}
+        for key, place in places.items():
             found = part[key]
             cells.append(f"{Interval(found['mean'], found['half'])} {found['verdict']} ({place})" if found else "-")
         names = f"{part['first']} - {part['second']}"

@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
+from conftest import ROOT, TRAINER_VARIABLES
 
 from colt5dist.benchmark import interval, learning, t_quantile, verdict
 from colt5dist.errors import ConfigError
 from colt5dist.train.config.load import load_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -114,31 +111,73 @@ def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
         learning.check_unchanged({"a": ["x=3", "y=2"]}, tmp_path / "settings.json")
 
 
+TRAINER = """
+import json, pathlib, signal, sys, time
+folder, steps, other = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+folder.mkdir(exist_ok=True)
+if not other:
+    sys.exit("no GPU is left")
+while not folder.with_name(other).exists():
+    time.sleep(0.01)
+log = folder / "metrics.jsonl"
+done = len(log.read_text().splitlines()) if log.exists() else 0
+with log.open("a") as file:
+    for step in range(done + 1, steps + 1):
+        file.write(json.dumps({"step": step}) + "\\n")
+"""
+"""Obeys a signal and continues as the trainer does; trains once the run `other` has begun, and fails without a name."""
+
+
+class WaitingJob(learning.Job):
+    """A run of TRAINER, whose setting is the name of the other run."""
+
+    def command(self):
+        return [sys.executable, "-c", TRAINER, str(self.folder), str(self.steps), *self.settings]
+
+
+def test_runs_train_side_by_side_are_stopped_and_continue(tmp_path, capsys):
+    def job(name: str, other: str) -> learning.Job:
+        return WaitingJob(name=name, folder=tmp_path / name, settings=(other,), steps=3)
+
+    def minutes(count: int) -> float:
+        return time.monotonic() + 60 * count
+
+    # each of the first two waits for the other: they train at the same time, or not at all
+    jobs = [job("first", "second"), job("second", "first"), job("broken", "")]
+    problems = learning.train(jobs, 2, minutes(5))
+    assert [j.is_done() for j in jobs] == [True, True, False]
+    assert list(problems) == ["broken"] and "ended with status 1" in problems["broken"]
+    assert "no GPU is left" in problems["broken"] and "second: done, step 3" in capsys.readouterr().out
+    assert learning.train([job("late", "never")], 1, time.monotonic() + 1) == {}
+    assert "late: stopped, step 0" in capsys.readouterr().out
+    # a finished run is not started again, nor is anything when the time is up
+    again = [job("late", "first"), job("first", "")]
+    assert learning.train(again, 1, time.monotonic() - 1) == {} and not again[0].is_done()
+    assert learning.train(again, 1, minutes(5)) == {} and again[0].is_done()
+
+
 @pytest.mark.slow
-def test_two_variants_stopped_and_continued(tmp_path, micro_settings):
+def test_a_small_comparison_from_text_to_table(tmp_path, micro_settings, monkeypatch, capsys):
+    monkeypatch.setattr(learning, "TIMED_STEPS", 2)
+    monkeypatch.setattr(learning, "SKIPPED_STEPS", 1)
+    for name, value in TRAINER_VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     sizes = [s for s in micro_settings if s.startswith(("model.", "schedule.")) and "vocab_size" not in s]
-    shape = ["--lengths", "256", "--target-length", "64", "--batch", "4", "--steps", "40", "--eval-every", "20"]
-    text = ["--text", str(ROOT / "colt5dist"), "--vocabulary", "300", "--eval-samples", "4"]
-    output = tmp_path / "out"
-    chosen = ["--variants", "learned", "light", "--seeds", "1", "--parallel", "2", "--output", str(output)]
-    command = [sys.executable, str(ROOT / "launch" / "benchmark.py"), "learning", *shape, *text, *chosen]
-    command += ["--set", *sizes, "train.compile=off", "data.num_workers=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
-
-    stopped = run("--minutes", "0.2")
-    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
-    done = run()
-    assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((output / "curves.json").read_text())["lengths"]
+    shape = ["--lengths", "256", "--target-length", "64", "--batch", "4", "--steps", "4", "--eval-every", "2"]
+    text = ["--text", str(ROOT / "colt5dist"), "--vocabulary", "300", "--eval-samples", "4", "--parallel", "2"]
+    arguments = [*shape, *text, "--variants", "learned", "light", "--seeds", "1", "--output", str(tmp_path)]
+    arguments += ["--set", *sizes, "train.compile=off", "data.num_workers=0"]
+    assert learning.main(arguments) == 0
+    (result,) = json.loads((tmp_path / "curves.json").read_text())["lengths"]
     for name in ("learned", "light"):
-        assert result["held_out_loss"][name]["0"].keys() == {"20", "40"} and result["step_seconds"][name] > 0
+        assert result["held_out_loss"][name]["0"].keys() == {"2", "4"} and result["step_seconds"][name] > 0
     (comparison,) = result["comparisons"]
-    losses = [result["held_out_loss"][name]["0"]["40"] for name in ("learned", "light")]
-    assert comparison["equal_steps"]["mean"] == losses[0] - losses[1]
-    assert "learned - light" in (output / "table.txt").read_text() and (output / "table.txt").read_text() in done.stdout
-    assert (output / "curves.png").stat().st_size > 1000 or "no plot" in done.stdout
-    changed = run("--batch", "8")
-    assert changed.returncode == 2 and "was started with other settings" in changed.stderr
+    losses = [result["held_out_loss"][name]["0"]["4"] for name in ("learned", "light")]
+    assert comparison["equal_steps"]["mean"] == losses[0] - losses[1] != 0
+    printed, table = capsys.readouterr().out, (tmp_path / "table.txt").read_text()
+    assert "learned - light" in table and table in printed
+    assert "no plot" in printed or (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="was started with other settings"):
+        learning.main([*arguments, "schedule.warmup_steps=9"])
