@@ -87,9 +87,8 @@ class Job:
 
     def command(self) -> list[str]:
         """Return the command that starts the run or continues it."""
-        config = ["--config", str(ROOT / "configs" / "base.yaml")]
-        own = [f"run_dir={self.folder}", f"train.steps={self.steps}"]
-        return [sys.executable, str(ROOT / "launch" / "pretrain.py"), *config, *own, *self.settings]
+        script = [str(ROOT / "launch" / "pretrain.py"), "--config", str(ROOT / "configs" / "base.yaml")]
+        return [sys.executable, *script, f"run_dir={self.folder}", f"train.steps={self.steps}", *self.settings]
 
     def is_done(self) -> bool:
         """Whether its records reach the last step."""
@@ -136,11 +135,13 @@ def compare(
     result: dict[str, Any] = {"step": step, "seeds": seeds, "equal_time": None, "gpu_seconds": None}
     result["equal_steps"] = of([first[seed][step] - second[seed][step] for seed in seeds])
     if seconds[0] is not None and seconds[1] is not None:
-        budget = step * min(seconds[0], seconds[1])
-        pairs = [(loss_at(first[s], budget / seconds[0]), loss_at(second[s], budget / seconds[1])) for s in seeds]
+        fastest = min(seconds[0], seconds[1])
+        # the faster one's step is exactly `step`: rounded, it might lie behind the last evaluation
+        steps = [step * (fastest / own) for own in (seconds[0], seconds[1])]
+        pairs = [(loss_at(first[seed], steps[0]), loss_at(second[seed], steps[1])) for seed in seeds]
         known = [a - b for a, b in pairs if a is not None and b is not None]
         if len(known) == len(seeds):
-            result |= {"equal_time": of(known), "gpu_seconds": budget}
+            result |= {"equal_time": of(known), "gpu_seconds": step * fastest}
     return result
 
 
@@ -370,8 +371,7 @@ def table(result: dict[str, Any]) -> list[str]:
         for key, place in places.items():
             found = part[key]
             cells.append(f"{Interval(found['mean'], found['half'])} {found['verdict']} ({place})" if found else "-")
-        names = f"{part['first']} - {part['second']}"
-        lines.append(f"{names:20} {len(part['seeds']):>5}  {cells[0]:42}  {cells[1]}")
+        lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cells[0]:42}  {cells[1]}")
     return lines
 
 

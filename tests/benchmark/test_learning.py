@@ -38,11 +38,11 @@ def test_variants_are_compared_seed_by_seed_at_equal_steps_and_equal_gpu_time():
         seed: {step: loss + 0.1 + 0.001 * seed for step, loss in points.items()} for seed, points in first.items()
     }
     del second[2][400]
-    found = learning.compare(first, second, (0.5, 1.0))
+    found = learning.compare(first, second, (0.028, 0.056))
     assert found is not None and found["step"] == 400 and found["seeds"] == [0, 1]
     assert found["equal_steps"]["mean"] == pytest.approx(-0.1005) and found["equal_steps"]["verdict"] == "below"
-    # in the 200 s of the first variant's 400 steps the second one takes 200 steps
-    assert found["gpu_seconds"] == 200
+    # in the 11.2 s of the first variant's 400 steps the second one takes 200; 400 * 0.028 / 0.028 is above 400
+    assert found["gpu_seconds"] == pytest.approx(11.2)
     assert found["equal_time"]["mean"] == pytest.approx(-0.1005 + slope * math.log(2))
     assert learning.loss_at(first[0], 150) == pytest.approx(slope * math.log(150))
     assert learning.loss_at(first[0], 401) is None and learning.loss_at(first[0], 99) is None
