@@ -81,7 +81,7 @@ def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: 
         width = model.num_heads * dh
         encoder_layer = 4 * n * d * width + 2 * n * n * width + 3 * n * d * model.ff_dim
     else:
-        num_ff, num_q, num_kv = model.num_routed(n)
+        num_ff, num_q, num_kv = model.num_routed(n)  # none with encoder=light
         light_attention = 4 * n * d * light + 2 * n * min(2 * model.light_radius + 1, n) * light
         heavy_attention = 2 * num_q * d * heavy + 2 * num_kv * d * heavy + 2 * num_q * num_kv * heavy
         feed_forward = 3 * d * (n * model.light_ff_dim + num_ff * model.heavy_ff_dim)

@@ -20,7 +20,7 @@ from colt5dist.train.report.accounting import (
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
-@pytest.mark.parametrize("encoder", ["conditional", "dense"])
+@pytest.mark.parametrize("encoder", ["conditional", "dense", "light"])
 def test_formula_counts_what_pytorch_counts(encoder: str) -> None:
     """The formula counts local attention with 2 * radius + 1 keys; the package computes 3 blocks of `radius` keys."""
     config = load_config(CONFIGS / "tiny.yaml", [f"model.encoder={encoder}", "model.light_radius=64"])
@@ -31,7 +31,7 @@ def test_formula_counts_what_pytorch_counts(encoder: str) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, targets, targets, sample_index=torch.zeros(1, dtype=torch.int64))
     counted = counter.get_total_flops() / 2
-    if encoder == "conditional":
+    if encoder != "dense":
         width = config.model.num_light_heads * config.model.head_dim
         blocks = -(-n // 64) * 64 * 3 * 64
         counted += config.model.num_encoder_layers * 2 * width * (n * (2 * 64 + 1) - blocks)
