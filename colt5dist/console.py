@@ -5,6 +5,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Callable
 from typing import Any
 
 WAIT_SECONDS = 1.0
@@ -46,6 +47,23 @@ def outlive_readers() -> None:
             io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True
         )
         setattr(sys, name, text)
+
+
+def as_command(main: Callable[[list[str]], int]) -> Callable[[], int]:
+    """Return the function that a script of launch/ runs, and that is installed as its command.
+
+    Args:
+        main: takes the arguments and returns the exit status.
+
+    Returns:
+        A function without arguments that calls `main` with those of this process, and outlives the output's readers.
+    """
+
+    def command() -> int:
+        outlive_readers()
+        return main(sys.argv[1:])
+
+    return command
 
 
 def status_of_report() -> int:

@@ -1,9 +1,9 @@
-"""Measure: `python launch/benchmark.py NAME [options]`; `NAME --help` explains one benchmark and lists its options.
+"""Measure speed and correctness: `python launch/benchmark.py NAME [options]`.
 
-Each prints a table. With `--output` it also writes the figures as JSON, and those that compare implementations a plot.
+`NAME --help` explains one benchmark and lists its options. Each prints a table. With `--output` it also writes the
+figures as JSON, and those that compare implementations a plot.
 """
 
-import ast
 import pkgutil
 import sys
 from importlib import import_module
@@ -11,12 +11,7 @@ from pathlib import Path
 
 import colt5dist.benchmark
 from colt5dist.errors import ConfigError
-
-
-def summary(name: str) -> str:
-    """Return the first line of a benchmark's docstring, without importing the benchmark."""
-    source = Path(colt5dist.benchmark.__path__[0], f"{name}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+from colt5dist.wording import summary
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +23,9 @@ def main(arguments: list[str]) -> int:
     names = sorted(module.name for module in pkgutil.iter_modules(colt5dist.benchmark.__path__))
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, names))
-        print("\n".join([f"{__doc__}\nBenchmarks:", *(f"  {name:{width}}  {summary(name)}" for name in names)]))
+        folder = Path(colt5dist.benchmark.__path__[0])
+        lines = (f"  {name:{width}}  {summary(folder / f'{name}.py')}" for name in names)
+        print("\n".join([f"{__doc__}\nBenchmarks:", *lines]))
         return 0
     if arguments[0] not in names:
         print(f"error: benchmark {arguments[0]!r} is unknown; use one of {', '.join(names)}", file=sys.stderr)
@@ -41,5 +38,10 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
+def command() -> int:
+    """Run the command with the arguments of this process; returns the exit status."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

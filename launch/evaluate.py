@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from colt5dist.console import outlive_readers, status_of_report
+from colt5dist.console import as_command, status_of_report
 
 
 def positive(text: str) -> int:
@@ -90,6 +90,7 @@ def main(arguments: list[str]) -> int:
     return status_of_report()
 
 
+command = as_command(main)
+
 if __name__ == "__main__":
-    outlive_readers()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

@@ -8,7 +8,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from colt5dist.console import outlive_readers, status_of_report
+from colt5dist.console import as_command, status_of_report
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> int:
     return status_of_report()
 
 
+command = as_command(main)
+
 if __name__ == "__main__":
-    outlive_readers()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

@@ -9,7 +9,7 @@ It can be stopped at any moment; the same command resumes.
 import io
 import sys
 
-from colt5dist.console import outlive_readers, status_of_report
+from colt5dist.console import as_command, status_of_report
 from colt5dist.data.prepare import settings
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.progress import progress
@@ -89,11 +89,11 @@ def main(arguments: list[str]) -> int:
             return VERBS[arguments[0]](arguments[1:])
         return run_prepare(arguments)
     except ConfigError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print("".join(f"error: {line}\n" for line in str(error).splitlines()), end="", file=sys.stderr)
         return 2
 
 
+command = as_command(main)
+
 if __name__ == "__main__":
-    outlive_readers()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

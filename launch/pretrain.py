@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the options; the `key=value` settings are returned as text."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="YAML file (default: configs/tiny.yaml)")
+    source = "YAML file, or the name of one that comes with colt5dist, like base (default: configs/tiny.yaml)"
+    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help=source)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and exit")
     parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: report and plan for N GPUs")
@@ -84,8 +85,13 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """Run the command with the arguments of this process, as its main script; returns the exit status."""
     # until there is something to save, Ctrl-C ends the start at once, like SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     outlive_readers()
-    sys.exit(main(sys.argv[1:]))
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(command())

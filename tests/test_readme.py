@@ -29,6 +29,7 @@ OF_OTHERS = {
     "--num_gpus": "deepspeed",
     "--num_accelerators": "deepspeed",
     "--no_ssh": "deepspeed",
+    "--module": "deepspeed",
     "--node_rank": "deepspeed",
     "--master_addr": "deepspeed",
     "--master_port": "deepspeed",
@@ -39,6 +40,7 @@ OF_OTHERS = {
     "--gpus-per-node": "srun",
     "--logdir": "tensorboard",
     "--signal": "sbatch",
+    "--no-deps": "pip",
     "--help": "argparse",
 }
 """Options of other programs."""

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from colt5dist.benchmark import device_line
-from colt5dist.benchmark.step import ROOT, build_long_t5
+from colt5dist.benchmark.step import build_long_t5
 from colt5dist.errors import ConfigError
 from colt5dist.model import CoLT5, CoLT5Config
 from colt5dist.model.generation import DecoderState, GenerationSettings, encode_inputs, for_inference, search_for
 from colt5dist.model.generation.graph import PLAIN_STEPS, RepeatedStep
 from colt5dist.model.generation.write import decode_step
+from colt5dist.packaged import CONFIGS
 from colt5dist.train.config.load import load_config
 
 LONG_T5_SECONDS = 300
@@ -131,7 +132,7 @@ def measure_long_t5(*, batch: int, length: int, new_tokens: int, device: torch.d
     command = [sys.executable, "-m", "colt5dist.benchmark.generate", "--long-t5", device.type, *arguments]
     done = None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_T5_SECONDS, check=False, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_T5_SECONDS, check=False)
         speed.seconds, speed.encoder_seconds, speed.peak_gib = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, IndexError, ValueError):
         lines = done.stderr.splitlines() if done else [f"took more than {LONG_T5_SECONDS} s"]
@@ -197,7 +198,7 @@ def main(arguments: list[str]) -> int:
         prog="benchmark.py generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "base.yaml", help="default: CoLT5-Base")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "base.yaml", help="default: CoLT5-Base")
     parser.add_argument("--length", type=int, default=16_384, metavar="N", help="input tokens (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples (default: %(default)s)")

@@ -245,9 +245,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree; None if it is not a git checkout."""
-    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
+    """Commit of the source tree; None where it is not in git, also if it is installed inside another repository."""
+    folder, file = os.path.split(__file__)
+    git = ["git", "-C", folder]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", file], capture_output=True, check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

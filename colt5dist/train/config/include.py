@@ -6,10 +6,13 @@ A file may build on others, named relative to itself:
 - `include: {model: model/base.yaml}`: files with the fields of a section.
 
 What a file sets itself wins over what it includes; of several included files the later one wins.
+
+Beside a file that has no folder `configs`, `include: configs/base.yaml` is the one that comes with the package.
 """
 
 import difflib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from colt5dist.errors import ConfigError
+from colt5dist.packaged import config_names, packaged_config
 from colt5dist.train.config.text import NULL_TAG, keep_texts, odd_numbers, parse
 from colt5dist.wording import looked_for
 
@@ -47,6 +51,8 @@ def _read(path: Path, section: str, includers: tuple[Path, ...]) -> Iterator[Set
     for inner, name in _included(path, content.pop("include", None)):
         key = f"include.{inner}" if inner else "include"
         piece = path.parent / Path(name).expanduser()
+        if name.startswith("configs/") and not os.path.exists(piece):  # as beside a checkout's folder
+            piece = packaged_config(Path(name)) or piece
         chain = (*includers, path)
         if piece.resolve() in {file.resolve() for file in chain}:
             names = " includes ".join(str(file) for file in (*chain, piece))
@@ -93,7 +99,8 @@ def load_mapping(path: Path, section: str = "") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file{looked_for(path)}; name one that exists") from None
+        fix = f"name one that exists, or one that comes with the package: {', '.join(config_names())}"
+        raise ConfigError(f"{path}: no such configuration file{looked_for(path)}; {fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file ({error}); name a YAML file") from None
     try:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from colt5dist.errors import ConfigError
+from colt5dist.packaged import find_config
 from colt5dist.train.config.include import FREE_SECTIONS, flat, load_mapping, read_settings
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.config.text import TEXT_KEYS, expand_home, keep_texts, odd_numbers, typed_text
@@ -27,7 +28,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """Read and check a configuration.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of one that comes with the package (`find_config`).
         overrides: `key=value` arguments; of a repeated key the last one counts.
 
     Returns:
@@ -39,7 +40,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     problems: list[str] = []
     tree = OmegaConf.structured(RunConfig)
     known = [name for name, _ in flat(OmegaConf.to_container(tree), "")]
-    path = Path(path).expanduser()
+    path = find_config(path)
     settings = read_settings(path)
     for text in overrides:
         key, separator, typed = text.partition("=")
@@ -82,7 +83,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     if problems:
         raise ConfigError("\n".join(problems))
     if config.run_dir is None:
-        config.run_dir = str(Path("runs") / Path(path).stem)
+        config.run_dir = str(Path("runs") / path.stem)
     return config
 
 

@@ -25,6 +25,19 @@ def test_three_lines_build_on_a_whole_configuration(tmp_path: Path) -> None:
     assert config_leaves(load_config(mine, [])) == expected
 
 
+def test_a_file_elsewhere_builds_on_one_that_comes_with_the_package(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("include: [configs/tiny.yaml, {zero: configs/zero/stage3.yaml}]\n")
+    expected = config_leaves(load_config(TINY, ["zero.stage=3", "run_dir=runs/mine"]))
+    assert config_leaves(load_config(mine, [])) == expected
+    # a folder configs beside the file wins, and a name without that folder is only looked for beside the file
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("seed: 7\n")
+    assert load_config(mine, []).seed == 7
+    mine.write_text("include: tiny.yaml\n")
+    assert problem(mine).startswith(f"{mine}: include: tiny.yaml is missing")
+
+
 def test_the_later_file_wins_and_the_file_itself_over_all(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1\ntrain: {steps: 1, log_every: 1}\ninclude: pieces/c.yaml\n")
     (tmp_path / "b.yaml").write_text("train: {steps: 2}\n")
@@ -88,5 +101,6 @@ def test_a_wrong_file_gets_one_line_with_its_place(text: str, said: str, tmp_pat
 def test_where_a_relative_name_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert problem(Path("nowhere.yaml")) == (
-        f"nowhere.yaml: no such configuration file; looked for {tmp_path}/nowhere.yaml; name one that exists"
+        f"nowhere.yaml: no such configuration file; looked for {tmp_path}/nowhere.yaml; name one that exists, or one "
+        "that comes with the package: base, causal_tiny, large, tiny, xl"
     )
