@@ -40,6 +40,13 @@ def test_dry_run_shows_the_plan_of_other_gpus(pretrain_main: Main, capsys: pytes
     assert "plan: 8 GPUs (H100, 80 GiB each) on 1 host" in out and "recommended (*): ZeRO stage 1" in out
 
 
+def test_what_is_tight_says_what_it_needs(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ["zero.stage=1", "train.micro_batch_size=16", "train.activation_checkpointing=none"]
+    assert main(["--gpus", "1", "--gpu-memory", "40", *fixed]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "nothing fits with a reserve" in line]
+    assert "needs 33.0 GiB without the CUDA graph" in note
+
+
 def test_nothing_fits(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", TINY, "--gpus", "1", "--gpu-memory", "0.1", "train.micro_batch_size=4"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing fits: use more GPUs")

@@ -195,7 +195,8 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
         return "\n".join([*lines, f"nothing fits: use {fix}"])
     if best.fits == "tight":
         lines.append(
-            "note: nothing fits with a reserve; what is recommended may lack memory, or run without CUDA graph"
+            f"note: nothing fits with a reserve; what is recommended needs {best.least_bytes / GIB:.1f} GiB without "
+            "the CUDA graph, and may run without it"
         )
     lines.append(
         f"recommended (*): ZeRO stage {best.stage}, micro-batch {best.micro_batch_size}, activation checkpointing "
