@@ -17,6 +17,12 @@ def command_files() -> list[Path]:
     return sorted(path for path in SCRIPTS.glob("*.py") if not path.name.startswith("_"))
 
 
+def pretrain_target() -> str:
+    """Return what `deepspeed` is told to start: the script in a checkout, else the module."""
+    is_checkout = SCRIPTS.parent != Path(__file__).resolve().parent
+    return "launch/pretrain.py" if is_checkout else "--module colt5dist.launch.pretrain"
+
+
 def config_names() -> list[str]:
     """Names of the configurations that come with the package, without their ending."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -34,6 +34,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", default=str(DEFAULT_CONFIG), help=source)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and exit")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: report and plan for N GPUs")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace those of the file")
     return parser.parse_intermixed_args(arguments)
@@ -55,6 +56,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         ranks = ranks_from_environment()
+        if options.gpus is not None and (options.gpus < 1 or not options.dry_run):
+            raise ConfigError(f"--gpus: {options.gpus} needs --dry-run and 1 or more; the launcher sets a run's GPUs")
         config = load_config(options.config, options.settings)
         if options.print_config:
             if ranks.is_first:
@@ -63,9 +66,12 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             from colt5dist.train.pretrain import check_start
             from colt5dist.train.report.dry_run import dry_run_report
+            from colt5dist.train.report.plan import cluster, plan_report
 
             if ranks.is_first:
-                print(dry_run_report(config, ranks.world_size), flush=True)
+                print(dry_run_report(config, options.gpus or ranks.world_size), flush=True)
+                if options.gpus is not None:
+                    print(plan_report(options.config, options.settings, cluster(options.gpus)), flush=True)
                 print("\n".join(check_start(config, ranks)))
             return status_of_report()
         from colt5dist.train.pretrain import pretrain

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from colt5dist.__main__ import main
-from colt5dist.packaged import CONFIGS, SCRIPTS, command_files, config_names, find_config
+from colt5dist.packaged import CONFIGS, SCRIPTS, command_files, config_names, find_config, pretrain_target
 from colt5dist.train import run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +23,7 @@ COMMANDS = {f"colt5dist-{path.stem}": f"colt5dist.launch.{path.stem}:command" fo
 
 def test_the_package_holds_links_and_no_copies() -> None:
     assert (SCRIPTS, CONFIGS) == (ROOT / "launch", ROOT / "configs")
+    assert pretrain_target() == "launch/pretrain.py"
 
 
 def test_each_script_is_a_command() -> None:
@@ -132,6 +133,11 @@ def test_a_wheel_works_without_the_checkout(tmp_path: Path) -> None:
     done = subprocess.run(start, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "run_dir: runs/tiny\n" in done.stdout and "  steps: 7\n" in done.stdout
-    command = [sys.executable, "-m", "colt5dist"]
-    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
-    assert f"in {site / 'colt5dist' / 'configs'}:" in done.stdout
+    target = "from colt5dist.packaged import pretrain_target; print(pretrain_target())"
+    for start, expected in (
+        (["-m", "colt5dist"], f"in {site / 'colt5dist' / 'configs'}:\n"),
+        (["-c", target], "--module colt5dist.launch.pretrain\n"),
+    ):
+        command = [sys.executable, *start]
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
+        assert expected in done.stdout

@@ -1,16 +1,19 @@
 """The benchmarks that `launch/benchmark.py NAME` runs: one module each, with a function `main(arguments)`.
 
-This file holds what they share: how a call is timed, how large its error may be, and how a table is printed. The first
-line of a module's docstring is its line in `launch/benchmark.py --help`.
+This file holds what they share: how a call is timed, how large its error may be, how a table is printed, and which
+differences are beyond the noise of random seeds. The first line of a module's docstring is its line in
+`launch/benchmark.py --help`.
 """
 
 import json
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,3 +189,51 @@ def plot_bars(title: str, names: Sequence[str], values: Sequence[float], unit: s
     axes.set_xlabel(unit)
     axes.set_title(f"{title}\n{device_line()}", fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+class Interval(NamedTuple):
+    """Mean of some values, and half the width of its 95 % interval (None for a single value)."""
+
+    mean: float
+    half: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + (f" ± {self.half:.4f}" if self.half is not None else "")
+
+
+def t_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution with 1 or more degrees of freedom."""
+    low, high = 0.0, 20.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _share_within(middle, freedom) < 0.95 else (low, middle)
+    return high
+
+
+def _share_within(t: float, freedom: int) -> float:
+    """Probability of a value in [-t, t], by the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for number in range(1 + odd, freedom, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * number / (number + 1)
+    total *= math.sin(angle)
+    return (angle + total) * 2 / math.pi if odd else total
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of one or more values with its 95 % t interval."""
+    if len(values) < 2:
+        return Interval(values[0], None)
+    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(statistics.fmean(values), half)
+
+
+def verdict(difference: Interval) -> str:
+    """Say whether a first variant is below a second one beyond seed noise, by the interval of the differences."""
+    if difference.half is None:
+        return "one seed: no interval"
+    if abs(difference.mean) <= difference.half:
+        return "not told apart"
+    return "below" if difference.mean < 0 else "above"

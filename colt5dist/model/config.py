@@ -10,7 +10,7 @@ from colt5dist.ops.checks import check_whole, is_number, is_whole_number, not_a_
 from colt5dist.ops.soft_topk import soft_topk_problems
 
 ARCHITECTURES = ("encoder_decoder", "causal")
-ENCODERS = ("conditional", "dense")
+ENCODERS = ("conditional", "dense", "light")
 LIGHT_POSITIONS = ("rotary", "relative")
 MAX_DENOMINATOR = 4096
 """Largest denominator of the fractions that num_heavy_tokens and heavy_key_value_ratio are rounded to."""
@@ -34,7 +34,8 @@ class CoLT5Config:
         light_ff_dim: hidden size of the light feed-forward.
         heavy_ff_dim: hidden size of the heavy feed-forward.
         ff_dim: hidden size of the feed-forward of the decoder and of the dense encoder.
-        encoder: conditional: CoLT5; dense: full attention and ordinary feed-forward (T5), the baseline.
+        encoder: conditional: CoLT5; dense: full attention and ordinary feed-forward (T5), the baseline; light: CoLT5's
+            light branches alone, a control.
         routing: learned; static: the first token of equal blocks; random: by the sample's number. The last two are
             controls.
         num_heavy_tokens: share of the input, in (0, 1], that the heavy feed-forward sees and that are heavy attention's
@@ -109,8 +110,10 @@ class CoLT5Config:
             found.append(
                 f"model.num_encoder_layers: {self.num_encoder_layers}; architecture=causal has no encoder, use 0"
             )
-        if self.architecture == "causal" and self.encoder == "dense":
-            found.append("model.encoder: dense, but architecture=causal has no encoder; leave it at conditional")
+        if self.architecture == "causal" and self.encoder in ("dense", "light"):
+            found.append(
+                f"model.encoder: {self.encoder}, but architecture=causal has no encoder; leave it at conditional"
+            )
         if self.architecture == "causal" and self.light_positions == "relative":
             found.append("model.light_positions: relative has no form for architecture=causal; use rotary")
         if self.architecture != "causal" and self.num_encoder_layers < 1:
@@ -192,7 +195,7 @@ class CoLT5Config:
     @property
     def input_multiple(self) -> int:
         """Input lengths must be a multiple of this many tokens, so that every budget is a whole number."""
-        if self.encoder == "dense":
+        if self.encoder != "conditional":
             return 1
         query, key_value = self._shares()
         return math.lcm(query.denominator, key_value.denominator)
@@ -212,7 +215,7 @@ class CoLT5Config:
         check_whole(input_length=input_length)
         if input_length < 1 or input_length % self.input_multiple:
             raise ValueError(f"input length: {input_length} is not a multiple of {self.input_multiple}")
-        if self.encoder == "dense":
+        if self.encoder != "conditional":
             return 0, 0, 0
         query, key_value = self._shares()
         return int(input_length * query), int(input_length * query), int(input_length * key_value)

@@ -1,4 +1,4 @@
-"""The encoders: CoLT5's conditional one, and T5's dense one as its baseline."""
+"""The encoders: CoLT5's conditional one, T5's dense one as its baseline, and the light branches alone as a control."""
 
 from torch import Tensor, nn
 
@@ -10,15 +10,18 @@ from colt5dist.model.layer_settings import (
     dense_feed_forward_settings,
     feed_forward_settings,
     head_settings,
+    light_attention_settings,
+    light_feed_forward_settings,
     router_settings,
 )
 from colt5dist.model.routing_statistics import LayerRouting, routed_tokens
+from colt5dist.nn.attention.local import LocalSelfAttention
 from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.attention.self_attention import SelfAttention
 from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
 from colt5dist.nn.feed_forward import FeedForward
-from colt5dist.nn.norm import RMSNorm
+from colt5dist.nn.norm import RMSNorm, norm_branch
 
 
 class ConditionalEncoderLayer(nn.Module):
@@ -107,6 +110,31 @@ class DenseEncoderLayer(nn.Module):
         return self.feed_forward(x, residual=True)
 
 
+class LightEncoderLayer(nn.Module):
+    """x + local attention, then x + feed-forward: the conditional layer without its heavy branches and routers.
+
+    Light attention has T5's relative bias instead of rotary positions if the configuration asks for it.
+    """
+
+    def __init__(self, config: CoLT5Config) -> None:
+        super().__init__()
+        num_layers = config.num_encoder_layers
+        self.rotary_positions = config.light_positions == "rotary"
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = LocalSelfAttention(config.d_model, **light_attention_settings(config, num_layers))
+        self.feed_forward = FeedForward(config.d_model, **light_feed_forward_settings(config, num_layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Rotation) -> Tensor:
+        """x (b, n, d_model), mask (b, n) bool, rotary_angles of n positions -> (b, n, d_model)."""
+        x, normed = norm_branch(self.norm, x, residual=True)
+        x = x + self.attention(normed, mask=mask, rotary_angles=rotary_angles if self.rotary_positions else None)
+        return self.feed_forward(x, residual=True)
+
+
+UNROUTED_LAYERS = {"dense": DenseEncoderLayer, "light": LightEncoderLayer}
+"""Layers without routers, by the name of their encoder."""
+
+
 class Encoder(nn.Module):
     """Embedded tokens (b, n, d_model) -> normalised encoder states (b, n, d_model) and what the routers did."""
 
@@ -114,11 +142,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.dense = config.encoder == "dense"
-        numbers = range(config.num_encoder_layers)
+        self.conditional = config.encoder == "conditional"
         self.layers = nn.ModuleList(
-            DenseEncoderLayer(config) if self.dense else ConditionalEncoderLayer(config, layer_number=number, seed=seed)
-            for number in numbers
+            ConditionalEncoderLayer(config, layer_number=number, seed=seed)
+            if self.conditional
+            else UNROUTED_LAYERS[config.encoder](config)
+            for number in range(config.num_encoder_layers)
         )
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -129,9 +158,9 @@ class Encoder(nn.Module):
         """mask (b, n) bool, True = valid; sample_index (b,) int64, for random routing."""
         routing: list[LayerRouting] = []
         angles = self.rotary.rotation(x.shape[1], device=x.device, dtype=x.dtype)
-        budgets = (0, 0, 0) if self.dense else self.config.num_routed(x.shape[1])
+        budgets = self.config.num_routed(x.shape[1]) if self.conditional else (0, 0, 0)
         for layer in self.layers:
-            if self.dense:
+            if not self.conditional:
                 x = run_layer(layer, x, mask, angles, activation_checkpointing=self.activation_checkpointing)
                 continue
             x, layer_routing = run_layer(

@@ -94,3 +94,22 @@ def dense_attention_settings(config: CoLT5Config, num_layers: int) -> dict[str, 
 def dense_feed_forward_settings(config: CoLT5Config, num_layers: int) -> dict[str, Any]:
     """T5.1.1's feed-forward, of the decoder and of the dense encoder, with the norm before it."""
     return {"hidden_dim": config.ff_dim, "gated": True, "bias": False, **weight_settings(config, num_layers)}
+
+
+def light_attention_settings(config: CoLT5Config, num_layers: int) -> dict[str, Any]:
+    """The light branch of conditional attention by itself, without a norm before it."""
+    weights = weight_settings(config, num_layers)
+    return {
+        "dim_head": config.head_dim,
+        "heads": config.num_light_heads,
+        "radius": config.light_radius,
+        "prenorm": False,
+        "relative_bias": config.light_positions == "relative",
+        "std": weights["std"],
+        "output_std": weights["output_std"],
+    }
+
+
+def light_feed_forward_settings(config: CoLT5Config, num_layers: int) -> dict[str, Any]:
+    """The light branch of the conditional feed-forward by itself, with the norm before it."""
+    return {"hidden_dim": config.light_ff_dim, "gated": True, "bias": False, **weight_settings(config, num_layers)}

@@ -39,6 +39,7 @@ def losses_and_gradients(model, batch):
         {"routing": "static"},
         {"routing": "random"},
         {"encoder": "dense"},
+        {"encoder": "light"},
         {"light_positions": "relative"},
     ],
 )

@@ -232,6 +232,7 @@ def test_work_grows_with_the_text_and_not_with_its_square():
     [
         ({"num_encoder_layers": 2}, "model.num_encoder_layers: 2; architecture=causal has no encoder, use 0"),
         ({"encoder": "dense"}, "model.encoder: dense, but architecture=causal has no encoder"),
+        ({"encoder": "light"}, "model.encoder: light, but architecture=causal has no encoder"),
         ({"light_positions": "relative"}, "model.light_positions: relative has no form for architecture=causal"),
         ({"window_size": 12}, "model.window_size: 12 is not a multiple of 8"),
         ({"memory_size": 0}, "model.memory_size: 0"),

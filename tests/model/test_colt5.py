@@ -4,8 +4,8 @@ import pytest
 import torch
 
 ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"heavy_key_value_ratio": 8.0}, {"encoder": "dense"}]
-ENCODERS.append({"light_positions": "relative"})
-NAMES = ["learned", "static", "random", "all keys", "dense", "relative bias"]
+ENCODERS += [{"light_positions": "relative"}, {"encoder": "light"}]
+NAMES = ["learned", "static", "random", "all keys", "dense", "relative bias", "light"]
 each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=NAMES)
 
 

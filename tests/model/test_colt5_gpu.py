@@ -5,8 +5,8 @@ import torch
 
 pytestmark = pytest.mark.gpu
 
-ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"encoder": "dense"}]
-each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=["learned", "static", "random", "dense"])
+ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"encoder": "dense"}, {"encoder": "light"}]
+each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=["learned", "static", "random", "dense", "light"])
 # flash kernels want heads of a multiple of 8, Triton's soft top-k rows of any length
 LONGER = {"head_dim": 64, "num_heads": 4, "d_model": 64, "light_radius": 127}
 

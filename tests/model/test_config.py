@@ -60,6 +60,7 @@ def test_dense_baseline_is_smaller_and_controls_own_no_router():
         ({"num_heavy_tokens": 1 / 4095, "heavy_key_value_ratio": 1.5}, 8190, 8190, (2, 2, 3)),
         ({"num_heavy_tokens": 1 / 3, "heavy_key_value_ratio": 3.0}, 3, 6, (2, 2, 6)),
         ({"encoder": "dense"}, 1, 7, (0, 0, 0)),
+        ({"encoder": "light"}, 1, 7, (0, 0, 0)),
     ],
 )
 def test_budgets_are_whole_numbers(fields, multiple, length, routed):

@@ -149,7 +149,7 @@ def test_random_routers_draw_from_streams_of_their_own(build, inputs) -> None:
     assert len(picks) == len(set(picks)) == 6
 
 
-@pytest.mark.parametrize("encoder", ["conditional", "dense"])
+@pytest.mark.parametrize("encoder", ["conditional", "dense", "light"])
 def test_maps_into_the_residual_stream_start_smaller(build, encoder) -> None:
     """Standard deviation 0.02 over sqrt(2 * layers) for every output projection, 0.02 for every other matrix."""
     model = build(encoder=encoder, d_model=64, num_encoder_layers=2, num_decoder_layers=4)
@@ -163,3 +163,19 @@ def test_maps_into_the_residual_stream_start_smaller(build, encoder) -> None:
             assert parameter.std().item() == pytest.approx(expected, rel=0.12), name
     # attention and feed-forward, light and heavy or not, and the decoder's two attentions and feed-forward
     assert num_output == 2 * (4 if encoder == "conditional" else 2) + 4 * 3
+
+
+@pytest.mark.parametrize("light_positions", ["rotary", "relative"])
+def test_light_encoder_is_the_conditional_one_whose_heavy_branches_add_nothing(build, inputs, light_positions) -> None:
+    conditional = build(light_positions=light_positions)
+    light = build(light_positions=light_positions, encoder="light")
+    weights = {}
+    for name, weight in conditional.state_dict().items():
+        if "heavy" in name and name.endswith("to_out.weight"):
+            conditional.get_parameter(name).data.zero_()
+        name = name.replace(".attention.norm.", ".norm.").replace(".light_attn.", ".").replace(".light_ff.", ".")
+        if "heavy" not in name and "router" not in name:
+            weights[name] = weight
+    light.load_state_dict(weights)
+    ids, mask = inputs
+    torch.testing.assert_close(light.encode(ids, input_mask=mask)[0], conditional.encode(ids, input_mask=mask)[0])

@@ -12,9 +12,9 @@ from torch import nn
 from colt5dist.files import cache_folder
 from colt5dist.model.causal_colt5 import CausalLayer
 from colt5dist.model.decoder import DecoderLayer
-from colt5dist.model.encoder import ConditionalEncoderLayer, DenseEncoderLayer
+from colt5dist.model.encoder import ConditionalEncoderLayer, DenseEncoderLayer, LightEncoderLayer
 
-LAYERS = (ConditionalEncoderLayer, DenseEncoderLayer, DecoderLayer, CausalLayer)
+LAYERS = (ConditionalEncoderLayer, DenseEncoderLayer, LightEncoderLayer, DecoderLayer, CausalLayer)
 """Modules that are compiled, each by itself: layers of one kind are alike, so that one compilation serves them all."""
 LOSS_TOLERANCE = 2e-3
 """Relative."""

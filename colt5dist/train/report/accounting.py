@@ -1,9 +1,11 @@
 """The cost of a run by formula: tokens, FLOPs, memory; and the peak rates of devices."""
 
+import math
 import re
 import resource
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from colt5dist.data.config import DataConfig
 from colt5dist.model.config import CoLT5Config
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.deepspeed_json import uses_bf16
+from colt5dist.train.engine.deepspeed_json import sums_flat, uses_bf16
 from colt5dist.wording import count
 
 PEAK_BF16_FLOPS = {
@@ -79,7 +81,7 @@ def forward_multiply_adds(model: CoLT5Config, input_length: int, target_length: 
         width = model.num_heads * dh
         encoder_layer = 4 * n * d * width + 2 * n * n * width + 3 * n * d * model.ff_dim
     else:
-        num_ff, num_q, num_kv = model.num_routed(n)
+        num_ff, num_q, num_kv = model.num_routed(n)  # none with encoder=light
         light_attention = 4 * n * d * light + 2 * n * min(2 * model.light_radius + 1, n) * light
         heavy_attention = 2 * num_q * d * heavy + 2 * num_kv * d * heavy + 2 * num_q * num_kv * heavy
         feed_forward = 3 * d * (n * model.light_ff_dim + num_ff * model.heavy_ff_dim)
@@ -140,38 +142,62 @@ class StateMemory:
     """ZeRO stage."""
     device_bytes: int
     """Bytes per device."""
+    gradient_bytes: int
+    """Of these, the bytes of gradients and their sums."""
 
 
-def state_memory(config: RunConfig, num_parameters: int, world_size: int, on_gpu: bool) -> list[StateMemory]:
+def gathered_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Elements that a device holds whole at once at ZeRO stage 3: of the two largest layers, and of no layer at all.
+
+    Args:
+        shapes: name and shape of every parameter.
+    """
+    layers: Counter[str] = Counter()
+    outside = 0
+    for name, shape in shapes.items():
+        layer = re.match(r".*\blayers\.\d+\.", name)
+        if layer is None:
+            outside += math.prod(shape)
+        else:
+            layers[layer.group()] += math.prod(shape)
+    return outside + sum(elements for _, elements in layers.most_common(2))
+
+
+def state_memory(
+    config: RunConfig, num_parameters: int, world_size: int, on_gpu: bool, *, num_gathered: int = 0
+) -> list[StateMemory]:
     """Memory of the model states per device at each ZeRO stage, without offload and communication buckets.
 
-    Bytes per parameter in bf16: parameters 2, gradients 2 when computed and 4 summed in float32, float32 copy and
-    AdamW's moments 12. In fp32: parameters 4, gradients 4, moments 8, and from stage 1 on a copy of the device's own
-    share, 4.
+    Bytes per parameter in bf16: weights 2; float32 copy and AdamW's moments 12; gradients where we sum them (on GPUs
+    without offload) 4 for the float32 sums, and at stage 2 on several devices 2 for one micro-batch's whole gradient;
+    where DeepSpeed does 2 when computed and 4 summed. In fp32: weights 4, gradients 4 (and 4 for stage 2's whole
+    gradient), moments 8, and from stage 1 on a copy of the device's own share, 4.
 
     Args:
         config: the run.
         num_parameters: number of parameters of the model.
         world_size: number of devices.
         on_gpu: whether the devices are GPUs, which decides the precision `auto`.
+        num_gathered: parameters that stage 3 holds whole at once (`gathered_elements`).
 
     Returns:
         One entry per ZeRO stage, 0 to 3.
     """
-    p, w = num_parameters, world_size
-    if uses_bf16(config, on_gpu):
-        whole, gradients, accumulated, states = 2, 2, 4, 12
-        totals = {
-            0: p * (whole + gradients + accumulated + states / w),  # runs as stage 1
-            1: p * (whole + gradients + accumulated + states / w),
-            2: p * (whole + (gradients + accumulated + states) / w),
-            3: p * (whole + gradients + accumulated + states) / w,
-        }
-    else:
-        totals = {
-            0: p * (4 + 4 + 8),
-            1: p * (4 + 4 + 12 / w),
-            2: p * (4 + (4 + 12) / w),
-            3: p * (4 + 4 + 12) / w,
-        }
-    return [StateMemory(stage, round(total)) for stage, total in totals.items()]
+    w = world_size
+    bf16 = uses_bf16(config, on_gpu)
+    whole = 2 if bf16 else 4
+    rows = []
+    for stage in (0, 1, 2, 3):
+        flat = sums_flat(replace(config, zero=replace(config.zero, stage=stage)), on_gpu)
+        gradients: float
+        if flat:
+            gradients = 4 if stage < 2 else 4 / w
+            gradients += whole if stage == 2 and w > 1 else 0
+        else:
+            gradients = (6 if bf16 else 4) / (w if stage >= 2 else 1)
+        states: float = 12 / w if bf16 or stage else 8  # in bf16 stage 0 runs as stage 1
+        weights = whole / (w if stage == 3 else 1)
+        gathered = whole * num_gathered if flat and stage == 3 and w > 1 else 0
+        total = num_parameters * (weights + gradients + states) + gathered
+        rows.append(StateMemory(stage, round(total), round(num_parameters * gradients)))
+    return rows

@@ -11,7 +11,13 @@ from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import engine_stage, library_problems
 from colt5dist.train.engine.engine import num_elements, parameter_shapes
-from colt5dist.train.report.accounting import describe_batch, state_memory, step_flops, tokens_of_run
+from colt5dist.train.report.accounting import (
+    describe_batch,
+    gathered_elements,
+    state_memory,
+    step_flops,
+    tokens_of_run,
+)
 from colt5dist.train.report.activation_memory import activation_bytes
 from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.wording import count
@@ -36,7 +42,8 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     if problems:
         raise ConfigError("\n".join(problems))
     train = config.train
-    num_parameters = sum(num_elements(shape) for shape in parameter_shapes(config).values())
+    shapes = parameter_shapes(config)
+    num_parameters = sum(map(num_elements, shapes.values()))
     run_tokens = [tokens_of_run(config, attrgetter(f"{side}_length")) for side in ("input", "target")]
     lines = [
         config_to_yaml(config).rstrip(),
@@ -56,7 +63,8 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     lines.append("model states per GPU in GB (activations come on top):")
     sizes = sorted({world_size, *WORLD_SIZES})
     lines.append("  ZeRO stage " + "".join(f"{count(size, 'GPU'):>12}" for size in sizes))
-    tables = [state_memory(config, num_parameters, size, on_gpu=True) for size in sizes]
+    gathered = gathered_elements(shapes)
+    tables = [state_memory(config, num_parameters, size, on_gpu=True, num_gathered=gathered) for size in sizes]
     for row in zip(*tables, strict=True):
         lines.append(f"  {row[0].stage:<10} " + "".join(f"{cell.device_bytes / 1e9:>12.2f}" for cell in row))
     if engine_stage(replace(config, zero=replace(config.zero, stage=0)), on_gpu=True) == 1:

@@ -24,20 +24,18 @@ SCORES = (
     "model.router_implementation",
 )
 """Settings of the soft scores of learned routing."""
-ROUTED = (
+HEAVY = (
     "model.routing",
     "model.num_heavy_tokens",
     "model.heavy_key_value_ratio",
-    "model.light_radius",
-    "model.light_positions",
-    "model.num_light_heads",
     "model.num_heavy_heads",
-    "model.light_ff_dim",
     "model.heavy_ff_dim",
     *SCORES,
     "train.routing_every",
 )
-"""Settings of layers with a light and a heavy branch."""
+"""Settings of heavy branches and their routers."""
+LIGHT = ("model.light_radius", "model.light_positions", "model.num_light_heads", "model.light_ff_dim")
+"""Settings of light branches."""
 
 Unread = Iterator[tuple[str, str]]
 """Keys that are not read, each with the reason."""
@@ -72,9 +70,9 @@ def _model(config: RunConfig) -> Unread:
     else:
         for key in ("window_size", "memory_size"):
             yield f"model.{key}", "only model.architecture=causal reads it"
-    if model.encoder == "dense":
-        for key in ROUTED:
-            yield key, "model.encoder=dense routes nothing"
+    if model.encoder in ("dense", "light"):
+        for key in (*HEAVY, *(LIGHT if model.encoder == "dense" else ())):
+            yield key, f"model.encoder={model.encoder} routes nothing"
     elif model.routing != "learned":
         for key in SCORES:
             yield key, f"model.routing={model.routing} has no soft scores"
@@ -141,8 +139,9 @@ def _entries_of_lists(config: RunConfig) -> Unread:
         key = f"data.length_schedule[{number}]"
         if entry.step > steps:
             yield f"{key}: step {entry.step}", f"the last step is {steps}"
-        if entry.num_heavy_tokens is not None and config.model.encoder == "dense":
-            yield f"{key}.num_heavy_tokens: {entry.num_heavy_tokens:g}", "model.encoder=dense routes nothing"
+        if entry.num_heavy_tokens is not None and config.model.encoder in ("dense", "light"):
+            reason = f"model.encoder={config.model.encoder} routes nothing"
+            yield f"{key}.num_heavy_tokens: {entry.num_heavy_tokens:g}", reason
     end = steps * config.train.global_batch_size
     for first, stop in sorted((part[0], part[1]) for part in data.skip):
         if first >= end:

@@ -19,9 +19,10 @@ MATRICES = ("to_qkv.weight", "to_q.weight", "to_kv.weight", "to_hidden.weight", 
         ("tiny", []),
         ("tiny", ["model.light_positions=relative"]),
         ("tiny", ["model.encoder=dense"]),
+        ("tiny", ["model.encoder=light"]),
         ("causal_tiny", []),
     ],
-    ids=["rotary", "relative", "dense", "causal"],
+    ids=["rotary", "relative", "dense", "light", "causal"],
 )
 def test_only_the_projections_are_decayed(name: str, settings: list[str]) -> None:
     """Not norms, embeddings, routing vectors, and the biases of relative positions."""

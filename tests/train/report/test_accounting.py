@@ -9,12 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from colt5dist.train.config.load import load_config
 from colt5dist.train.engine.engine import build_model
-from colt5dist.train.report.accounting import forward_multiply_adds, peak_flops_of, state_memory, step_flops
+from colt5dist.train.report.accounting import (
+    forward_multiply_adds,
+    gathered_elements,
+    peak_flops_of,
+    state_memory,
+    step_flops,
+)
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
-@pytest.mark.parametrize("encoder", ["conditional", "dense"])
+@pytest.mark.parametrize("encoder", ["conditional", "dense", "light"])
 def test_formula_counts_what_pytorch_counts(encoder: str) -> None:
     """The formula counts local attention with 2 * radius + 1 keys; the package computes 3 blocks of `radius` keys."""
     config = load_config(CONFIGS / "tiny.yaml", [f"model.encoder={encoder}", "model.light_radius=64"])
@@ -25,7 +31,7 @@ def test_formula_counts_what_pytorch_counts(encoder: str) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, targets, targets, sample_index=torch.zeros(1, dtype=torch.int64))
     counted = counter.get_total_flops() / 2
-    if encoder == "conditional":
+    if encoder != "dense":
         width = config.model.num_light_heads * config.model.head_dim
         blocks = -(-n // 64) * 64 * 3 * 64
         counted += config.model.num_encoder_layers * 2 * width * (n * (2 * 64 + 1) - blocks)
@@ -41,11 +47,23 @@ def test_a_step_is_three_forwards_of_the_global_batch() -> None:
 def test_memory_falls_with_the_stage_and_the_devices() -> None:
     config = load_config(CONFIGS / "base.yaml", [])
     eight = [row.device_bytes for row in state_memory(config, 1_000_000, 8, on_gpu=True)]
-    assert eight == [9_500_000, 9_500_000, 4_250_000, 2_500_000]
-    one = [row.device_bytes for row in state_memory(config, 1_000_000, 1, on_gpu=True)]
-    assert one == [20_000_000] * 4
+    assert eight == [7_500_000, 7_500_000, 6_000_000, 2_250_000]
+    gathered = state_memory(config, 1_000_000, 8, on_gpu=True, num_gathered=300_000)
+    assert [row.device_bytes for row in gathered] == [7_500_000, 7_500_000, 6_000_000, 2_850_000]
+    assert [row.gradient_bytes for row in gathered] == [4_000_000, 4_000_000, 2_500_000, 500_000]
+    one = [row.device_bytes for row in state_memory(config, 1_000_000, 1, on_gpu=True, num_gathered=300_000)]
+    assert one == [18_000_000] * 4
+    offload = load_config(CONFIGS / "base.yaml", ["zero.offload=optimizer"])
+    by_deepspeed = [row.device_bytes for row in state_memory(offload, 1_000_000, 8, on_gpu=True)]
+    assert by_deepspeed == [9_500_000, 9_500_000, 4_250_000, 2_500_000]
     cpu = [row.device_bytes for row in state_memory(config, 1_000_000, 2, on_gpu=False)]
     assert cpu == [16_000_000, 14_000_000, 12_000_000, 10_000_000]
+
+
+def test_stage_3_holds_two_layers_and_the_rest_whole() -> None:
+    shapes = {"embedding.weight": (10, 4), "encoder.layers.0.a": (2, 3), "encoder.layers.1.a": (2, 3)}
+    shapes |= {"encoder.layers.1.b": (5,), "decoder.layers.0.a": (7,), "decoder.norm.gamma": (1,)}
+    assert gathered_elements(shapes) == 41 + (6 + 5) + 7
 
 
 @pytest.mark.parametrize(

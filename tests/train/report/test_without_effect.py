@@ -71,6 +71,13 @@ def test_a_dense_encoder_routes_nothing() -> None:
     assert {"model.routing", "model.heavy_ff_dim"} <= set(keys("model.encoder=dense", "model.routing=static"))
 
 
+def test_a_light_encoder_reads_the_settings_of_light_branches_only() -> None:
+    given = ("model.routing=static", "model.heavy_ff_dim=64", "model.light_ff_dim=64", "model.light_radius=9")
+    named = set(keys("model.encoder=light", *given))
+    assert {"model.routing", "model.heavy_ff_dim"} <= named
+    assert named.isdisjoint({"model.light_ff_dim", "model.light_radius"})
+
+
 SUMS = [
     "deepspeed.zero_optimization.overlap_comm=false",
     "deepspeed.zero_optimization.reduce_scatter=false",

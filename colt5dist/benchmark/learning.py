@@ -1,0 +1,499 @@
+"""Does routing learn: held-out loss of learned, static, random and no routing and of the dense encoder, over seeds.
+
+Every curve is a run of `launch/pretrain.py`. Runs of one seed see the same samples in the same order, all runs are
+measured on the same held-out samples, and variants are compared by their differences seed by seed, with 95 % t
+intervals: at equal steps, and at equal GPU time. GPU time is steps times the seconds of a step, which a short run of
+each variant measures while nothing else runs; so runs may train side by side (--parallel) and be stopped (--minutes).
+The same command continues where it was stopped. Intervals are of single comparisons, not corrected for their number.
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colt5dist.benchmark import Interval, device_line, interval, verdict
+from colt5dist.benchmark.step import MOST_LINES, ROOT, with_children_ended
+from colt5dist.data import DataConfig, open_shards, required_sentinels
+from colt5dist.errors import ConfigError
+from colt5dist.files import write_whole
+from colt5dist.train.report.monitor import read_metrics
+
+VARIANTS = {
+    "learned": (),
+    "static": ("model.routing=static",),
+    "random": ("model.routing=random",),
+    "light": ("model.encoder=light",),
+    "dense": ("model.encoder=dense",),
+}
+"""What is compared, and the settings of each; light has no heavy branch."""
+SIZES = (
+    "model.d_model=512",
+    "model.num_encoder_layers=6",
+    "model.num_decoder_layers=4",
+    "model.num_heads=8",
+    "model.num_light_heads=2",
+    "model.num_heavy_heads=6",
+    "model.light_ff_dim=512",
+    "model.heavy_ff_dim=4096",
+    "model.ff_dim=1024",
+    "optimizer.lr=1e-3",
+    "schedule.name=inverse_sqrt",
+    "schedule.warmup_steps=200",
+)
+"""The model and its learning rate, which does not depend on the number of steps."""
+MICRO_BATCH_TOKENS = 1 << 17
+TIMED_STEPS, SKIPPED_STEPS = 30, 15
+"""Steps of the run that measures the time of a step, and how many of them come before those that count."""
+HELD_OUT_SHARE = 0.02
+OWN_KEYS = {"run_dir", "seed", "train.steps", "train.eval_every", "train.eval_samples", "train.global_batch_size"}
+OWN_KEYS |= {"data.shards", "data.sources", "data.input_length", "data.target_length"}
+"""Keys that the options give."""
+SAVE_SECONDS = 300.0
+"""Seconds that a trainer may take to write its checkpoint after it is asked to stop."""
+POLL_SECONDS = 0.5
+STOPPED = 75
+"""Exit status of a trainer that was stopped, and of this command when the minutes are up before all runs ended."""
+
+Points = dict[int, float]
+"""Held-out loss in nats per token by step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of the trainer."""
+
+    name: str
+    """Its folder below the folder of all runs."""
+    folder: Path
+    settings: tuple[str, ...]
+    steps: int
+
+    def command(self) -> list[str]:
+        """Return the command that starts the run or continues it."""
+        script = [str(ROOT / "launch" / "pretrain.py"), "--config", str(ROOT / "configs" / "base.yaml")]
+        return [sys.executable, *script, f"run_dir={self.folder}", f"train.steps={self.steps}", *self.settings]
+
+    def is_done(self) -> bool:
+        """Whether its records reach the last step."""
+        return any(record["step"] >= self.steps for record in read_metrics(self.folder))
+
+
+def loss_at(points: Points, step: float) -> float | None:
+    """Return the loss at a step between evaluations, linear in log(step); None outside of the evaluations."""
+    before = max((s for s in points if s <= step), default=None)
+    after = min((s for s in points if s >= step), default=None)
+    if before is None or after is None:
+        return None
+    if before == after:
+        return points[before]
+    share = math.log(step / before) / math.log(after / before)
+    return points[before] + share * (points[after] - points[before])
+
+
+def compare(
+    first: Mapping[int, Points], second: Mapping[int, Points], seconds: tuple[float | None, float | None]
+) -> dict[str, Any] | None:
+    """Compare two variants, seed by seed.
+
+    Args:
+        first: held-out losses of the first variant by seed.
+        second: the same of the second.
+        seconds: seconds of a step of both, where they were measured.
+
+    Returns:
+        `step`, the last that both have evaluated with some seed, and the `seeds` that have it; `equal_steps` and
+        `equal_time`: mean and half of the difference first - second, and the verdict; `gpu_seconds` of equal_time, the
+        time of the faster variant for these steps. None if no seed has a step in common.
+    """
+    common = {seed: first[seed].keys() & second[seed].keys() for seed in first.keys() & second.keys()}
+    step = max((step for steps in common.values() for step in steps), default=None)
+    if step is None:
+        return None
+    seeds = sorted(seed for seed, steps in common.items() if step in steps)
+
+    def of(differences: list[float]) -> dict[str, Any]:
+        difference = interval(differences)
+        return {**difference._asdict(), "verdict": verdict(difference)}
+
+    result: dict[str, Any] = {"step": step, "seeds": seeds, "equal_time": None, "gpu_seconds": None}
+    result["equal_steps"] = of([first[seed][step] - second[seed][step] for seed in seeds])
+    if seconds[0] is not None and seconds[1] is not None:
+        fastest = min(seconds[0], seconds[1])
+        # the faster one's step is exactly `step`: rounded, it might lie behind the last evaluation
+        steps = [step * (fastest / own) for own in (seconds[0], seconds[1])]
+        pairs = [(loss_at(first[seed], steps[0]), loss_at(second[seed], steps[1])) for seed in seeds]
+        known = [a - b for a, b in pairs if a is not None and b is not None]
+        if len(known) == len(seeds):
+            result |= {"equal_time": of(known), "gpu_seconds": step * fastest}
+    return result
+
+
+def default_text() -> list[str]:
+    """Return the folders of all packages that this Python finds installed."""
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1])}
+    return sorted(folders)
+
+
+def write_packages(places: Iterable[str], folder: Path) -> int:
+    """Write one text file per package, which is then one document: a long one, and held out as a whole or not at all.
+
+    A package is what has one name in a given folder, or at the first wildcard of a pattern. Its files follow each other
+    by their paths, each after a comment with its path. Left out are empty files, those that are no UTF-8, copies of
+    earlier ones, and folders of vendored packages.
+
+    Args:
+        places: folders, of which the files *.py are taken, files, and patterns; ** is any number of folders.
+        folder: where to write; it must not be there yet, and appears when it is whole.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        ConfigError: no text was found.
+    """
+    files: dict[Path, tuple[str, str]] = {}
+    for place in map(os.path.expanduser, places):
+        if os.path.lexists(place):
+            base = Path(place) if os.path.isdir(place) else Path(place).parent
+            names: Iterable[Path] = base.rglob("*.py") if os.path.isdir(place) else [Path(place)]
+        else:
+            base = Path(*takewhile(lambda part: not glob.has_magic(part), Path(place).parts))
+            names = map(Path, glob.glob(place, recursive=True))
+        for path in names:
+            inside = path.relative_to(base)
+            if path.is_file() and not any("vendor" in part for part in inside.parts[:-1]):
+                package = inside.parts[0] if len(inside.parts) > 1 else inside.stem
+                files.setdefault(path.resolve(), (package, str(inside)))
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    seen: set[bytes] = set()
+    size = 0
+    for path, (package, inside_package) in sorted(files.items(), key=lambda item: item[1]):
+        try:
+            content = path.read_bytes()
+            content.decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        digest = hashlib.sha256(content).digest()
+        if content.strip() and digest not in seen:
+            seen.add(digest)
+            with open(partial / f"{package}.txt", "ab") as file:
+                size += file.write(f"# {inside_package}\n".encode() + content + b"\n")
+    if not size:
+        raise ConfigError(f"--text: {' '.join(places)} holds no text; give folders or patterns of text files")
+    partial.rename(folder)
+    return size
+
+
+def make_shards(patterns: Sequence[str], vocabulary: int, output: Path, deadline: float) -> Path | None:
+    """Return the folder of the shards, made from the packages if it is not there; None if the time was up.
+
+    Raises:
+        ConfigError: they cannot be made.
+    """
+    shards, text = output / "shards", output / "text"
+    if shards.exists():
+        return shards
+    if not text.exists():
+        print(f"text of {write_packages(patterns, text) / 1e6:,.1f} MB in {text}", flush=True)
+    options = ["--train-tokenizer", str(vocabulary), "--validation-fraction", str(HELD_OUT_SHARE)]
+    workers = str(min(8, len(os.sched_getaffinity(0)) - 1))
+    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), "--input", str(text), "--output", str(shards)]
+    process = subprocess.Popen([*command, *options, "--workers", workers], start_new_session=True)
+    try:
+        status = process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with_children_ended(process)  # it may be ended at any moment; the same command continues
+    if status:
+        raise ConfigError(f"{shards}: launch/prepare.py ended with status {status}; its lines above say why")
+    return shards
+
+
+def common_settings(options: argparse.Namespace, shards: Path, length: int) -> tuple[str, ...]:
+    """Settings of every run with inputs of a length, beside those of its variant and --set."""
+    data = DataConfig(input_length=length, target_length=options.target_length)
+    ids = open_shards(str(shards)).manifest.tokenizer.vocab_size + required_sentinels(data)
+    return (
+        f"data.shards={shards}",
+        f"data.input_length={length}",
+        f"data.target_length={options.target_length}",
+        f"model.vocab_size={math.ceil(ids / 128) * 128}",
+        *SIZES,
+        f"train.global_batch_size={options.batch}",
+        f"train.micro_batch_size={min(options.batch, max(1, MICRO_BATCH_TOKENS // length))}",
+        "checkpoint.every_steps=0",
+        "checkpoint.every_minutes=5",
+        "checkpoint.keep_last=1",
+    )
+
+
+def jobs_of(options: argparse.Namespace, shards: Path, length: int) -> tuple[list[Job], list[Job]]:
+    """Return the runs that are timed alone, one per variant, and those that give the curves, seed after seed."""
+    common, runs = common_settings(options, shards, length), options.output.absolute() / "runs"
+
+    def job(name: str, variant: str, steps: int, *own: str) -> Job:
+        name = f"{length}/{name}"
+        settings = (*common, *own, *options.set, *options.variants[variant])
+        return Job(name=name, folder=runs / name, settings=settings, steps=steps)
+
+    timing = ("train.log_every=1", "train.eval_every=0", "train.eval_samples=1", "train.routing_every=0")
+    curve = (
+        f"train.log_every={min(50, options.eval_every)}",
+        f"train.eval_every={options.eval_every}",
+        f"train.eval_samples={options.eval_samples}",
+        f"train.routing_every={options.eval_every}",
+    )
+    return [job(f"{name}-time", name, TIMED_STEPS, *timing) for name in options.variants], [
+        job(f"{name}-{seed}", name, options.steps, f"seed={seed}", *curve)
+        for seed in range(options.seeds)
+        for name in options.variants
+    ]
+
+
+def check_unchanged(settings: Mapping[str, Sequence[str]], path: Path) -> None:
+    """Refuse runs, also finished ones, whose text or settings changed since an earlier start; all are kept in a file.
+
+    Args:
+        settings: those of every run, by its name.
+        path: the file.
+
+    Raises:
+        ConfigError: something was started with other settings.
+    """
+    known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, now in settings.items():
+        if changed := sorted(set(known.setdefault(name, list(now))) ^ set(now)):
+            what = ", ".join(changed)
+            raise ConfigError(f"{path}: {name} was started with other settings ({what}); use another --output")
+    write_whole(path, json.dumps(known, indent=1).encode())
+
+
+def train(jobs: Sequence[Job], parallel: int, deadline: float) -> dict[str, str]:
+    """Start or continue runs, some at a time, until all ended or the time is up; then stop them with a checkpoint.
+
+    Returns:
+        What went wrong, by the name of the run.
+    """
+    waiting = [job for job in jobs if not job.is_done()]
+    running: dict[subprocess.Popen[bytes], Job] = {}
+    problems: dict[str, str] = {}
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            while waiting and len(running) < parallel:
+                job = waiting.pop(0)
+                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                with open(f"{job.folder}.log", "ab") as log:
+                    process = subprocess.Popen(job.command(), stdout=log, stderr=log, start_new_session=True)
+                running[process] = job
+            time.sleep(POLL_SECONDS)
+            for process in [process for process in running if process.poll() is not None]:
+                _ended(process, running.pop(process), problems)
+    finally:
+        for process in running:
+            process.terminate()
+        latest = time.monotonic() + SAVE_SECONDS
+        for process, job in running.items():
+            try:
+                process.wait(max(0.0, latest - time.monotonic()))
+                _ended(process, job, problems)
+            except subprocess.TimeoutExpired:
+                problems[job.name] = f"wrote no checkpoint within {SAVE_SECONDS:.0f} s of the request to stop"
+            with_children_ended(process)
+    return problems
+
+
+def _ended(process: subprocess.Popen[bytes], job: Job, problems: dict[str, str]) -> None:
+    """Print how a run ended; a signal ends one that is still starting, which has nothing to save."""
+    if process.returncode in (0, STOPPED, -signal.SIGTERM):
+        step = max((record["step"] for record in read_metrics(job.folder)), default=0)
+        print(f"{job.name}: {'done' if step >= job.steps else 'stopped'}, step {step}", flush=True)
+        return
+    lines = Path(f"{job.folder}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_LINES:]
+    problems[job.name] = "\n    ".join([f"ended with status {process.returncode}", *lines])
+
+
+def read_results(
+    options: argparse.Namespace, length: int, timed: Sequence[Job], curves: Sequence[Job]
+) -> dict[str, Any]:
+    """Read the records of all runs with inputs of a length, and compare the variants."""
+    seconds: dict[str, float | None] = {}
+    for name, job in zip(options.variants, timed, strict=True):
+        records = read_metrics(job.folder) if job.is_done() else []
+        times = [record["step_seconds"] for record in records if record["step"] > SKIPPED_STEPS]
+        seconds[name] = statistics.median(times) if times else None
+    runs: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
+    for number, job in enumerate(curves):
+        seed, place = divmod(number, len(options.variants))
+        records = [record for record in read_metrics(job.folder) if record["step"] <= options.steps]
+        if points := {r["step"]: r["eval/loss"] for r in records if r.get("eval/loss") is not None}:
+            runs[list(options.variants)[place]][seed] = points
+    comparisons = []
+    for a, b in combinations(options.variants, 2):
+        if (result := compare(runs[a], runs[b], (seconds[a], seconds[b]))) is not None:
+            comparisons.append({"first": a, "second": b, **result})
+    return {"input_length": length, "step_seconds": seconds, "held_out_loss": runs, "comparisons": comparisons}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Return the lines of the tables of an input length."""
+    head = f"{'':10} {'s/step':>8} {'seeds':>5} {'step':>6}  held-out loss, mean"
+    lines = [f"inputs of {result['input_length']:,} tokens", head]
+    for name, seeds in result["held_out_loss"].items():
+        seconds = result["step_seconds"][name]
+        start = f"{name:10} {'-' if seconds is None else f'{seconds:.4f}':>8}"
+        step = max((step for points in seeds.values() for step in points), default=None)
+        losses = [points[step] for points in seeds.values() if step in points]
+        lines.append(f"{start} {len(losses):>5} {step or 0:>6}  {interval(losses) if losses else '-'}")
+    lines.append(f"{'difference':20} {'seeds':>5}  {'at equal steps':42}  at equal GPU time")
+    for part in result["comparisons"]:
+        cells = []
+        places = {"equal_steps": f"{part['step']} steps", "equal_time": f"{part['gpu_seconds'] or 0:.0f} s"}
+        for key, place in places.items():
+            found = part[key]
+            cells.append(f"{Interval(found['mean'], found['half'])} {found['verdict']} ({place})" if found else "-")
+        lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cells[0]:42}  {cells[1]}")
+    return lines
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the mean held-out losses with 95 % bands over steps and GPU time; without matplotlib, say that."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed; pip install 'colt5dist[bench]'")
+        return
+    figure = Figure(figsize=(12, 4.5 * len(results)), layout="constrained")
+    for row, (result, axes) in enumerate(zip(results, figure.subplots(len(results), 2, squeeze=False), strict=True)):
+        for name, seeds in result["held_out_loss"].items():
+            steps = sorted({step for points in seeds.values() for step in points})
+            means = [interval([points[step] for points in seeds.values() if step in points]) for step in steps]
+            low, high = ([mean + sign * (half or 0.0) for mean, half in means] for sign in (-1, 1))
+            for axis, factor in zip(axes, (1.0, result["step_seconds"][name]), strict=True):
+                if steps and factor is not None:
+                    places = [step * factor for step in steps]
+                    (line,) = axis.plot(places, [mean for mean, _ in means], label=name, marker=".")
+                    axis.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        for axis, unit in zip(axes, ("steps", "GPU seconds"), strict=True):
+            axis.set(xlabel=unit, ylabel="held-out loss, nats per token", title=f"{result['input_length']:,} tokens")
+            axis.grid(alpha=0.3)
+        if row == 0 and axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend()
+    figure.suptitle(f"mean over seeds with 95 % t intervals; {device_line()}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the options; `variants` becomes a dictionary of the settings of each.
+
+    Raises:
+        ConfigError: an option has a wrong value.
+    """
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    variants = f"some of {', '.join(VARIANTS)} (default: all), or your own as NAME:key=value,key=value"
+    add("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=variants)
+    add("--seeds", type=int, default=4, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    add("--lengths", type=int, nargs="+", default=[8192], metavar="N", help="input tokens, e.g. 8192 16384 (8192)")
+    add("--target-length", type=int, default=910, metavar="N", help="target tokens (default: %(default)s)")
+    add("--batch", type=int, default=16, metavar="N", help="samples of a step (default: %(default)s)")
+    add("--steps", type=int, default=1500, metavar="N", help="steps of a run (default: %(default)s)")
+    add("--eval-every", type=int, default=250, metavar="N", help="steps between evaluations (default: %(default)s)")
+    add("--eval-samples", type=int, default=64, metavar="N", help="held-out samples (default: %(default)s)")
+    add("--parallel", type=int, default=1, metavar="N", help="runs side by side on the GPU (default: %(default)s)")
+    add("--minutes", type=float, default=math.inf, metavar="M", help="stop with checkpoints after so long (no limit)")
+    add("--text", nargs="+", metavar="GLOB", help="files of text (default: *.py of the installed packages)")
+    add("--vocabulary", type=int, default=8000, metavar="IDS", help="ids of the tokenizer (default: %(default)s)")
+    add("--shards", type=Path, metavar="DIR", help="shards that are used instead of making some from --text")
+    add("--set", nargs="+", default=[], metavar="key=value", help="settings for every run")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder of shards, runs, and results")
+    options = parser.parse_args(arguments)
+    named: dict[str, tuple[str, ...]] = {}
+    for variant in options.variants:
+        name, colon, settings = variant.partition(":")
+        if not colon and name not in VARIANTS:
+            raise ConfigError(f"--variants: {name} is unknown; use some of {', '.join(VARIANTS)}, or NAME:key=value")
+        if name in named or not name.isidentifier() or (colon and name in VARIANTS):
+            raise ConfigError(f"--variants: {variant}: give each variant a name of its own, of letters, digits and _")
+        named[name] = tuple(settings.split(",")) if colon else VARIANTS[name]
+    options.variants = named
+    for setting in [*options.set, *(setting for settings in named.values() for setting in settings)]:
+        if setting.partition("=")[0] in OWN_KEYS or "=" not in setting:
+            raise ConfigError(f"--set, --variants: {setting}: give key=value, of a key that no option sets")
+    smallest = {
+        "seeds": 1,
+        "target_length": 1,
+        "batch": 1,
+        "steps": 1,
+        "eval_every": 1,
+        "eval_samples": 1,
+        "parallel": 1,
+    }
+    for name, least in smallest.items():
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)}; use {least} or more")
+    if not options.minutes > 0:
+        raise ConfigError(f"--minutes: {options.minutes}; use a number above 0")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Train what is left to train, write the results, and return the exit status: STOPPED if something is left."""
+    options = parse(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    options.output.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainers are stopped on the way out
+    try:
+        shards = options.shards or make_shards(
+            options.text or default_text(), options.vocabulary, options.output, deadline
+        )
+        if shards is None:
+            return STOPPED
+        lengths = {length: jobs_of(options, shards.absolute(), length) for length in options.lengths}
+        jobs = [job for timed, curves in lengths.values() for job in (*timed, *curves)]
+        text = [str(shards)] if options.shards else [*(options.text or ["default"]), str(options.vocabulary)]
+        settings = {job.name: [s for s in job.settings if not s.startswith("data.shards=")] for job in jobs}
+        check_unchanged({"text": text, **settings}, options.output / "settings.json")
+        problems: dict[str, str] = {}
+        for timed, curves in lengths.values():
+            problems |= train(timed, 1, deadline)
+            problems |= train(curves, options.parallel, deadline)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", flush=True)
+        return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    results = [read_results(options, length, *jobs) for length, jobs in lengths.items()]
+    content = {"device": device_line(), "variants": options.variants, "set": options.set, "lengths": results}
+    write_whole(options.output / "curves.json", json.dumps(content, indent=1).encode())
+    plot(results, options.output / "curves.png")
+    lines = [device_line(), *(line for result in results for line in ("", *table(result)))]
+    write_whole(options.output / "table.txt", ("\n".join(lines) + "\n").encode())
+    print("\n".join([*lines, *(f"{name} failed: {problem}" for name, problem in problems.items())]), flush=True)
+    if problems:
+        return 1
+    left = sum(not job.is_done() for job in jobs)
+    if left:
+        print(f"{left} of {len(jobs)} runs are not finished; the same command continues")
+    return STOPPED if left else 0

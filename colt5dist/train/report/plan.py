@@ -1,0 +1,437 @@
+"""The plan of a run on N GPUs: what fits into their memory, how long it takes, what its checkpoints need.
+
+The states' memory is exact, that of activations follows from shapes. What is on top (`_graph_bytes`) and how fast a GPU
+computes (`MEASURED_MFU`) comes from runs on H100s in bf16. Links are assumed, not measured.
+"""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any
+
+from colt5dist.errors import ConfigError
+from colt5dist.packaged import pretrain_target
+from colt5dist.train.checkpoint import checkpoint_bytes
+from colt5dist.train.config.load import load_config
+from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.engine.deepspeed_json import engine_stage, sums_flat, uses_bf16
+from colt5dist.train.engine.engine import num_elements, parameter_shapes
+from colt5dist.train.report.accounting import (
+    StateMemory,
+    gathered_elements,
+    peak_flops_of,
+    state_memory,
+    step_flops,
+    tokens_of_run,
+)
+from colt5dist.train.report.activation_memory import KeptBytes, kept_bytes
+from colt5dist.wording import count
+
+GIB = 2**30
+CUDA_BYTES = GIB
+"""What the driver, the libraries' workspaces and NCCL take beside PyTorch."""
+LARGEST_SHARE = 0.95
+"""Of a GPU's memory, which a plan may use: estimate and measurement differ by up to 5 %."""
+GRAPH_SHARE = 0.09
+GRAPH_BYTES_PER_TOKEN = 0.26 * GIB / 1000
+"""Fitted to the measured peaks that tests/train/report/test_plan.py lists."""
+
+MEASURED_MFU = ((433e6, 0.345), (1463e6, 0.366), (5297e6, 0.326))
+"""Parameters and share of the peak, inputs of 4096 tokens, one H100, ZeRO stage 1. XL ran at stage 3 on two GPUs with
+31 %, and so counts for more."""
+LENGTH_FACTOR = ((4096, 1.0), (16_384, 0.945), (65_536, 0.971))
+"""Length of the input and speed beside that of 4096 tokens, of Base."""
+STAGE_FACTOR = {0: 1.0, 1: 1.0, 2: 0.95, 3: 0.95}
+"""Speed beside that of stage 1, one H100, Base; stage 3 is assumed to be as fast as stage 2."""
+RECOMPUTE_FACTOR = 4 / 3
+"""Time of a pass with activation checkpointing: a second forward pass beside one forward and the two of backward."""
+BYTES_PER_SECOND_IN_HOST = 150e9
+"""Assumed rate at which a GPU sends in collectives between GPUs of one host (NVLink)."""
+BYTES_PER_SECOND_BETWEEN_HOSTS = 25e9
+"""Assumed rate for each GPU between hosts (200 Gbit/s)."""
+
+PLANNED_KEYS = ("zero.stage", "train.micro_batch_size", "train.activation_checkpointing")
+"""What a plan chooses, unless it is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to run: memory in bytes per GPU, time in seconds per optimizer step."""
+
+    stage: int
+    """ZeRO stage."""
+    checkpointing: str
+    """train.activation_checkpointing."""
+    micro_batch_size: int
+    """Samples that a GPU processes at once."""
+    state_bytes: int
+    """Weights, float32 copies and moments."""
+    gradient_bytes: int
+    """Gradients and their sums."""
+    activation_bytes: int
+    """What a pass keeps, with the logits and the layer that is recomputed."""
+    bucket_bytes: int
+    """What is being sent to other GPUs."""
+    graph_bytes: int
+    """CUDA graph and the gaps between PyTorch's blocks, where there is room for them."""
+    memory_bytes: int
+    """Of a GPU."""
+    step_seconds: float
+    """Expected."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What PyTorch reserves: `peak_memory_bytes` of metrics.jsonl."""
+        return self.least_bytes - CUDA_BYTES + self.graph_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """What is needed where layers are launched one by one."""
+        return self.state_bytes + self.gradient_bytes + self.activation_bytes + self.bucket_bytes + CUDA_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """What the GPU holds."""
+        return self.least_bytes + self.graph_bytes
+
+    @property
+    def fits(self) -> str:
+        """`yes`, `tight` (only without the CUDA graph, or with less than 5 % to spare) or `no`."""
+        if self.total_bytes <= LARGEST_SHARE * self.memory_bytes:
+            return "yes"
+        return "tight" if self.least_bytes <= LARGEST_SHARE * self.memory_bytes else "no"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs that a run is planned for."""
+
+    num_gpus: int
+    """In all."""
+    num_hosts: int
+    """Hosts, which have the same number of GPUs each."""
+    memory_bytes: int
+    """Of one GPU."""
+    name: str
+    """Of the GPU, as in `accounting.PEAK_BF16_FLOPS`."""
+    peak_flops: float
+    """Dense bf16 peak of one GPU per second."""
+
+
+def cluster(num_gpus: int, num_hosts: int | None = None, gpu_memory: float = 80.0, gpu: str = "H100") -> Cluster:
+    """Describe the GPUs.
+
+    Args:
+        num_gpus: in all.
+        num_hosts: None: eight GPUs a host.
+        gpu_memory: of one GPU, in GiB, which vendors call GB.
+        gpu: name of the GPU.
+
+    Raises:
+        ConfigError: the numbers do not fit, or the peak of the GPU is not known.
+    """
+    if num_gpus < 1:
+        raise ConfigError(f"--gpus: {num_gpus} is not positive; use 1 or more")
+    hosts = -(-num_gpus // 8) if num_hosts is None else num_hosts
+    if hosts < 1 or num_gpus % hosts:
+        fix = "give --hosts a number that divides them"
+        raise ConfigError(f"--gpus: {num_gpus} GPUs do not divide among {count(hosts, 'host')}; {fix}")
+    if not (math.isfinite(gpu_memory) and gpu_memory > 0):
+        raise ConfigError(f"--gpu-memory: {gpu_memory} is not positive; use a number of GB, for instance 80")
+    peak = peak_flops_of(gpu)
+    if peak is None:
+        raise ConfigError(f"--gpu: the peak of {gpu!r} is not known; use for instance H100, H200, A100 or L40S")
+    return Cluster(num_gpus, hosts, round(gpu_memory * GIB), gpu, peak)
+
+
+def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens: float | None = None) -> str:
+    """Write the plan of a run as text.
+
+    Args:
+        config_file: YAML file of the run.
+        settings: `key=value` texts that replace the file's; what they say of ZeRO stage, micro-batch and activation
+            checkpointing is not varied.
+        gpus: the GPUs.
+        tokens: input and target tokens that the run is to read; None: those of train.steps.
+
+    Returns:
+        Several lines.
+
+    Raises:
+        ConfigError: the configuration is wrong, or the batch does not divide among the GPUs.
+    """
+    config = load_config(config_file, list(settings))
+    if config.train.global_batch_size % gpus.num_gpus:
+        raise ConfigError("\n".join(config.batch_problems(gpus.num_gpus)))
+    if config.optimizer.name != "adamw":
+        raise ConfigError(f"optimizer.name: a plan is for adamw, not {config.optimizer.name}; leave it out")
+    if tokens is not None and not (math.isfinite(tokens) and tokens >= 1):
+        raise ConfigError(f"--tokens: {tokens} is not positive; use for instance 1e11")
+    given = {key for key in PLANNED_KEYS if any(setting.split("=")[0].strip() == key for setting in settings)}
+    options = plan_options(config, gpus, given)
+    best = recommend(options)
+    data, batch = config.data, config.train.global_batch_size
+    per_step = batch * (data.input_length + data.target_length)
+    if tokens is None:
+        tokens = sum(tokens_of_run(config, attrgetter(f"{side}_length")) for side in ("input", "target"))
+    steps = math.ceil(tokens / per_step)
+    num_parameters = sum(map(num_elements, parameter_shapes(config).values()))
+    lines = [
+        f"plan: {count(gpus.num_gpus, 'GPU')} ({gpus.name}, {gpus.memory_bytes / GIB:g} GiB each) on "
+        f"{count(gpus.num_hosts, 'host')}, {num_parameters:,} parameters",
+        f"a step: {count(batch, 'sample')} of {data.input_length:,}/{data.target_length:,} tokens, "
+        f"{step_flops(config):.3e} FLOPs; {tokens:.4g} tokens take {count(steps, 'step')}",
+        "memory in GiB per GPU, an estimate; fits: tight = only with layers launched one by one, or with no reserve",
+        f"  {'stage':>5} {'checkpointing':<17} {'micro-batch':>11} {'states':>7} {'gradients':>9} {'activations':>11} "
+        f"{'buckets':>7} {'graphs':>7} {'CUDA':>5} {'total':>7}  {'fits':<5} {'s/step':>8} {'days':>8}",
+        *(_row(option, steps, "*" if option is best else " ") for option in shown(options, best)),
+        *_checkpoint_lines(config, num_parameters, steps),
+        *_notes(config, gpus, num_parameters),
+    ]
+    if best is None:
+        fix = "more GPUs (--gpus), GPUs with more memory, shorter inputs or zero.offload"
+        return "\n".join([*lines, f"nothing fits: use {fix}"])
+    if best.fits == "tight":
+        lines.append(
+            f"note: nothing fits with a reserve; what is recommended needs {best.least_bytes / GIB:.1f} GiB without "
+            "the CUDA graph, and may run without it"
+        )
+    lines.append(
+        f"recommended (*): ZeRO stage {best.stage}, micro-batch {best.micro_batch_size}, activation checkpointing "
+        f"{best.checkpointing}: {best.total_bytes / GIB:.1f} GiB per GPU, {best.step_seconds:.3g} s per step, "
+        f"{best.step_seconds * steps / 86400:.3g} days"
+    )
+    return "\n".join([*lines, "  " + _command(config_file, settings, gpus, best, config)])
+
+
+def plan_options(config: RunConfig, gpus: Cluster, given: set[str]) -> list[Option]:
+    """All ways to run: ZeRO stages, activation checkpointing or none, and micro-batches that divide a GPU's share.
+
+    Args:
+        config: the run; its offload is left out of account.
+        gpus: the GPUs.
+        given: keys of `PLANNED_KEYS` whose value in `config` stays.
+
+    Returns:
+        By stage, then without and with activation checkpointing, then by micro-batch.
+    """
+    config = replace(config, zero=replace(config.zero, offload="none"))
+    share = config.train.global_batch_size // gpus.num_gpus
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    if "train.micro_batch_size" in given:
+        sizes = [config.micro_batch_size(gpus.num_gpus)]
+        if share % sizes[0]:
+            raise ConfigError("\n".join(config.batch_problems(gpus.num_gpus)))
+    now = config.train.activation_checkpointing
+    ways: list[Any] = ["none", "full_keep_routing" if now == "none" else now]
+    if "train.activation_checkpointing" in given:
+        ways = [now]
+    # stage 0 in bf16 is stage 1
+    stages: list[int] = [
+        stage for stage in (0, 1, 2, 3) if engine_stage(_with(config, stage, "none"), on_gpu=True) == stage
+    ]
+    if "zero.stage" in given:
+        stages = [engine_stage(config, on_gpu=True)]
+    shapes = parameter_shapes(config)
+    num_parameters, gathered = sum(map(num_elements, shapes.values())), gathered_elements(shapes)
+    states = state_memory(config, num_parameters, gpus.num_gpus, on_gpu=True, num_gathered=gathered)
+    # of a micro-batch of one sample
+    plain = kept_bytes(_with(config, 1, "none"), 1, on_gpu=True)
+    kept = {way: plain if way == "none" else kept_bytes(_with(config, 1, way), 1, on_gpu=True) for way in ways}
+    return [
+        _option(_with(config, stage, way), gpus, states[stage], kept[way], plain, size, num_parameters, gathered)
+        for stage in stages
+        for way in ways
+        for size in sizes
+    ]
+
+
+def _with(config: RunConfig, stage: Any, checkpointing: Any) -> RunConfig:
+    """The run at a ZeRO stage, with or without activation checkpointing."""
+    train = replace(config.train, activation_checkpointing=checkpointing)
+    return replace(config, zero=replace(config.zero, stage=stage), train=train)
+
+
+def _option(
+    config: RunConfig,
+    gpus: Cluster,
+    states: StateMemory,
+    kept: KeptBytes,
+    plain: KeptBytes,
+    size: int,
+    num_parameters: int,
+    gathered: int,
+) -> Option:
+    """Memory and time of one way to run; `kept` and `plain` are of one sample, with checkpointing and without."""
+    checkpointing = config.train.activation_checkpointing
+    activations = kept.of_samples(config, size)
+    if checkpointing != "none":
+        activations += size * max(plain.encoder_layer, plain.decoder_layer)
+    return Option(
+        stage=states.stage,
+        checkpointing=checkpointing,
+        micro_batch_size=size,
+        state_bytes=states.device_bytes - states.gradient_bytes,
+        gradient_bytes=states.gradient_bytes,
+        activation_bytes=activations,
+        bucket_bytes=_bucket_bytes(config, states.stage, gpus.num_gpus, num_parameters, gathered),
+        graph_bytes=_graph_bytes(config, activations, plain.of_samples(config, size), size),
+        memory_bytes=gpus.memory_bytes,
+        step_seconds=step_seconds(config, gpus, states.stage, size, num_parameters),
+    )
+
+
+def _bucket_bytes(config: RunConfig, stage: int, num_gpus: int, num_parameters: int, gathered: int) -> int:
+    """Bytes of gradients on their way to other GPUs."""
+    if num_gpus == 1:
+        return 0
+    size = _reduced_bytes(config)
+    # a bucket, or at stage 3 the units that are in memory together, and each GPU's part of the sum
+    elements = gathered if stage == 3 else min(config.zero.bucket_size, num_parameters)
+    return round(elements * size * (1 + 1 / num_gpus))
+
+
+def _reduced_bytes(config: RunConfig) -> int:
+    """Bytes per element in which gradients are summed over GPUs."""
+    return 2 if config.zero.reduce_dtype == "bf16" and uses_bf16(config, on_gpu=True) else 4
+
+
+def _graph_bytes(config: RunConfig, activations: int, without_checkpointing: int, size: int) -> int:
+    """Bytes that PyTorch reserves beside what a pass keeps: the graph's own memory while a second form is compared.
+
+    A fit to measured peaks, at most once more what the pass keeps.
+    """
+    tokens = size * (config.data.input_length + config.data.target_length)
+    has_graph = config.train.compile == "auto" and not config.train.deterministic and sums_flat(config, on_gpu=True)
+    extra = GRAPH_SHARE * activations
+    if has_graph:
+        extra += GRAPH_BYTES_PER_TOKEN * tokens * activations / without_checkpointing
+    return round(min(extra, activations))
+
+
+def step_seconds(config: RunConfig, gpus: Cluster, stage: int, micro_batch_size: int, num_parameters: int) -> float:
+    """Expected seconds of an optimizer step.
+
+    Args:
+        config: the run.
+        gpus: the GPUs.
+        stage: ZeRO stage.
+        micro_batch_size: samples that a GPU processes at once.
+        num_parameters: of the model.
+    """
+    speed = expected_mfu(num_parameters, config.data.input_length) * STAGE_FACTOR[stage]
+    seconds = step_flops(config) / (gpus.num_gpus * gpus.peak_flops * speed)
+    if config.train.activation_checkpointing != "none":
+        seconds *= RECOMPUTE_FACTOR
+    if gpus.num_gpus == 1:
+        return seconds
+    rate = BYTES_PER_SECOND_IN_HOST if gpus.num_hosts == 1 else BYTES_PER_SECOND_BETWEEN_HOSTS
+    micro_batches = config.train.global_batch_size // (gpus.num_gpus * micro_batch_size)
+    whole = 2 if uses_bf16(config, on_gpu=True) else 4
+    weights, gradients = whole * num_parameters, _reduced_bytes(config) * num_parameters
+    others = (gpus.num_gpus - 1) / gpus.num_gpus
+    if stage == 3:  # weights gathered for forward and for backward, beside what the GPU computes
+        return max(seconds, micro_batches * (2 * weights + gradients) * others / rate)
+    sums = micro_batches if stage == 2 else 1
+    return seconds + (weights + sums * gradients) * others / rate
+
+
+def expected_mfu(num_parameters: int, input_length: int) -> float:
+    """Share of the peak at which a GPU computes, between the measured models and lengths; none is better than these."""
+    by_size = _between(MEASURED_MFU, num_parameters)
+    return by_size * _between(LENGTH_FACTOR, max(input_length, 1))
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Interpolate on a logarithmic axis; beyond the ends, the value of the end."""
+    for (low, below), (high, above) in pairwise(points):
+        if x < high:
+            share = max(0.0, math.log(x / low) / math.log(high / low))
+            return below + share * (above - below)
+    return points[-1][1]
+
+
+def recommend(options: Sequence[Option]) -> Option | None:
+    """The fastest way that fits with a reserve, else the fastest that is tight; None if nothing fits.
+
+    Of ways that are as fast (to 1 %) the lowest stage, and then the largest micro-batch.
+    """
+    for fits in ("yes", "tight"):
+        able = [option for option in options if option.fits == fits]
+        if able:
+            limit = 1.01 * min(option.step_seconds for option in able)
+            fast = [option for option in able if option.step_seconds <= limit]
+            return min(fast, key=lambda option: (option.stage, -option.micro_batch_size))
+    return None
+
+
+def shown(options: Sequence[Option], best: Option | None) -> list[Option]:
+    """Leave out what needs no line: the micro-batches above the first that does not fit, unless it is recommended."""
+    kept: list[Option] = []
+    for option in options:
+        last = kept[-1] if kept else None
+        same = last is not None and (last.stage, last.checkpointing) == (option.stage, option.checkpointing)
+        if not (same and last is not None and last.fits == "no") or option is best:
+            kept.append(option)
+    return kept
+
+
+def _row(option: Option, steps: int, mark: str) -> str:
+    """A line of the table."""
+    parts = [option.state_bytes, option.gradient_bytes, option.activation_bytes, option.bucket_bytes]
+    parts += [option.graph_bytes, CUDA_BYTES, option.total_bytes]
+    widths = (7, 9, 11, 7, 7, 5, 7)
+    memory = " ".join(f"{part / GIB:>{width}.1f}" for part, width in zip(parts, widths, strict=True))
+    days = option.step_seconds * steps / 86400
+    return (
+        f"{mark} {option.stage:>5} {option.checkpointing:<17} {option.micro_batch_size:>11} {memory}  {option.fits:<5} "
+        f"{option.step_seconds:>8.3g} {days:>8.3g}"
+    )
+
+
+def _checkpoint_lines(config: RunConfig, num_parameters: int, steps: int) -> list[str]:
+    """What checkpoints take on disk."""
+    size, kept = checkpoint_bytes(num_parameters), config.checkpoint.keep_last
+    forever = steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
+    extra = f", and {forever:,} that are never deleted" if forever else ""
+    return [
+        f"checkpoint: {size / 1e9:.2f} GB; on disk at most {(kept + forever + 1) * size / 1e9:.2f} GB: "
+        f"the newest {kept}, one while it is written{extra}"
+    ]
+
+
+def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
+    """What the figures leave out of account, one line each."""
+    speed = expected_mfu(num_parameters, config.data.input_length)
+    lines = [
+        f"note: time from {speed:.1%} of the peak (stage 1), as measured on H100s; evaluations, checkpoints and "
+        "waits for data come on top"
+    ]
+    if num_parameters < MEASURED_MFU[0][0] * 0.9:
+        lines.append("note: the model is smaller than any that was measured, and will be slower than this")
+    if not config.data.input_length or not uses_bf16(config, on_gpu=True):
+        lines.append("note: measured were encoder-decoders in bf16; for this run, memory and time are rough guesses")
+    if gpus.num_gpus > 1:
+        rate = BYTES_PER_SECOND_IN_HOST if gpus.num_hosts == 1 else BYTES_PER_SECOND_BETWEEN_HOSTS
+        lines.append(f"note: links are assumed to carry {rate / 1e9:g} GB/s for each GPU")
+    if config.zero.offload != "none":
+        lines.append(
+            f"note: zero.offload: {config.zero.offload} is left out of the plan, which is slower and not needed"
+        )
+    if len(config.stages) > 1:
+        lines.append("note: data.length_schedule: memory and time are those of the first lengths")
+    return lines
+
+
+def _command(config_file: str, settings: Sequence[str], gpus: Cluster, best: Option, config: RunConfig) -> str:
+    """What to type for a way to run."""
+    launcher = f"deepspeed --num_gpus {gpus.num_gpus}" if gpus.num_hosts == 1 else "deepspeed -H hostfile"
+    chosen = [best.stage, best.micro_batch_size, best.checkpointing]
+    kept = [setting for setting in settings if setting.split("=")[0].strip() not in PLANNED_KEYS]
+    values = [f"{key}={value}" for key, value in zip(PLANNED_KEYS, chosen, strict=True)]
+    if config.zero.offload != "none":
+        values.append("zero.offload=none")
+    return f"{launcher} {pretrain_target()} {shlex.join(['--config', config_file, *kept, *values])}"

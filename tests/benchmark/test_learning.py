@@ -1,0 +1,213 @@
+"""The comparison of routings: its intervals, its text, its runs, and that it continues where it was stopped."""
+
+import json
+import math
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TRAINER_VARIABLES
+
+from colt5dist.benchmark import interval, learning, t_quantile, verdict
+from colt5dist.errors import ConfigError
+from colt5dist.train.config.load import load_config
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (30, 2.04227)]
+)
+def test_quantiles_of_student_are_those_of_the_tables(freedom, quantile):
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
+
+
+def test_the_interval_says_whether_a_difference_is_beyond_seed_noise():
+    # mean -0.03, standard deviation 0.01, four seeds: half of the interval is 3.18245 * 0.01 / 2
+    differences = [-0.03 + 0.01 * x * math.sqrt(0.75) for x in (-1, -1, 1, 1)]
+    found = interval(differences)
+    assert found == pytest.approx((-0.03, 0.0159122), abs=1e-6)
+    assert verdict(found) == "below" and verdict(interval([-d for d in differences])) == "above"
+    assert verdict(interval([d + 0.02 for d in differences])) == "not told apart"
+    assert verdict(interval([-1.0])) == "one seed: no interval"
+
+
+def test_variants_are_compared_seed_by_seed_at_equal_steps_and_equal_gpu_time():
+    slope, steps = -1.0, (100, 200, 400)
+    first = {seed: {step: seed + slope * math.log(step) for step in steps} for seed in range(3)}
+    # seeds differ by more than the variants: only differences by seed show that the second is higher by about 0.1
+    second = {
+        seed: {step: loss + 0.1 + 0.001 * seed for step, loss in points.items()} for seed, points in first.items()
+    }
+    del second[2][400]
+    found = learning.compare(first, second, (0.028, 0.056))
+    assert found is not None and found["step"] == 400 and found["seeds"] == [0, 1]
+    assert found["equal_steps"]["mean"] == pytest.approx(-0.1005) and found["equal_steps"]["verdict"] == "below"
+    # in the 11.2 s of the first variant's 400 steps the second one takes 200; 400 * 0.028 / 0.028 is above 400
+    assert found["gpu_seconds"] == pytest.approx(11.2)
+    assert found["equal_time"]["mean"] == pytest.approx(-0.1005 + slope * math.log(2))
+    assert learning.loss_at(first[0], 150) == pytest.approx(slope * math.log(150))
+    assert learning.loss_at(first[0], 401) is None and learning.loss_at(first[0], 99) is None
+    assert learning.compare(first, {7: {400: 1.0}}, (1.0, 1.0)) is None
+    unmeasured = learning.compare(first, second, (None, 1.0))
+    assert unmeasured is not None and unmeasured["equal_time"] is None
+
+
+def test_a_package_is_one_document_without_copies_and_vendored_folders(tmp_path):
+    for name, content in {
+        "a/b.py": "x = 1\n",
+        "a/inner/c.py": "y = 2\n",
+        "d/copy.py": "x = 1\n",
+        "d/own.py": "z = 3\n",
+        "d/_vendor/e/f.py": "w = 4\n",
+        "d/empty.py": "",
+        "g.py": "v = 5\n",
+    }.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(content)
+    (tmp_path / "site" / "a" / "latin1.py").write_bytes(b"\xe9")
+    expected = {
+        "a.txt": "# a/b.py\nx = 1\n\n# a/inner/c.py\ny = 2\n\n",
+        "d.txt": "# d/own.py\nz = 3\n\n",
+        "g.txt": "# g.py\nv = 5\n\n",
+    }
+    for number, place in enumerate(("site", "site/**/*.py")):
+        size = learning.write_packages([str(tmp_path / place)], tmp_path / str(number))
+        assert {path.name: path.read_text() for path in (tmp_path / str(number)).iterdir()} == expected
+        assert size == sum(map(len, expected.values()))
+    with pytest.raises(ConfigError, match="holds no text; give folders or patterns"):
+        learning.write_packages([str(tmp_path / "nothing*")], tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--variants", "dynamic"], "--variants: dynamic is unknown"),
+        (["--variants", "dense", "dense"], "--variants: dense: give each variant a name of its own"),
+        (["--variants", "own:train.steps=3"], "train.steps=3: give key=value, of a key that no option sets"),
+        (["--seeds", "0"], "--seeds: 0; use 1 or more"),
+        (["--minutes", "0"], "--minutes: 0.0; use a number above 0"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        learning.main([*wrong, "--output", str(tmp_path)])
+
+
+def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
+    from colt5dist.data import ensure_standard_library_shards
+
+    options = learning.parse(["--output", str(tmp_path), "--variants", *learning.VARIANTS, "own:model.router_eps=0.5"])
+    timed, curves = learning.jobs_of(options, ensure_standard_library_shards(), 8192)
+    assert [job.name for job in timed[:2]] == ["8192/learned-time", "8192/static-time"]
+    assert [job.name for job in curves[5:7]] == ["8192/own-0", "8192/learned-1"]
+    configs = [load_config(job.command()[3], job.command()[4:]) for job in curves[:7]]
+    assert [c.model.routing for c in configs] == ["learned", "static", "random", *["learned"] * 4]
+    assert [c.model.encoder for c in configs] == [*["conditional"] * 3, "light", "dense", *["conditional"] * 2]
+    assert [c.seed for c in configs] == [0] * 6 + [1] and configs[5].model.router_eps == 0.5
+    assert {str(c.data) for c in configs} == {str(configs[0].data)} and {str(c.train) for c in configs} == {
+        str(configs[0].train)
+    }
+    learning.check_unchanged({"a": ["x=1", "y=2"]}, tmp_path / "settings.json")
+    with pytest.raises(ConfigError, match=r"a was started with other settings \(x=1, x=3\)"):
+        learning.check_unchanged({"a": ["x=3", "y=2"]}, tmp_path / "settings.json")
+
+
+TRAINER = """
+import json, pathlib, signal, sys, time
+folder, steps, other = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+folder.mkdir(exist_ok=True)
+if not other:
+    sys.exit("no GPU is left")
+while not folder.with_name(other).exists():
+    time.sleep(0.01)
+log = folder / "metrics.jsonl"
+done = len(log.read_text().splitlines()) if log.exists() else 0
+with log.open("a") as file:
+    for step in range(done + 1, steps + 1):
+        file.write(json.dumps({"step": step}) + "\\n")
+"""
+"""Obeys a signal and continues as the trainer does; trains once the run `other` has begun, and fails without a name."""
+
+
+class WaitingJob(learning.Job):
+    """A run of TRAINER, whose setting is the name of the other run."""
+
+    def command(self):
+        return [sys.executable, "-c", TRAINER, str(self.folder), str(self.steps), *self.settings]
+
+
+def test_runs_train_side_by_side_are_stopped_and_continue(tmp_path, capsys):
+    def job(name: str, other: str) -> learning.Job:
+        return WaitingJob(name=name, folder=tmp_path / name, settings=(other,), steps=3)
+
+    def minutes(count: int) -> float:
+        return time.monotonic() + 60 * count
+
+    # each of the first two waits for the other: they train at the same time, or not at all
+    jobs = [job("first", "second"), job("second", "first"), job("broken", "")]
+    problems = learning.train(jobs, 2, minutes(5))
+    assert [j.is_done() for j in jobs] == [True, True, False]
+    assert list(problems) == ["broken"] and "ended with status 1" in problems["broken"]
+    assert "no GPU is left" in problems["broken"] and "second: done, step 3" in capsys.readouterr().out
+    assert learning.train([job("late", "never")], 1, time.monotonic() + 1) == {}
+    assert "late: stopped, step 0" in capsys.readouterr().out
+    # a finished run is not started again, nor is anything when the time is up
+    again = [job("late", "first"), job("first", "")]
+    assert learning.train(again, 1, time.monotonic() - 1) == {} and not again[0].is_done()
+    assert learning.train(again, 1, minutes(5)) == {} and again[0].is_done()
+
+
+def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
+    pytest.importorskip("matplotlib")
+    options = learning.parse(["--variants", "learned", "dense", "--seeds", "3", "--steps", "4", "--output", "unused"])
+    kinds = {"time": ["learned-time", "dense-time"], "curve": [f"{v}-{s}" for s in range(3) for v in options.variants]}
+    jobs = {
+        kind: [learning.Job(name=name, folder=tmp_path / name, settings=(), steps=4) for name in names]
+        for kind, names in kinds.items()
+    }
+    for job in [*jobs["time"], *jobs["curve"]]:
+        variant, end = job.name.split("-")
+        seconds, loss = (0.5, 3.0) if variant == "learned" else (1.0, 3.5)
+        job.folder.mkdir()
+        records = [{"step": step, "step_seconds": 9.0 if step < 3 else seconds} for step in (1, 2, 3, 4)]
+        if end != "time":
+            losses = {2: loss + 1.0 + int(end), 4: loss + int(end), 8: 0.0}  # 8: of a start with more steps
+            records = [{"step": step, "eval/loss": value} for step, value in losses.items()]
+        last = 1 if job.name == "dense-2" else None
+        lines = [json.dumps(record) + "\n" for record in records[:last]]
+        (job.folder / "metrics.jsonl").write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "SKIPPED_STEPS", 2)
+        result = learning.read_results(options, 8192, jobs["time"], jobs["curve"])
+    assert result["step_seconds"] == {"learned": 0.5, "dense": 1.0}
+    assert result["held_out_loss"]["learned"][2] == {2: 6.0, 4: 5.0} and result["held_out_loss"]["dense"][2] == {2: 6.5}
+    table = learning.table(result)
+    assert table[0] == "inputs of 8,192 tokens"
+    assert table[2].split() == ["learned", "0.5000", "3", "4", *str(interval([3.0, 4.0, 5.0])).split()]
+    assert table[3].split()[:4] == ["dense", "1.0000", "2", "4"]
+    # two seeds have step 4; in the 2 s of the learned one's 4 steps the dense one takes 2
+    assert table[5].split()[:4] == ["learned", "-", "dense", "2"]
+    assert "-0.5000 ± 0.0000 below (4 steps)" in table[5] and "-1.5000 ± 0.0000 below (2 s)" in table[5]
+    learning.plot([result, result], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_from_text_to_table_with_the_real_trainer(tmp_path, micro_settings, monkeypatch, capsys):
+    monkeypatch.setattr(learning, "TIMED_STEPS", 2)
+    monkeypatch.setattr(learning, "SKIPPED_STEPS", 1)
+    for name, value in TRAINER_VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    sizes = [s for s in micro_settings if s.startswith(("model.", "schedule.")) and "vocab_size" not in s]
+    shape = ["--lengths", "256", "--target-length", "64", "--batch", "4", "--steps", "4", "--eval-every", "2"]
+    text = ["--text", str(ROOT / "colt5dist" / "nn"), "--vocabulary", "300", "--eval-samples", "4"]
+    arguments = [*shape, *text, "--variants", "light", "--seeds", "1", "--output", str(tmp_path)]
+    arguments += ["--set", *sizes, "train.compile=off", "data.num_workers=0"]
+    assert learning.main(arguments) == 0
+    (result,) = json.loads((tmp_path / "curves.json").read_text())["lengths"]
+    assert result["held_out_loss"]["light"]["0"].keys() == {"2", "4"} and result["step_seconds"]["light"] > 0
+    table = (tmp_path / "table.txt").read_text()
+    assert f"{result['held_out_loss']['light']['0']['4']:.4f}" in table and table in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="was started with other settings"):
+        learning.main([*arguments, "schedule.warmup_steps=9"])

@@ -1,0 +1,127 @@
+"""The plan against measured peaks and speeds, and what it recommends."""
+
+from pathlib import Path
+
+import pytest
+
+from colt5dist.errors import ConfigError
+from colt5dist.train.config.load import load_config
+from colt5dist.train.report.plan import (
+    GIB,
+    PLANNED_KEYS,
+    Cluster,
+    Option,
+    cluster,
+    expected_mfu,
+    plan_options,
+    recommend,
+    shown,
+    step_seconds,
+)
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+MEASURED_PEAKS = {
+    "Base": ("base", ("train.micro_batch_size=16",), {(1, 1): 54.7, (1, 2): 53.9, (3, 2): 53.2}),
+    "dense T5-Base": ("base", ("train.micro_batch_size=8", "model.encoder=dense"), {(1, 1): 31.0}),
+    "Large": ("large", ("train.micro_batch_size=4",), {(1, 1): 47.0}),
+    "XL": ("xl", ("train.micro_batch_size=1",), {(3, 2): 56.7}),
+}
+"""Configuration, settings, and ZeRO stage, GPUs and GiB that PyTorch reserved: H100, bf16, 4096/910 tokens, no
+activation checkpointing, CUDA graphs."""
+
+
+@pytest.mark.parametrize("name", MEASURED_PEAKS)
+def test_memory_is_within_a_tenth_of_what_was_measured(name: str) -> None:
+    file, settings, peaks = MEASURED_PEAKS[name]
+    config = load_config(CONFIGS / f"{file}.yaml", [*settings, "train.activation_checkpointing=none"])
+    given = set(PLANNED_KEYS) - {"zero.stage"}
+    options = {(o.stage, n): o for n in {n for _, n in peaks} for o in plan_options(config, cluster(n), given)}
+    planned = {key: options[key].reserved_bytes / GIB for key in peaks}
+    assert planned == pytest.approx(peaks, rel=0.1)
+    assert {options[key].fits for key in peaks} == {"yes"}
+
+
+def test_time_is_what_was_measured() -> None:
+    """Seconds of `python launch/benchmark.py step base` on one H100; checkpointing costs a third more."""
+    for length, batch, seconds in ((4096, 32, 0.2806), (16_384, 8, 0.2515), (65_536, 4, 0.5521)):
+        config = load_config(
+            CONFIGS / "base.yaml",
+            [f"data.input_length={length}", f"train.global_batch_size={batch}", "train.micro_batch_size=1"],
+        )
+        expected = step_seconds(config, cluster(1), 1, 1, 432_809_472)
+        assert expected == pytest.approx(seconds, rel=0.05)
+        config.train.activation_checkpointing = "full"
+        assert step_seconds(config, cluster(1), 1, 1, 432_809_472) == pytest.approx(4 / 3 * expected)
+    assert expected_mfu(1_463_000_000, 4096) == pytest.approx(0.366)
+    assert expected_mfu(10**12, 4096) == expected_mfu(5_297_000_000, 4096)
+    assert expected_mfu(10**6, 512) == pytest.approx(0.345)
+
+
+def test_links_cost_time() -> None:
+    config = load_config(CONFIGS / "base.yaml", [])
+    one, two = (step_seconds(config, cluster(16, hosts), 1, 16, 432_809_472) for hosts in (1, 2))
+    assert one < two
+    # stage 2 sums every micro-batch's gradients
+    assert step_seconds(config, cluster(2), 2, 1, 432_809_472) > step_seconds(config, cluster(2), 2, 128, 432_809_472)
+
+
+def option(stage: int, size: int, memory: float, seconds: float, graphs: float = 0.0) -> Option:
+    """A way to run on a GPU of 80 GiB, in GiB without the one that CUDA takes."""
+    return Option(
+        stage=stage,
+        checkpointing="none",
+        micro_batch_size=size,
+        state_bytes=round((memory - graphs) * GIB),
+        gradient_bytes=0,
+        activation_bytes=0,
+        bucket_bytes=0,
+        graph_bytes=round(graphs * GIB),
+        memory_bytes=80 * GIB,
+        step_seconds=seconds,
+    )
+
+
+def test_the_fastest_that_fits_is_recommended() -> None:
+    small, large = option(1, 4, 20, 2.0), option(1, 8, 40, 2.0)
+    tight, too_large = option(1, 16, 90, 1.0, graphs=40), option(1, 32, 100, 0.5)
+    sharded = option(3, 16, 30, 2.01)
+    assert [o.fits for o in (large, tight, too_large)] == ["yes", "tight", "no"]
+    assert recommend([small, large, tight, too_large, sharded]) is large
+    assert recommend([small, large, option(2, 1, 50, 1.5)]) == option(2, 1, 50, 1.5)
+    assert recommend([tight, too_large]) is tight
+    assert recommend([too_large]) is None
+    assert shown([small, too_large, option(1, 64, 200, 0.5), sharded], small) == [small, too_large, sharded]
+
+
+def test_given_keys_are_not_varied_and_offload_is_left_out() -> None:
+    settings = ["zero.offload=optimizer", "zero.stage=2", "train.global_batch_size=24", "train.micro_batch_size=4"]
+    config = load_config(CONFIGS / "tiny.yaml", settings)
+    options = plan_options(config, cluster(2), {"zero.stage"})
+    assert {o.stage for o in options} == {2}
+    assert [o.micro_batch_size for o in options] == [1, 2, 3, 4, 6, 12] * 2
+    assert [o.checkpointing for o in options] == ["none"] * 6 + ["full_keep_routing"] * 6
+    memory = [o.total_bytes for o in options[:6]]
+    assert memory == sorted(memory) and options[11].total_bytes < memory[-1]
+    assert options[0].bucket_bytes > 0
+    one_size = {"train.micro_batch_size", "train.activation_checkpointing"}
+    assert [o.stage for o in plan_options(config, cluster(1), one_size)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "--gpus: 0 is not positive"),
+        ((9, 2), "--gpus: 9 GPUs do not divide among 2 hosts"),
+        ((8, 1, 0.0), "--gpu-memory: 0.0 is not positive"),
+        ((8, 1, 80.0, "Z1"), "--gpu: the peak of 'Z1' is not known"),
+    ],
+    ids=["gpus", "hosts", "memory", "name"],
+)
+def test_wrong_gpus_are_named(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cluster(*arguments)
+
+
+def test_eight_gpus_are_a_host() -> None:
+    assert cluster(64) == Cluster(64, 8, 80 * GIB, "H100", 989e12)
