@@ -6,9 +6,16 @@ In a checkout, `colt5dist/launch` and `colt5dist/configs` are links to the folde
 import os
 from pathlib import Path
 
-SCRIPTS = (Path(__file__).parent / "launch").resolve()
+
+def _folder(name: str) -> Path:
+    """A folder of the package, or, where a copy of the checkout has lost its links, the one beside it."""
+    inside = Path(__file__).parent / name
+    return (inside if inside.is_dir() else inside.parents[1] / name).resolve()
+
+
+SCRIPTS = _folder("launch")
 """Folder of the commands, one file each: `colt5dist-pretrain` is `pretrain.py`."""
-CONFIGS = (Path(__file__).parent / "configs").resolve()
+CONFIGS = _folder("configs")
 """Folder of the configurations."""
 
 

@@ -29,10 +29,11 @@ from typing import Any
 import torch
 
 from colt5dist.benchmark import Interval, device_line, interval, verdict
-from colt5dist.benchmark.step import MOST_LINES, ROOT, with_children_ended
+from colt5dist.benchmark.step import MOST_LINES, with_children_ended
 from colt5dist.data import DataConfig, open_shards, required_sentinels
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
+from colt5dist.packaged import CONFIGS, SCRIPTS
 from colt5dist.train.report.monitor import read_metrics
 
 VARIANTS = {
@@ -87,7 +88,7 @@ class Job:
 
     def command(self) -> list[str]:
         """Return the command that starts the run or continues it."""
-        script = [str(ROOT / "launch" / "pretrain.py"), "--config", str(ROOT / "configs" / "base.yaml")]
+        script = [str(SCRIPTS / "pretrain.py"), "--config", str(CONFIGS / "base.yaml")]
         return [sys.executable, *script, f"run_dir={self.folder}", f"train.steps={self.steps}", *self.settings]
 
     def is_done(self) -> bool:
@@ -216,7 +217,7 @@ def make_shards(patterns: Sequence[str], vocabulary: int, output: Path, deadline
         print(f"text of {write_packages(patterns, text) / 1e6:,.1f} MB in {text}", flush=True)
     options = ["--train-tokenizer", str(vocabulary), "--validation-fraction", str(HELD_OUT_SHARE)]
     workers = str(min(8, len(os.sched_getaffinity(0)) - 1))
-    command = [sys.executable, str(ROOT / "launch" / "prepare.py"), "--input", str(text), "--output", str(shards)]
+    command = [sys.executable, str(SCRIPTS / "prepare.py"), "--input", str(text), "--output", str(shards)]
     process = subprocess.Popen([*command, *options, "--workers", workers], start_new_session=True)
     try:
         status = process.wait(max(0.0, deadline - time.monotonic()))

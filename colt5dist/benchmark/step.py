@@ -26,7 +26,7 @@ import torch
 
 from colt5dist.benchmark import device_line
 from colt5dist.errors import ConfigError
-from colt5dist.packaged import CONFIGS
+from colt5dist.packaged import CONFIGS, SCRIPTS
 from colt5dist.train.report.monitor import read_metrics
 
 WARM_UP_STEPS = 5
@@ -128,7 +128,7 @@ def measure(case: Case, *, gpus: int, steps: int, settings: Sequence[str], secon
             f"profile.steps=[{last + 1},{last + 1}]",
         ]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-        command = [*launcher, "-m", "colt5dist.launch.pretrain", "--config", str(CONFIGS / case.config)]
+        command = [*launcher, str(SCRIPTS / "pretrain.py"), "--config", str(CONFIGS / case.config)]
         log = Path(folder) / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
