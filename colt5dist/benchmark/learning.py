@@ -62,7 +62,7 @@ SIZES = (
 MICRO_BATCH_TOKENS = 1 << 17
 TIMED_STEPS, SKIPPED_STEPS = 30, 15
 """Steps of the run that measures the time of a step, and how many of them come before those that count."""
-HELD_OUT_SHARE = 0.02
+HELD_OUT_SHARE = 0.05
 OWN_KEYS = {"run_dir", "seed", "train.steps", "train.eval_every", "train.eval_samples", "train.global_batch_size"}
 OWN_KEYS |= {"data.shards", "data.sources", "data.input_length", "data.target_length"}
 """Keys that the options give."""
