@@ -1,8 +1,6 @@
-"""Signals to the real `deepspeed` command, kills at random moments, lost hosts: short versions of the scripts."""
+"""Signals to the real `deepspeed` command, lost hosts: short versions of the scripts."""
 
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +12,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import signals
 import two_hosts
-
-TORTURE_MINUTES = 2.4
-"""Minutes of kills; with the undisturbed run that it is compared with, the test takes about three."""
 
 
 @pytest.fixture
@@ -51,21 +46,6 @@ def test_a_signal_loses_nothing(
     seen = signals.one_signal(*arguments, processes=processes)
     reason = "launcher is gone" if way == "runner" else "signal"
     assert seen["status"] == {"status": "stopped", "step": seen["step"], "reason": reason}
-
-
-def test_kills_at_random_moments_change_no_loss(tmp_path: Path) -> None:
-    """tests/torture.py: each start resumes from the newest whole checkpoint, and losses equal the undisturbed run's."""
-    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--minutes", str(TORTURE_MINUTES), "--seed", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "torture")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60 * TORTURE_MINUTES + 420,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert ", 0 of them differ from the undisturbed run" in done.stdout
 
 
 @pytest.mark.skipif(bool(two_hosts.why_not()), reason=two_hosts.why_not() or "-")
