@@ -1,4 +1,8 @@
-"""The exceptions that end a run with one line and without a traceback."""
+"""What ends a command with one line and without a traceback: exceptions, and wrong arguments."""
+
+import argparse
+import sys
+from typing import NoReturn
 
 
 class ConfigError(ValueError):
@@ -31,3 +35,12 @@ class TrainingFault(RuntimeError):
 def first_line(error: BaseException) -> str:
     """Type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong argument as one line, like all wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        print(f"error: arguments: {message}; --help lists them", file=sys.stderr)
+        sys.exit(2)

@@ -9,9 +9,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from colt5dist.console import as_command, status_of_report
+from colt5dist.errors import OneLineParser
 
 
 def positive(text: str) -> int:
@@ -21,18 +22,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line, like all wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        print(f"error: arguments: {message}; --help lists them", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the options."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("path", help="run folder, checkpoint, or exported folder")
     what = parser.add_mutually_exclusive_group()

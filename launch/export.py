@@ -6,25 +6,18 @@ holds weights, configuration, tokenizer and a model card; colt5dist loads it too
 
 import argparse
 import sys
-from typing import NoReturn
 
 from colt5dist.console import as_command, status_of_report
+from colt5dist.errors import OneLineParser
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line, like all wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        print(f"error: arguments: {message}; --help lists them", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the options."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("path", help="run folder, checkpoint, or exported folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write, which must not exist")
     parser.add_argument("--dtype", choices=TYPES, help="type of the weights (default: as stored, fp32 in checkpoints)")

@@ -8,25 +8,19 @@ model continues the text. --input has a JSON object a line, and --output gets th
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from colt5dist.console import as_command, status_of_report
+from colt5dist.errors import OneLineParser
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line, like all wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        print(f"error: arguments: {message}; --help lists them", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the options."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("path", help="run folder, checkpoint, or exported folder")
     source = parser.add_mutually_exclusive_group(required=True)

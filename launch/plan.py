@@ -8,25 +8,18 @@ micro-batch or activation checkpointing is kept.
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from colt5dist.console import as_command, status_of_report
+from colt5dist.errors import OneLineParser
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "base.yaml"
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line, like all wrong input."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        print(f"error: arguments: {message}; --help lists them", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the options; the `key=value` settings are returned as text."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--config", default=str(DEFAULT_CONFIG), help="YAML file, or a name like base (default: configs/base.yaml)"
     )
