@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 
 from colt5dist.data.config import DataConfig
+from colt5dist.data.inputs.documents import read_items
+from colt5dist.data.inputs.files import find_inputs
 from colt5dist.data.order.mixture import MIXTURES, lengths_of_mixture
 from colt5dist.data.order.objectives import Objective, sample_lengths, span_counts
 from colt5dist.data.order.plan import Plan
 from colt5dist.data.order.random_numbers import Stream, random_bits
-from colt5dist.data.prepare.documents import read_items
 from colt5dist.data.prepare.held_out_split import CorpusWriter
-from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.prepare.tokenize_texts import Document

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from colt5dist.data.inputs.compressed import DAMAGE, open_compressed
+from colt5dist.data.inputs.files import COMPRESSED_SUFFIXES
 from colt5dist.data.model_tokenizer import ModelTokenizer
-from colt5dist.data.prepare.compressed import DAMAGE, open_compressed
-from colt5dist.data.prepare.inputs import COMPRESSED_SUFFIXES
 from colt5dist.errors import ConfigError, first_line
 from colt5dist.files import write_whole
 from colt5dist.model.causal_colt5 import CausalCoLT5

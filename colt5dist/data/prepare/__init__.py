@@ -1,1 +1,1 @@
-"""Text files to shards: finding the inputs, reading documents, tokenizing, writing. `prepare.py` is the entry."""
+"""Text files to shards: tokenizing, holding documents out, writing. `prepare.py` is the entry."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colt5dist.data.inputs.documents import Problems
+from colt5dist.data.inputs.files import InputFile, Inputs, find_inputs
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
-from colt5dist.data.prepare.documents import Problems
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
-from colt5dist.data.prepare.inputs import InputFile, Inputs, find_inputs
 from colt5dist.data.prepare.resume import (
     LOCK_NAME,
     SEEN_NAME,

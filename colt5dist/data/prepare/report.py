@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from colt5dist.data.inputs.documents import Problems
+from colt5dist.data.inputs.files import Inputs
 from colt5dist.data.manifest import Manifest
-from colt5dist.data.prepare.documents import Problems
-from colt5dist.data.prepare.inputs import Inputs
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.errors import ConfigError
 from colt5dist.wording import count

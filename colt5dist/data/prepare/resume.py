@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from colt5dist.data.prepare.documents import EXAMPLES, Item, Problems, read_items
+from colt5dist.data.inputs.documents import EXAMPLES, Item, Problems, read_items
+from colt5dist.data.inputs.files import InputFile
 from colt5dist.data.prepare.duplicates import SeenTexts
 from colt5dist.data.prepare.held_out_split import CorpusWriter
-from colt5dist.data.prepare.inputs import InputFile
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.prepare.tokenize_texts import Document, Encode, Text
 from colt5dist.data.tokenizer import Tokenizer

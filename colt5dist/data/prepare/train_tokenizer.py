@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
+from colt5dist.data.inputs.documents import read_items
+from colt5dist.data.inputs.files import InputFile
 from colt5dist.data.long_texts import WINDOW_BYTES, character_begin
-from colt5dist.data.prepare.documents import read_items
-from colt5dist.data.prepare.inputs import InputFile
 from colt5dist.data.prepare.tokenize_texts import end_with_parent, hash_text
 from colt5dist.errors import ConfigError
 

@@ -16,10 +16,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from colt5dist.data.inputs.documents import Problems
+from colt5dist.data.inputs.files import find_inputs
 from colt5dist.data.manifest import Manifest
-from colt5dist.data.prepare.documents import Problems
 from colt5dist.data.prepare.held_out_split import CorpusWriter
-from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.read.shards import open_shards
@@ -465,7 +465,7 @@ def test_inputs_that_are_no_text_files(tmp_path: Path, monkeypatch: pytest.Monke
             raise PermissionError(13, "Permission denied", path)
         return look(path, **settings)
 
-    monkeypatch.setattr("colt5dist.data.prepare.inputs.os.stat", refuse)
+    monkeypatch.setattr("colt5dist.data.inputs.files.os.stat", refuse)
     with pytest.raises(ConfigError, match=r"--input: .*closed/a\.txt cannot be read \(Permission denied\); fix"):
         find_inputs([str(tmp_path / "closed/*")])
 

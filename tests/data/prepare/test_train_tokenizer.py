@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from colt5dist.data.inputs.files import find_inputs
 from colt5dist.data.prepare import train_tokenizer as module
-from colt5dist.data.prepare.inputs import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.settings import PrepareConfig
 from colt5dist.data.prepare.train_tokenizer import _cut_long_words, _pieces, train_tokenizer

@@ -18,9 +18,9 @@ import zstandard
 from pyarrow import parquet
 from tokenizers import models, pre_tokenizers
 
-from colt5dist.data.prepare.compressed import open_compressed
-from colt5dist.data.prepare.documents import Item, read_items
-from colt5dist.data.prepare.inputs import find_inputs
+from colt5dist.data.inputs.compressed import open_compressed
+from colt5dist.data.inputs.documents import Item, read_items
+from colt5dist.data.inputs.files import find_inputs
 from colt5dist.data.prepare.prepare import prepare
 from colt5dist.data.prepare.report import summary_lines, warning_lines
 from colt5dist.data.prepare.settings import PrepareConfig
@@ -148,7 +148,7 @@ def test_parquet_problems(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says what to install, before anything is written."""
-    monkeypatch.setattr("colt5dist.data.prepare.inputs.find_spec", lambda name: None)
+    monkeypatch.setattr("colt5dist.data.inputs.files.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--input: .*d\.parquet needs pyarrow; pip install 'colt5dist\[parquet\]'"):
         prepare(config(inputs, tmp_path / "shards"))
     assert not list(tmp_path.iterdir())
@@ -252,7 +252,7 @@ def pack(suffix: str, content: bytes) -> bytes:
 @pytest.mark.parametrize("form", ["lines", "array", "array of lines", "indented array", "indented object", "one line"])
 def test_json_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, compression: str) -> None:
     """Objects in lines, in an array, or over several lines are documents; reading continues after any of them."""
-    monkeypatch.setattr("colt5dist.data.prepare.documents.JSON_BYTES", 64)  # less than an object, as in a large file
+    monkeypatch.setattr("colt5dist.data.inputs.documents.JSON_BYTES", 64)  # less than an object, as in a large file
     made = objects(0, 1 if form == "one line" else 30)
     text = {
         "lines": "".join(json.dumps(part) + "\n" for part in made),
@@ -354,7 +354,7 @@ def test_a_folder_that_cannot_be_entered(tmp_path: Path, monkeypatch: pytest.Mon
             raise PermissionError(13, "Permission denied", path)
         return look(path)
 
-    monkeypatch.setattr("colt5dist.data.prepare.inputs.os.scandir", refuse)
+    monkeypatch.setattr("colt5dist.data.inputs.files.os.scandir", refuse)
     with pytest.raises(ConfigError, match=r"--input: .*in/closed cannot be read \(Permission denied\)"):
         find_inputs([str(tmp_path / "in")])
 
@@ -431,9 +431,9 @@ def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers
     (tmp_path / "in/h.txt").write_text("<html>" + "h" * 30_000)
     expected = prepare(config(tmp_path / "in", tmp_path / "short")).problems.counts
     assert expected == {"binary": 1, "empty": 1, "not UTF-8": 1, "HTML or XML, which is not plain text": 1}
-    monkeypatch.setattr("colt5dist.data.prepare.documents.LONG_BYTES", 20_000)
+    monkeypatch.setattr("colt5dist.data.inputs.documents.LONG_BYTES", 20_000)
     monkeypatch.setattr("colt5dist.data.long_texts.WINDOW_BYTES", 4096)
-    monkeypatch.setattr("colt5dist.data.prepare.documents.WINDOW_BYTES", 4096)
+    monkeypatch.setattr("colt5dist.data.inputs.documents.WINDOW_BYTES", 4096)
     monkeypatch.setattr("colt5dist.data.prepare.resume.REPORT_SECONDS", -1)
     assert isinstance(items(tmp_path / "in/a.txt")[0].text, bytes)
     told: list[int] = []

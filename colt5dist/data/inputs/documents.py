@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from colt5dist.data.inputs.compressed import DAMAGE, open_compressed
+from colt5dist.data.inputs.files import InputFile
 from colt5dist.data.long_texts import LONG_BYTES, WINDOW_BYTES
-from colt5dist.data.prepare.compressed import DAMAGE, open_compressed
-from colt5dist.data.prepare.inputs import InputFile
 
 EXAMPLES = 5
 ROWS_AT_ONCE = 256

@@ -1,0 +1,1 @@
+"""The files that users give, as documents of text."""
