@@ -23,13 +23,13 @@ def test_what_the_files_set_is_read(name: str, on_gpu: bool) -> None:
     assert keys(name=name, on_gpu=on_gpu) == []
 
 
-COSINE = ("schedule.name=cosine", "schedule.total_steps=200")
+COSINE = ("schedule.name=cosine", "schedule.total_steps=400")
 ROLLBACK = ("health.on_spike=rollback", "health.spike_window=20")
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # settings that need another one: without it they are named, with it they are not
     "schedule.min_lr_ratio=0.1": ((), COSINE),
-    "schedule.total_steps=200": (("schedule.name=constant",), COSINE),
-    "schedule.decay_steps=9": (COSINE, ("schedule.name=warmup_stable_decay", "schedule.total_steps=200")),
+    "schedule.total_steps=400": (("schedule.name=constant",), COSINE),
+    "schedule.decay_steps=9": (COSINE, ("schedule.name=warmup_stable_decay", "schedule.total_steps=400")),
     "model.router_n_iters=9": (("model.router_solver=newton",), ()),
     "model.router_eps_decay=0.5": ((), ("model.router_eps_init=4",)),
     "model.router_eps_init=0.5": ((), ("model.router_eps=0.1", "model.router_eps_decay=0.9")),
