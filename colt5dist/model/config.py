@@ -56,7 +56,7 @@ class CoLT5Config:
         router_implementation: auto: triton on CUDA, scalar elsewhere; reference, scalar, triton: that one.
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square in RMSNorm.
-        initializer_range: standard deviation of the initial weights, but for the input embedding; maps into the residual
+        initializer_range: standard deviation of the initial weights but the input embedding's; maps into the residual
             stream have it over sqrt(2 * layers). None: 1 / sqrt(d_model).
         embedding_init_std: standard deviation of the initial input embedding.
     """

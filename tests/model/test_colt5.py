@@ -161,9 +161,7 @@ def test_random_routing_needs_the_samples_numbers(build, batch):
 
 def test_initial_weights_and_scores(build, batch):
     model = build(d_model=256, num_encoder_layers=8, vocab_size=1024)
-    given = build(
-        d_model=256, num_encoder_layers=8, vocab_size=1024, initializer_range=0.02, embedding_init_std=0.3
-    )
+    given = build(d_model=256, num_encoder_layers=8, vocab_size=1024, initializer_range=0.02, embedding_init_std=0.3)
     for weights, embedding_std, std in ((model, 1.0, 1 / 16), (given, 0.3, 0.02)):
         feed_forward = weights.encoder.layers[0].feed_forward.heavy_ff
         assert weights.embedding.weight.std().item() == pytest.approx(embedding_std, rel=0.05)

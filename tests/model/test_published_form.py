@@ -151,8 +151,7 @@ def test_random_routers_draw_from_streams_of_their_own(build, inputs) -> None:
 
 @pytest.mark.parametrize("encoder", ["conditional", "dense", "light"])
 def test_maps_into_the_residual_stream_start_smaller(build, encoder) -> None:
-    """Standard deviation 1 for the embedding; 1 / sqrt(width) for every other matrix, and that over sqrt(2 * layers) for
-    every output projection."""
+    """Standard deviation 1 for the embedding, 1 / sqrt(width) for matrices, that over sqrt(2 * layers) for outputs."""
     model = build(encoder=encoder, d_model=64, num_encoder_layers=2, num_decoder_layers=4)
     num_output = 0
     for name, parameter in model.named_parameters():
