@@ -26,6 +26,7 @@ from colt5dist.train.garbage import collected_by_step
 from colt5dist.train.guard.compare_ranks import check_ranks_alike
 from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
+from colt5dist.train.guard.preflight import preflight
 from colt5dist.train.guard.stop import StopReason, StopRequests
 from colt5dist.train.loop import train
 from colt5dist.train.ranks import (
@@ -98,6 +99,9 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         if plan.is_finished(config):  # the run before this one finished meanwhile
             finish_process_group()
             return report_finished(run_dir, ranks, plan.state, entropy)
+        if config.train.preflight:
+            heartbeat.at("preflight", plan.state.step)
+            preflight(ranks, hosts, device)
         heartbeat.at("building and loading", plan.state.step)
         stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
         engine = Engine(config, ranks.world_size, device)

@@ -105,7 +105,10 @@ def test_refused_in_one_line(case: str, environment: pytest.MonkeyPatch) -> None
 
 def test_two_tasks_train_one_run(tmp_path: Path, run_ranks: Callable[..., str]) -> None:
     script = Path(__file__).with_name("slurm_tasks.py")
-    printed = run_ranks(script, "4242", f"run_dir={tmp_path}", *MICRO_SETTINGS, "train.steps=1", processes=2)
+    printed = run_ranks(
+        script, "4242", f"run_dir={tmp_path}", *MICRO_SETTINGS, "train.steps=1", "train.preflight=true", processes=2
+    )
+    assert "preflight: 2 ranks, products" in printed
     assert "2 x cpu" in printed and printed.count("finished at step 1") == 1
 
 
