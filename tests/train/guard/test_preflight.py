@@ -53,7 +53,7 @@ def test_rings() -> None:
 def test_a_slow_link_is_named_and_not_its_neighbours() -> None:
     """A rank takes as long as the slower of the links that it sends to and receives from."""
     hosts, ring = ["a", "b", "c", "d", "e"], [1, 2, 3, 4, 0]
-    links = [0.01, 0.01, 0.05, 0.01, 0.011]  # from each rank to the next
+    links = [0.01, 0.01, 0.05, 0.01, 0.01]  # from each rank to the next
     seconds = [max(links[rank], links[rank - 1]) for rank in range(5)]
     (line,) = slow_links(seconds, ring, 10**8, hosts)
     assert line == "link from rank 2 on c to rank 3 on d: 2.00 GB/s, 20% of the median 10 GB/s"
