@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from colt5dist import __version__
 from colt5dist.train.config.load import load_config
 from colt5dist.train.ranks import EXIT_STOPPED, EXIT_WRONG_INPUT, Ranks, ranks_from_environment
 
@@ -198,7 +199,11 @@ def test_the_job_fits_itself_and_the_exit_statuses() -> None:
     name = JOB["metadata"]["name"]
     assert name == SERVICE["metadata"]["name"] == SERVICE["spec"]["selector"]["job-name"] == template["subdomain"]
     assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == {volume["name"] for volume in template["volumes"]}
+    (install,) = template["initContainers"]
+    assert install["image"] == CONTAINER["image"] and install["env"][0] in CONTAINER["env"]
+    assert install["env"][1]["value"].endswith(f"/colt5dist-{__version__}-py3-none-any.whl")
+    subprocess.run(["bash", "-n", "-c", install["command"][-1]], check=True)
     # Kubernetes itself replaces $(NAME) of a variable that it knows, and $$
-    texts = [*CONTAINER["command"], *CONTAINER["args"], *PRE_STOP]
-    known = {*VARIABLES, "JOB_COMPLETION_INDEX"}
+    texts = [*CONTAINER["command"], *CONTAINER["args"], *PRE_STOP, *install["command"]]
+    known = {*VARIABLES, "WHEEL", "JOB_COMPLETION_INDEX"}
     assert [text for text in texts if "$$" in text or known & set(re.findall(r"\$\((\w+)\)", text))] == []
