@@ -170,6 +170,9 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
             names = list(_below(pattern, is_made, not_read, datasets, notes))
         else:
             names = _without_descriptions(glob.glob(_escape_existing(pattern), recursive=True), not_read, datasets)
+        left_out = cards(map(Path, names))
+        not_read[DESCRIPTION] += len(left_out)
+        names = [name for name in names if Path(name) not in left_out]
         matches = {Path(name).absolute(): _status(name) for name in names}
         files = {path: status for path, status in matches.items() if status and stat.S_ISREG(status.st_mode)}
         folders = [path for path, status in matches.items() if status and stat.S_ISDIR(status.st_mode)]
@@ -178,8 +181,8 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
             raise ConfigError(f"--input: {pattern!r} {_why_no_text(pattern, matches, files)}")
         not_read[NO_FILE] += len(matches) - len(files) - len(folders)
         not_read[NOT_ENTERED] += len(folders) if "**" not in pattern else 0
-        # of several paths to one file, the shortest counts
-        for path in sorted(texts, key=lambda path: (len(path.parts), path)):
+        # of several paths to one file, the shortest counts, and before it one that says what the file is
+        for path in sorted(texts, key=lambda path: (not _is_read(path), len(path.parts), path)):
             status = texts[path]
             found.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
     paths = sorted(path for path, _ in found.values())
@@ -243,17 +246,8 @@ def _escape_existing(pattern: str) -> str:
 
 def _below(
     folder: str, is_made: Callable[[Path], bool], not_read: Counter[str], datasets: DatasetFolders, notes: list[str]
-) -> list[str]:
-    """The texts below a folder; each folder once, by its shortest path. What is not read is added to `not_read`."""
-    names = list(_files_below(folder, is_made, not_read, datasets, notes))
-    left_out = {str(path) for path in cards(map(Path, names))}
-    not_read[DESCRIPTION] += len(left_out)
-    return [name for name in names if str(Path(name)) not in left_out]
-
-
-def _files_below(
-    folder: str, is_made: Callable[[Path], bool], not_read: Counter[str], datasets: DatasetFolders, notes: list[str]
 ) -> Iterator[str]:
+    """The texts below a folder; each folder once, by its shortest path. What is not read is added to `not_read`."""
     entered: set[tuple[int, int]] = set()
     level = [folder]
     while level:
