@@ -45,7 +45,8 @@ def evaluate(
         stop_wanted: called before each batch; must return the same on all ranks.
 
     Returns:
-        The loss in nats per token, in all and by objective, and in bits per byte of the target text.
+        The loss in nats per token, in all and by objective, and in bits per byte of the target text; and the loss of
+        the averaged weights (`train.ema`), once they have taken in a step.
 
     Raises:
         CutShortError: on all ranks, if `stop_wanted` returns True.
@@ -57,6 +58,9 @@ def evaluate(
     if shuffled_inputs and held_out.with_other_inputs is not None:
         others = held_out.with_other_inputs
         record["eval/loss_shuffled_inputs"] = _measure(engine, others, objectives, stop_wanted).loss
+    if engine.average is not None and engine.average.num_updates:
+        with engine.averaged_weights():
+            record["eval/ema/loss"] = _measure(engine, held_out.batches, objectives, stop_wanted).loss
     return record
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from colt5dist.train.engine.optimizer import build_optimizer
 
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import OptimizerConfig
 from colt5dist.train.engine.engine import build_model
-from colt5dist.train.engine.optimizer import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MATRICES = ("to_qkv.weight", "to_q.weight", "to_kv.weight", "to_hidden.weight", "to_out.weight")
