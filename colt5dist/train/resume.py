@@ -115,8 +115,12 @@ def plan_start(
                 f"{run_dir / RUN_ID}: missing beside checkpoints; put it back, or write into it the run_id of "
                 f"{whole[-1] / COMPLETE}: {read_complete(whole[-1]).run_id}"
             )
-        problems += _difference_problems(config, run_dir)
-        problems += model_problems(whole[-1], shapes) + optimizer_problems(whole[-1], config.optimizer)
+        of_states = optimizer_problems(whole[-1], config.optimizer)
+        of_settings = _difference_problems(config, run_dir)
+        if of_states:  # no resume_allow helps against these
+            of_settings = [line for line in of_settings if not line.startswith("optimizer.name:")]
+        problems += of_settings
+        problems += model_problems(whole[-1], shapes) + of_states
         state = read_state(whole[-1])
         if state.data_fingerprint != fingerprint:
             problems.append(

@@ -431,8 +431,6 @@ class Engine:
 
     def _swap_average(self) -> None:
         assert self.average is not None
-        if self.stage == 3 and not isinstance(self.gradients, GradientSums):
-            self.deepspeed.optimizer._partition_all_parameters()  # an evaluation leaves some gathered
         self.average.swap()
         refresh_parameters(self)
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from colt5dist.storage.checkpoints import AVERAGE, WEIGHT
+from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.optimizer.groups import moment_keys, muon_matrices
 from colt5dist.train.optimizer.muon import Muon, Part
 from colt5dist.train.optimizer.weight_average import WeightAverage
@@ -32,6 +33,7 @@ class Engine(Protocol):
     deepspeed: Any
     stage: int
     average: WeightAverage | None
+    gradients: Any
 
     @property
     def module(self) -> nn.Module:
@@ -130,6 +132,8 @@ def refresh_parameters(engine: Engine) -> None:
         engine.deepspeed.optimizer.update_lp_params()
     elif engine.stage == 3:
         optimizer = engine.deepspeed.optimizer
+        if not isinstance(engine.gradients, GradientSums):
+            optimizer._partition_all_parameters()  # what it keeps gathered would stay as it is
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:

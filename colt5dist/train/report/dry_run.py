@@ -105,9 +105,9 @@ def optimizer_lines(config: RunConfig) -> list[str]:
             text += f", as {matrices[name].num_maps} of {p.shape[0] // matrices[name].num_maps} x {p.shape[1]}"
         found[optimizer, text] += 1
         num_elements_of[optimizer] += p.numel()
-    heading = ", ".join(f"{name} for {number:,} parameters" for name, number in num_elements_of.items())
-    lines = [f"  {name:<6} {count(number, 'time')} {text}" for (name, text), number in sorted(found.items())[::-1]]
-    return [f"optimizer: {heading}:", *lines]
+    heading = f"muon for {num_elements_of['muon']:,} parameters, adamw for {num_elements_of['adamw']:,}"
+    rows = sorted(found.items(), key=lambda row: row[0][0] != "muon")  # otherwise in the model's order
+    return [f"optimizer: {heading}:", *(f"  {of:<6} {count(number, 'time')} {text}" for (of, text), number in rows)]
 
 
 def input_and_target(num_input: int, num_target: int) -> str:

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from zero_matrix import LEARNING_RATE, TINY, micro_batches, train_step
+from zero_matrix import LEARNING_RATE, TINY, go_back, micro_batches, train_step
 
 from colt5dist.nn.attention.attention import KeyValueProjection
-from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint, step_folder
+from colt5dist.train.checkpoint import Saver, TrainerState, step_folder
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, build_model
-from colt5dist.train.engine.fragments import flat_weights, refresh_parameters
+from colt5dist.train.engine.fragments import flat_weights
 from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.losses import LossSums
 from colt5dist.train.ranks import finish_process_group, initialise_process_group, ranks_from_environment
@@ -178,12 +178,13 @@ def main(output: Path, folder: Path, trained: list[str], loaded: list[str], sett
         Saver(folder / f"{ranks.world_size}x{stage}", engine, config.checkpoint, run_id="muon").save(state)
         losses += [train_step(engine, config, step)[:2] for step in (4, 5)]
         results[f"losses {stage}"] = losses
+        go_back(engine, step_folder(folder / f"{ranks.world_size}x{stage}", 3))
+        results[f"back {stage}"] = look_at_average(engine, config)
         engine.close()
     for pair in loaded:
         written, stage = pair.split(":")
         engine, config = build(stage)
-        load_checkpoint(step_folder(folder / written, 3), engine)
-        refresh_parameters(engine)
+        go_back(engine, step_folder(folder / written, 3))
         assert engine.average is not None and engine.average.num_updates == 2
         results[f"average {pair}"] = look_at_average(engine, config)
         results[f"losses {pair}"] = [train_step(engine, config, step)[:2] for step in (4, 5)]

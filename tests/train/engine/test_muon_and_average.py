@@ -20,7 +20,13 @@ TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
 PROJECTIONS = ("to_qkv.weight", "to_q.weight", "to_kv.weight", "to_hidden.weight", "to_out.weight")
 RUNS = [(2, "1flat"), (2, "2"), (2, "3flat"), (2, "3"), (1, "0"), (1, "3flat")]
 LOADED = [(2, "2x2:3"), (1, "2x3:1flat"), (1, "2x1flat:0")]
-SETTINGS = ("train.micro_batch_size=2", "optimizer.name=muon", "optimizer.momentum=0.9", "train.ema=0.15")
+SETTINGS = (
+    "train.micro_batch_size=2",
+    "optimizer.name=muon",
+    "optimizer.momentum=0.9",
+    "train.ema=0.15",
+    "zero.persistence_threshold=100",  # DeepSpeed keeps vectors gathered at stage 3, also when weights are written
+)
 Results = dict[int, dict[str, Any]]
 
 
@@ -77,13 +83,14 @@ def test_a_checkpoint_has_the_weights_and_their_average(
 def test_weights_come_back_to_the_bit_after_an_evaluation_of_the_average(
     results: Results, processes: int, stage: str
 ) -> None:
-    """And that evaluation gives the loss of the reference's average."""
+    """And that evaluation gives the loss of the reference's average; the same after going back to the checkpoint."""
     found = results[processes]
     (expected, _) = found["plain"]["averaged"][0]
     average = found[f"average {stage}"]
     assert average["comes_back"]
     assert average["averaged"] == pytest.approx(expected, rel=2e-6)
     assert average["own"] != pytest.approx(expected, rel=1e-4)
+    assert (processes, stage) in LOADED or found[f"back {stage}"] == average
 
 
 @pytest.mark.parametrize(("processes", "stage"), RUNS, ids=str)
