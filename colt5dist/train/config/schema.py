@@ -62,6 +62,9 @@ class TrainConfig:
     ema: float | None = keeps_result(None)
     """Decay rate of an exponential moving average of the weights, in (0, 1), for instance 0.999; null: none. It changes
     no loss of the run; checkpoints hold it, evaluations measure it, and `--ema` takes it."""
+    preflight: bool = keeps_result(False)
+    """Before the first step of a start, check for a few seconds that each device multiplies matrices and sums over the
+    ranks rightly, which ends the start otherwise, and name devices and links that are slower than the others."""
     deterministic: bool = False
     """Use deterministic algorithms only: slower, but equal runs on one kind of device are equal to the bit."""
 
