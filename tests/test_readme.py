@@ -39,6 +39,7 @@ OF_OTHERS = {
     "--ntasks-per-node": "srun",
     "--gpus-per-node": "srun",
     "--logdir": "tensorboard",
+    "--samples_per_plugin": "tensorboard",
     "--signal": "sbatch",
     "--no-deps": "pip",
     "--help": "argparse",

@@ -64,7 +64,8 @@ def draw_map(document: DocumentRouting, title: str) -> bytes:
         axis.plot(tokens + shown.start, layers, ".", color="#22d3ee", markersize=3)
     texts = [_visible(text) for text in document.texts[shown]]
     part[3].set_xticks(range(shown.start, shown.stop), texts, family="monospace", fontsize=7)
-    part[3].tick_params(axis="x", labelrotation=90 if max(map(len, texts)) > 1 else 0)
+    for label, text in zip(part[3].get_xticklabels(), texts, strict=True):
+        label.set_rotation(90 if len(text) > 2 else 0)
     figure.colorbar(picture, cax=_beside(rows)).ax.tick_params(labelsize=7)
     return _png(figure)
 

@@ -57,6 +57,7 @@ class Monitor:
         self._progress: Progress | None = None
         if not is_first:
             return
+        self._run_dir = run_dir
         self._metrics_path = run_dir / METRICS
         _truncate(self._metrics_path, first_step)
         self._metrics = os.open(self._metrics_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -108,7 +109,7 @@ class Monitor:
         """
         if self.is_first:
             texts = {"run/configuration": code_block(configuration), "run/start": code_block("\n".join(lines))}
-            self._events.begin(texts, hyperparameters(settings, run_id))
+            self._events.begin(texts, hyperparameters(settings, f"{self._run_dir.name} ({run_id[:8]})"))
 
     def roll_back(self, step: int) -> None:
         """Remove the records, events and pictures after a step."""

@@ -48,6 +48,7 @@ class WeightsAndBiases:
                 dir=run_dir,
                 config=dict(settings),
                 resume="allow",
+                allow_val_change=True,
             )
         except wandb.Error as error:
             raise ConfigError(

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, DATA_CLASS_TENSOR, Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import (
+    DATA_CLASS_BLOB_SEQUENCE,
+    DATA_CLASS_SCALAR,
+    DATA_CLASS_TENSOR,
+    Summary,
+    SummaryMetadata,
+)
 from tensorboard.plugins.histogram.metadata import PLUGIN_NAME as HISTOGRAMS
 from tensorboard.plugins.image.metadata import PLUGIN_NAME as IMAGES
 from tensorboard.plugins.scalar.metadata import PLUGIN_NAME as SCALARS
@@ -93,7 +99,7 @@ class Events:
         """Write a picture, the bytes of a PNG file."""
         width, height = (int.from_bytes(png[start : start + 4]) for start in (16, 20))  # of its first chunk, IHDR
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-        metadata = _metadata(IMAGES, DATA_CLASS_TENSOR, description)
+        metadata = _metadata(IMAGES, DATA_CLASS_BLOB_SEQUENCE, description)
         self._add(step, Summary(value=[Summary.Value(tag=tag, image=image, metadata=metadata)]))
 
     def roll_back(self, step: int) -> None:

@@ -31,24 +31,24 @@ COMPARED = (
     "train.precision",
     "seed",
 )
-"""Columns of the page, in this order."""
+"""Columns of the page, which shows the first five of the alphabet until others are ticked."""
 METRICS = ("eval/loss", "loss", "eval/bits_per_byte", "tokens_per_second", "mfu", "grad_norm")
 """Numbers beside them, by their keys in metrics.jsonl; the page shows the last value of each."""
 
 
-def hyperparameters(settings: Mapping[str, Any], run_id: str) -> list[Summary]:
+def hyperparameters(settings: Mapping[str, Any], trial: str) -> list[Summary]:
     """What TensorBoard needs to know of a run's settings.
 
     They lie in the events of the run itself, so there is no second run for them.
 
     Args:
         settings: value of each setting by its dotted key; of the others than those in COMPARED, none is shown.
-        run_id: id of the run, under which its starts are one.
+        trial: what the page calls the run; the starts of a run have the same one, and other runs have others.
     """
     known = {key: _plain(settings[key]) for key in COMPARED if settings.get(key) is not None}
     columns = [HParam(key) for key in COMPARED]
     metrics = [Metric(place(key).tag, display_name=key, description=place(key).description) for key in METRICS]
-    return [hparams_config_pb(columns, metrics), hparams_pb(known, trial_id=run_id)]
+    return [hparams_config_pb(columns, metrics), hparams_pb(known, trial_id=trial)]
 
 
 def _plain(value: Any) -> bool | int | float | str:

@@ -228,7 +228,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "held-out loss by objective": (rf"{LOSS}/by_objective/[^/]+/held_out(/ema)?$",),
         "training loss by objective": (rf"{LOSS}/by_objective/[^/]+/train$",),
         "loss by validation set": (rf"{LOSS}/by_set/[^/]+(/ema)?$",),
-        "held-out loss with another sample's input": (rf"{LOSS}/shuffled_inputs$",),
+        "held-out loss with another sample's input": (rf"{LOSS}/all/held_out$", rf"{LOSS}/shuffled_inputs$"),
     },
     "2 scores": {"scores of written texts": (rf"{SCORES}/[^/]+(/ema)?$",)},
     "3 routing": {
@@ -258,7 +258,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def layout(tags: Iterable[str]) -> dict[str, dict[str, tuple[str, list[str]]]]:
-    """The charts that have something to show, as `SummaryWriter.add_custom_scalars` takes them.
+    """The charts all of whose patterns fit a tag, as `SummaryWriter.add_custom_scalars` takes them.
 
     Args:
         tags: the tags that the run has written.
@@ -268,7 +268,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, tuple[str, list[str]]]]:
         category: {
             title: ("Multiline", list(patterns))
             for title, patterns in charts.items()
-            if any(re.match(pattern, tag) for pattern in patterns for tag in there)
+            if all(any(re.match(pattern, tag) for tag in there) for pattern in patterns)
         }
         for category, charts in CHARTS.items()
     }
