@@ -49,6 +49,7 @@ class WeightsAndBiases:
                 config=dict(settings),
                 resume="allow",
                 allow_val_change=True,
+                settings=wandb.Settings(console="off"),  # the console stays the run's own
             )
         except wandb.Error as error:
             raise ConfigError(
