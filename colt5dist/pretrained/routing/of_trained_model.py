@@ -76,9 +76,7 @@ def draw_trained(
         raise ConfigError(f"--shards: {config.shards} was made with another tokenizer than {path} was trained with")
     if problems := data_problems(config, sources, model.config.vocab_size):
         raise ConfigError("\n".join(problems))
-    batch = held_out_batches(
-        sources, config, num_samples=sample + 1, micro_batch_size=1, rank=0, world_size=1
-    )[sample]
+    batch = held_out_batches(sources, config, num_samples=sample + 1, micro_batch_size=1, rank=0, world_size=1)[sample]
     place = next(model.parameters()).device
     with torch.no_grad():
         output = model(

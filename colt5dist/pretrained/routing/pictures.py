@@ -204,7 +204,7 @@ def pooled(scores: NDArray[np.float32]) -> NDArray[np.float32]:
     width = -(-scores.shape[1] // MAX_COLUMNS)
     starts = np.arange(0, scores.shape[1], width)
     counts = np.diff(np.append(starts, scores.shape[1]))
-    return np.add.reduceat(scores, starts, axis=1) / counts
+    return (np.add.reduceat(scores, starts, axis=1) / counts).astype(np.float32)
 
 
 def _close_up(document: DocumentRouting) -> slice:

@@ -7,6 +7,7 @@ import torch
 
 from colt5dist.data import ModelTokenizer
 from colt5dist.data.read.batch import Batch
+from colt5dist.model.colt5 import CoLT5
 from colt5dist.model.generation import Constraint
 from colt5dist.pretrained.fill import answers_in, text_ids
 from colt5dist.pretrained.routing import document_routing, draw_kinds, draw_map
@@ -135,7 +136,7 @@ def _fill(
         constraint=Constraint(
             torch.tensor([len(answers)], device=engine.device),
             answer_tokens=ANSWER_TOKENS,
-            is_text=text_ids(tokenizer, engine.module.config.vocab_size).to(engine.device),
+            is_text=text_ids(tokenizer, cast(CoLT5, engine.module).config.vocab_size).to(engine.device),
             first_sentinel=tokenizer.first_sentinel,
             eos_id=tokenizer.eos_id,
         ),

@@ -136,7 +136,11 @@ class Events:
             self._add(step, summary)
 
     def _add(self, step: int, summary: Summary) -> None:
-        self._write(lambda writer: writer.file_writer.add_summary(summary, step))
+        def add(writer: SummaryWriter) -> None:
+            assert writer.file_writer is not None
+            writer.file_writer.add_summary(summary, step)
+
+        self._write(add)
 
     def _open(self, last_step: int) -> SummaryWriter:
         """Open a writer that marks the events after a step as obsolete."""

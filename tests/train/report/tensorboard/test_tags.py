@@ -76,7 +76,9 @@ def test_charts_join_what_belongs_together_and_only_what_is_there() -> None:
     keys = ["loss", "eval/loss", "grad_norm", "router/layer_00/query/mean_score", "router/layer_01/query/mean_score"]
     tags = [place(key).tag for key in keys]
     charts = {title: patterns for of in layout(tags).values() for title, (_, patterns) in of.items()}
-    shown = {title: [tag for tag in tags if any(re.match(p, tag) for p in patterns)] for title, patterns in charts.items()}
+    shown = {
+        title: [tag for tag in tags if any(re.match(p, tag) for p in patterns)] for title, patterns in charts.items()
+    }
     assert shown == {
         "training and held-out loss": tags[:2],
         "gradient norm": tags[2:3],
