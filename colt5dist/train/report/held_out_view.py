@@ -105,6 +105,8 @@ def write_passages(engine: Engine, sample: Batch, tokenizer: ModelTokenizer) -> 
         sample: a micro-batch of one row, on the host.
         tokenizer: the model's tokenizer.
     """
+    model = cast(CoLT5, engine.module)
+    model.pad_id, model.eos_id = tokenizer.pad_id, tokenizer.eos_id
     target = until_end(sample["target_ids"][0][sample["target_mask"][0]].tolist(), tokenizer.eos_id)
     inputs = sample["input_ids"][0][sample["input_mask"][0]].tolist()
     if not target:
@@ -119,9 +121,9 @@ def write_passages(engine: Engine, sample: Batch, tokenizer: ModelTokenizer) -> 
         given, rest = target[: half - 1], target[half - 1 :]
         ids, mask = sample["decoder_input_ids"][:, :half], None
     written = _generate(engine, ids, mask, max_new_tokens=CONTINUED_TOKENS)
-    model = None if written is None else tokenizer.decode(until_end(written, tokenizer.eos_id))
+    own = None if written is None else tokenizer.decode(until_end(written, tokenizer.eos_id))
     before = tokenizer.decode(given[-2 * CONTEXT_TOKENS :])
-    return [Written(before, "", tokenizer.decode(rest[:CONTINUED_TOKENS]), model)]
+    return [Written(before, "", tokenizer.decode(rest[:CONTINUED_TOKENS]), own)]
 
 
 def _fill(
