@@ -42,7 +42,7 @@ from colt5dist.train.ranks import (
 from colt5dist.train.report.accounting import describe_batch, step_flops, tokens_of_run
 from colt5dist.train.report.meter import Meter
 from colt5dist.train.report.monitor import Monitor
-from colt5dist.train.report.summary import summary
+from colt5dist.train.report.summary import summary, tensorboard_command
 from colt5dist.train.report.weights_and_biases import WeightsAndBiases, check_wandb
 from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.train.run import Run
@@ -119,7 +119,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
             notes = [f"note: {note}" for stage in config.stages for note in length_notes(stage.data)]
             notes += [f"note: {line}" for line in settings_without_effect(config, on_gpu=device.type == "cuda")]
             description = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
-            lines = (*plan.notes, *dict.fromkeys(notes), *description)
+            look = f"look at it: {tensorboard_command(run_dir)}"
+            lines = (*plan.notes, *dict.fromkeys(notes), *description, look)
             for line in lines:
                 monitor.say(line)
             settings = config_leaves(config) | {"parameters": num_parameters(shapes), "processes": ranks.world_size}
