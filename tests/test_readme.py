@@ -41,6 +41,9 @@ OF_OTHERS = {
     "--logdir": "tensorboard",
     "--samples_per_plugin": "tensorboard",
     "--signal": "sbatch",
+    "--container-image": "srun",
+    "--container-mounts": "srun",
+    "--pty": "srun",
     "--no-deps": "pip",
     "--help": "argparse",
 }

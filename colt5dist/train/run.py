@@ -1,6 +1,6 @@
 """The parts that a run works with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +28,8 @@ class Run:
     """Place of this rank."""
     shards: Sources
     """The training and held-out text."""
+    validation: dict[str, Sources] = field(default_factory=dict)
+    """Further held-out text by name, each measured by itself."""
     readers: Readers | None
     """Makes the reader processes; None if this process reads itself."""
     engine: Engine
