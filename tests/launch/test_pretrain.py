@@ -140,6 +140,14 @@ def test_batch_division_stage_and_checkpointing_do_not_change_the_losses(
     assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:4], rel=2e-5)
 
 
+def test_three_processes_train_like_one(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """Their partitions of the weights are padded, unlike those of 2, 4 or 8 processes."""
+    settings = ("train.steps=2", "train.global_batch_size=6", "train.micro_batch_size=2")
+    run_pretrain(tmp_path / "one", *settings)
+    run_pretrain(tmp_path / "three", *settings, "zero.stage=2", processes=3)
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+
+
 @pytest.fixture
 def half(reference: tuple[Path, str], tmp_path: Path) -> Path:
     """The reference run as if it had been killed some steps after its checkpoint of step 4."""
