@@ -1,5 +1,7 @@
 """Checks whether settings, shards and model fit together, before any GPU work starts."""
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
 from colt5dist.data.config import DataConfig
@@ -31,15 +33,29 @@ def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: in
             f"of {sources.parts[0].folder}{f', {num_modes} mode tokens' if num_modes else ''} and {num_sentinels} "
             f"sentinels; set {padded} or more"
         )
-    for name, part in (
-        (name, part)
-        for name, group in (("training", sources), ("held-out", sources.validation))
-        for part in group.parts
-    ):
-        longest = int(np.diff(part.index.document_ends, prepend=0).max())
-        if longest < config.min_document_tokens:
-            problems.append(
-                f"data.min_document_tokens: {config.min_document_tokens} leaves out all {name} documents (the longest "
-                f"has {longest} tokens); lower it to {longest} or less"
-            )
+    for name, group in (("training", sources), ("held-out", sources.validation)):
+        problems += [line for part in group.parts for line in _without_documents(config, part, f"{name} documents")]
     return problems
+
+
+def validation_problems(config: DataConfig, sets: Mapping[str, Sources]) -> list[str]:
+    """Return which validation sets have no document to measure, one line each.
+
+    Args:
+        config: settings that are valid by themselves.
+        sets: the sets by name, made with the tokenizer of the training text.
+    """
+    parts = [(part, f"held-out documents of {name}") for name, group in sets.items() for part in group.validation.parts]
+    return [line for part, documents in parts for line in _without_documents(config, part, documents)]
+
+
+def _without_documents(config: DataConfig, part: ShardSet, documents: str) -> Iterator[str]:
+    lengths = np.diff(part.index.document_ends, prepend=0)
+    longest = int(lengths.max()) if len(lengths) else 0
+    if not longest:
+        yield f"{part.folder}: holds no document; prepare the shards again"
+    elif longest < config.min_document_tokens:
+        yield (
+            f"data.min_document_tokens: {config.min_document_tokens} leaves out all {documents} (the longest has "
+            f"{longest} tokens); lower it to {longest} or less"
+        )

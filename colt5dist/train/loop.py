@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch.profiler import record_function
 
-from colt5dist.data import Batch, held_out_batches, training_batches
+from colt5dist.data import Batch, Sources, held_out_batches, training_batches
 from colt5dist.data.read.loader import TrainingBatches
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import TrainerState
@@ -20,6 +20,7 @@ from colt5dist.train.losses import LossMeans
 from colt5dist.train.ranks import raise_together
 from colt5dist.train.read_ahead import ReadAhead
 from colt5dist.train.report.accounting import step_flops
+from colt5dist.train.report.held_out_view import show_held_out
 from colt5dist.train.report.monitor import Record
 from colt5dist.train.report.profile import Profile
 from colt5dist.train.run import Run
@@ -94,6 +95,7 @@ def train_steps(run: Run, profile: Profile) -> StopReason | None:
 def account(run: Run, agreement: Agreement, applied: bool) -> None:
     """Count a finished step: its samples, its tokens, and what the ranks said of it."""
     advance(run.state, applied, run.config)
+    run.state.averaged_steps = run.engine.average.num_updates if run.engine.average else 0
     run.state.bad_records += agreement.bad_records
     run.meter.count(agreement.means)
     run.heartbeat.step_is_done()
@@ -171,25 +173,36 @@ def begin_stage(run: Run, stage: RunConfig) -> HeldOut:
             f"tokens, {stage.micro_batch_size(run.ranks.world_size)} samples per micro-batch"
         )
     with run.heartbeat.patient("reading the held-out samples", run.state.step + 1):
-        parts: list[list[Batch]] = []
-        problem = None
+        held_out, problem = None, None
         try:
-            for inputs_of_previous in (False, True)[: 1 + stage.train.eval_shuffled_inputs]:
-                parts.append(
-                    held_out_batches(
-                        run.shards,
-                        stage.data,
-                        num_samples=stage.train.eval_samples,
-                        micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
-                        rank=run.ranks.rank,
-                        world_size=run.ranks.world_size,
-                        inputs_of_previous=inputs_of_previous,
-                    )
-                )
+            held_out = read_held_out(run, stage)
         except ConfigError as error:
             problem = str(error)
         raise_together(problem)
-    return HeldOut(parts[0], parts[1] if len(parts) > 1 else None)
+    assert held_out is not None
+    return held_out
+
+
+def read_held_out(run: Run, stage: RunConfig) -> HeldOut:
+    """This rank's part of the held-out samples of a stage; of each set equally many samples.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+
+    def read(shards: Sources, *, inputs_of_previous: bool = False) -> list[Batch]:
+        return held_out_batches(
+            shards,
+            stage.data,
+            num_samples=stage.train.eval_samples,
+            micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
+            rank=run.ranks.rank,
+            world_size=run.ranks.world_size,
+            inputs_of_previous=inputs_of_previous,
+        )
+
+    others = read(run.shards, inputs_of_previous=True) if stage.train.eval_shuffled_inputs else None
+    return HeldOut(read(run.shards), others, {name: read(shards) for name, shards in run.validation.items()})
 
 
 def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False) -> Record:
@@ -200,15 +213,21 @@ def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False
         return run.stop.agree(run.engine.device) is not None
 
     try:
-        return evaluate(run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted)
+        record = evaluate(
+            run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted
+        )
     except CutShortError:
         run.monitor.say(f"the evaluation of step {run.state.step} is left out: a request to stop")
         return {}
+    if run.config.monitor.held_out_sample and run.state.step > 0:
+        with run.heartbeat.patient("showing a held-out sample", run.state.step):
+            show_held_out(run.monitor, run.engine, held_out.batches[0], run.tokenizer, run.state.step, run.objectives)
+    return record
 
 
 def first_evaluation(run: Run, held_out: HeldOut) -> float | None:
     """The held-out loss before the first step, said at once: what follows can take minutes on a CPU."""
-    loss = run_evaluation(run, held_out).get("eval/loss")
+    loss = run_evaluation(run, replace(held_out, sets={})).get("eval/loss")
     every = run.config.train.log_every
     if loss is not None:
         lines = f"; a line follows for the first step, then every {count(every, 'step')}" if every > 1 else ""

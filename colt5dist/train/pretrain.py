@@ -10,8 +10,10 @@ from colt5dist.data import (
     data_problems,
     length_notes,
     open_sources,
+    open_validation_sets,
     text_tokens_of_sample,
     unigram_entropy,
+    validation_problems,
 )
 from colt5dist.data.open_shard_sets import absent_sources
 from colt5dist.data.read.loader import start_readers
@@ -19,6 +21,7 @@ from colt5dist.data.standard_library import STANDARD_LIBRARY
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
 from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint, load_weights
+from colt5dist.train.config.load import config_leaves, config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
@@ -26,6 +29,7 @@ from colt5dist.train.garbage import collected_by_step
 from colt5dist.train.guard.compare_ranks import check_ranks_alike
 from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
+from colt5dist.train.guard.preflight import preflight
 from colt5dist.train.guard.stop import StopReason, StopRequests
 from colt5dist.train.loop import train
 from colt5dist.train.ranks import (
@@ -41,7 +45,8 @@ from colt5dist.train.ranks import (
 from colt5dist.train.report.accounting import describe_batch, step_flops, tokens_of_run
 from colt5dist.train.report.meter import Meter
 from colt5dist.train.report.monitor import Monitor
-from colt5dist.train.report.summary import summary
+from colt5dist.train.report.summary import summary, tensorboard_command
+from colt5dist.train.report.weights_and_biases import WeightsAndBiases, check_wandb
 from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.train.run import Run
 from colt5dist.wording import count
@@ -66,9 +71,10 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     """
     check_devices(config, ranks)
     shards = open_run_shards(config)
+    validation = open_run_validation(config, shards)
     if ranks.world_size > 1:
         meeting = Meeting(ranks, config.train.timeout_minutes)  # lives until the process group has taken it over
-        check_ranks_alike(config, shards, ranks, meeting)
+        check_ranks_alike(config, shards, ranks, meeting, validation)
     shapes = parameter_shapes(config)
     plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
     run_dir = Path(str(config.run_dir))
@@ -98,25 +104,40 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         if plan.is_finished(config):  # the run before this one finished meanwhile
             finish_process_group()
             return report_finished(run_dir, ranks, plan.state, entropy)
+        if config.train.preflight:
+            heartbeat.at("preflight", plan.state.step)
+            preflight(ranks, hosts, device)
         heartbeat.at("building and loading", plan.state.step)
         stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
         run_id = run_directory.record_start(run_dir, config, ranks, hosts, shards.tokenizer)
         meter = Meter(device, hosts, step_flops(config))
-        monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
+        wandb = open_wandb(config, ranks, run_dir, run_id)
+        monitor = Monitor(
+            run_dir,
+            is_first=ranks.is_first,
+            first_step=plan.state.step,
+            num_steps=config.train.steps,
+            wandb=wandb,
+        )
         checkpoints = run_dir / run_directory.CHECKPOINTS
         with monitor:
             notes = [f"note: {note}" for stage in config.stages for note in length_notes(stage.data)]
             notes += [f"note: {line}" for line in settings_without_effect(config, on_gpu=device.type == "cuda")]
             description = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
-            for line in (*plan.notes, *dict.fromkeys(notes), *description):
+            look = f"look at it: {tensorboard_command(run_dir)}"
+            lines = (*plan.notes, *dict.fromkeys(notes), *description, look)
+            for line in lines:
                 monitor.say(line)
+            settings = config_leaves(config) | {"parameters": num_parameters(shapes), "processes": ranks.world_size}
+            monitor.begin(settings, config_to_yaml(config), lines, run_id)
             run = Run(
                 config=config,
                 run_dir=run_dir,
                 ranks=ranks,
                 shards=shards,
+                validation=validation,
                 readers=readers,
                 engine=engine,
                 state=plan.state,
@@ -174,6 +195,7 @@ def check_start(config: RunConfig, ranks: Ranks) -> list[str]:
             "checked"
         ]
     shards = open_run_shards(config)
+    open_run_validation(config, shards)
     shapes = parameter_shapes(config)
     plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
     if not any(part.remote for part in shards.parts):  # it would be downloaded
@@ -202,6 +224,18 @@ def report_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: f
         run_directory.write_status_if_free(run_dir, "finished", state.step)
         print(summary(run_dir, state, None, unigram_entropy=entropy, tokens_per_second=None), flush=True)
     return 0
+
+
+def open_wandb(config: RunConfig, ranks: Ranks, run_dir: Path, run_id: str) -> WeightsAndBiases | None:
+    """Open the run in Weights & Biases on rank 0, if the configuration asks for it; collective.
+
+    Raises:
+        ConfigError: on all ranks, if it cannot be opened.
+    """
+    if not config.monitor.wandb:
+        return None
+    with errors_on_all_ranks():
+        return WeightsAndBiases(run_dir, run_id, config_leaves(config)) if ranks.is_first else None
 
 
 def load_start(plan: resume.StartPlan, engine: Engine) -> None:
@@ -234,6 +268,8 @@ def check_devices(config: RunConfig, ranks: Ranks) -> None:
     problems = device_problems(config, ranks.world_size, torch.cuda.device_count(), ranks.local_world_size)
     if problems:
         raise ConfigError("\n".join(problems))
+    if config.monitor.wandb:
+        check_wandb()
 
 
 def open_run_shards(config: RunConfig) -> Sources:
@@ -255,6 +291,26 @@ def open_run_shards(config: RunConfig) -> Sources:
     return shards
 
 
+def open_run_validation(config: RunConfig, shards: Sources) -> dict[str, Sources]:
+    """Open the validation sets that have a name.
+
+    Args:
+        config: the run.
+        shards: its opened shard sets.
+
+    Returns:
+        The sets by name.
+
+    Raises:
+        ConfigError: one is missing or damaged, has another tokenizer, or no document.
+    """
+    sets = open_validation_sets(config.data, shards)
+    problems = validation_problems(config.data, sets)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return sets
+
+
 def make_deterministic(config: RunConfig) -> None:
     """Select deterministic algorithms if the configuration asks for them."""
     if config.train.deterministic:
@@ -273,7 +329,7 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
         engine: the engine of the run.
         shapes: name and shape of every parameter.
     """
-    number = sum(num_elements(shape) for shape in shapes.values())
+    number = num_parameters(shapes)
     stage = f"ZeRO stage {engine.stage}"
     if engine.stage != config.zero.stage:
         stage += (
@@ -287,6 +343,11 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
         f"{number:,} parameters, {engine.dtype} on {ranks.world_size} x {engine.device.type}, {stage}",
         f"{batch}, {lengths}",
     ]
+
+
+def num_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Number of parameters, by the shape of each."""
+    return sum(num_elements(shape) for shape in shapes.values())
 
 
 def describe_data(config: RunConfig, shards: Sources) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from colt5dist.data.inputs.documents import Problems
 from colt5dist.data.inputs.files import InputFile, Inputs, find_inputs
+from colt5dist.data.inputs.text_keys import with_text_keys
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
 from colt5dist.data.prepare.resume import (
@@ -78,7 +79,12 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         )
     partial = output.with_name(output.name + ".partial")
     inputs = find_inputs(config.input, made=(partial,))
-    files = inputs.files
+    files = with_text_keys(inputs.files, config.text_keys)
+    tokens = next((file for file in files if file.is_tokens), None)
+    if tokens and not config.tokenizer:
+        raise ConfigError(
+            f"--input: {tokens.path} holds ids, not text; give as --tokenizer the tokenizer.json that made them"
+        )
     job = {
         "tokenizer": TRAINED.format(config.train_tokenizer) if config.train_tokenizer else given.fingerprint,
         "files": len(files),
@@ -90,6 +96,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         "min_document_tokens": config.min_document_tokens,
         "deduplicate": config.deduplicate,
     }
+    if config.text_keys:
+        job["text_keys"] = [f"{pattern}={key}" for pattern, key in config.text_keys]
     try:
         if not _is_empty(output):
             return _already_there(output, job, config.strict, inputs, given.notes)
@@ -153,7 +161,7 @@ def _prepared(output: Path, problems: Problems, inputs: Inputs, notes: tuple[str
             f"the trained tokenizer has {made:,} ids, not {int(wanted[1]):,}: the text has no more pieces that repeat"
         )
         notes = (*notes, fewer)
-    return Prepared(training, validation, problems, inputs, notes, was_there)
+    return Prepared(training, validation, problems, inputs, (*inputs.notes, *notes), was_there)
 
 
 def _already_there(output: Path, job: dict[str, Any], strict: bool, inputs: Inputs, notes: tuple[str, ...]) -> Prepared:

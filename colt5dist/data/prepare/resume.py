@@ -15,6 +15,7 @@ from typing import Any
 
 from colt5dist.data.inputs.documents import EXAMPLES, Item, Problems, read_items
 from colt5dist.data.inputs.files import InputFile
+from colt5dist.data.inputs.megatron import TokenIds
 from colt5dist.data.prepare.duplicates import SeenTexts
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.settings import PrepareConfig
@@ -129,6 +130,8 @@ def _write_documents(
 
     def show_unknown(text: Text) -> None:
         """Keep the first few parts of the text that the vocabulary lacks."""
+        if isinstance(text, TokenIds):
+            return
         text = text[:UNKNOWN_CHARACTERS].decode(errors="ignore") if isinstance(text, bytes) else text
         for part in tokenizer.unknown_parts(text[:UNKNOWN_CHARACTERS]):
             if len(problems.unknown) < EXAMPLES and part[:UNKNOWN_SHOWN] not in problems.unknown:

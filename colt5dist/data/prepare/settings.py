@@ -2,10 +2,11 @@
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from colt5dist.data.inputs.text_keys import split_text_keys, text_key_problems
 from colt5dist.data.prepare.train_tokenizer import SMALLEST_VOCABULARY
 
 
@@ -14,7 +15,7 @@ class PrepareConfig:
     """What `prepare` reads and writes."""
 
     input: list[str]
-    """Glob patterns and folders of text, json, jsonl and parquet files."""
+    """Glob patterns, files and folders of text, tables, data sets and token files."""
     output: Path
     """Folder that is made."""
     tokenizer: Path | None = None
@@ -24,7 +25,9 @@ class PrepareConfig:
     validation_fraction: float = 0.01
     """Share of the documents that is held out, above 0 and at most 0.5; at least one is."""
     text_key: str = "text"
-    """Key of the text in a jsonl line, column of the text in a parquet file."""
+    """Key of the text in a jsonl line, column of the text in a table."""
+    text_keys: list[tuple[str, str]] = field(default_factory=list)
+    """(pattern of paths, key) where the text has another key; the first pattern that matches counts."""
     min_document_tokens: int = 0
     """Documents with fewer tokens are left out."""
     deduplicate: bool = False
@@ -57,11 +60,7 @@ class PrepareConfig:
                 problems.append(f"--{name.replace('_', '-')}: {getattr(self, name)} is negative; give 0 or more")
         if self.shard_bytes < 1 << 20:
             problems.append(f"--shard-bytes: {self.shard_bytes} is too small; give 1048576 or more")
-        try:
-            self.text_key.encode()
-        except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
-            problems.append(f"--text-key: {self.text_key!r} is not UTF-8; give the key exactly as it is in the files")
-        return problems
+        return problems + text_key_problems(self.text_key, self.text_keys)
 
 
 USAGE = """prepare.py --input GLOB [GLOB ...] --output DIR [option ...]
@@ -99,7 +98,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     defaults = PrepareConfig
     parser = _parser(description, USAGE)
     add = parser.add_argument
-    kinds = "text (one document per file), .jsonl, .json, .parquet; all but parquet also as .gz and .zst"
+    kinds = "text (one document per file), .jsonl, .json (these also as .gz and .zst), .parquet, data set folders, .bin"
     add(
         "--input",
         type=_pattern,
@@ -118,8 +117,8 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
         metavar="N",
         help="processes that tokenize, besides the one that writes (default: 0, one process does both)",
     )
-    key = "key of the text in a jsonl line, column in a parquet file (default: %(default)s)"
-    add("--text-key", default=defaults.text_key, metavar="KEY", help=key)
+    key = f"key of the text in a jsonl line, column in a table (default: {defaults.text_key}); or 'PATTERN=KEY'"
+    add("--text-key", action="append", default=[], metavar="KEY", help=key)
     share = "share of the documents to hold out, at least one document (default: %(default)s)"
     add("--validation-fraction", type=float, default=defaults.validation_fraction, metavar="SHARE", help=share)
     add("--min-document-tokens", type=int, default=0, metavar="N", help="leave out documents with fewer tokens")
@@ -130,6 +129,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     add("--histogram", type=_path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
     options = vars(parser.parse_args(arguments))
     histogram = options.pop("histogram")
+    options["text_key"], options["text_keys"] = split_text_keys(options["text_key"], defaults.text_key)
     return PrepareConfig(**options), histogram
 
 

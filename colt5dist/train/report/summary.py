@@ -1,11 +1,21 @@
 """The lines that a run prints at its end."""
 
+import re
 import shlex
 from pathlib import Path
 
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.report.monitor import TENSORBOARD, read_metrics
+
+KEEP_ALL = "--samples_per_plugin scalars=1000000"
+"""Has TensorBoard show every point: by itself it shows a thousand of each curve, and may leave out a spike. (The
+documented `scalars=0`, for all points, shows none in TensorBoard 2.21.)"""
+
+
+def tensorboard_command(run_dir: Path) -> str:
+    """What to type to look at a run."""
+    return f"tensorboard --logdir {shlex.quote(str(run_dir / TENSORBOARD))} {KEEP_ALL}"
 
 
 def summary(
@@ -58,6 +68,10 @@ def summary(
                 "held-out bits per byte of target text: not measured, since the held-out targets hold no byte of text "
                 "(are most tokens unknown to the tokenizer? `prepare.py info` counts them)"
             )
+        sets = {key.split("/")[1]: last[key] for key in last if re.fullmatch("eval/[^/]+/loss", key)}
+        if sets:
+            losses = [f"{name} {'not finite' if loss is None else f'{loss:.4f}'}" for name, loss in sets.items()]
+            lines.append(f"held-out loss of each validation set: {', '.join(losses)}")
         if last.get("eval/loss_shuffled_inputs") is not None and last["eval/loss"]:
             change = last["eval/loss_shuffled_inputs"] / last["eval/loss"] - 1
             lines.append(
@@ -67,5 +81,5 @@ def summary(
     if tokens_per_second:
         lines.append(f"speed: {tokens_per_second:,.0f} tokens/s")
     lines.append(f"run: {run_dir}")
-    lines.append(f"look at it: tensorboard --logdir {shlex.quote(str(run_dir / TENSORBOARD))}")
+    lines.append(f"look at it: {tensorboard_command(run_dir)}")
     return "\n".join(lines)

@@ -94,12 +94,15 @@ def _text(config: RunConfig) -> Unread:
     if data.sources:
         yield "data.shards", "data.sources are read instead"
     places = [source.shards for source in data.sources] or [data.shards]
+    places += [entry.shards for entry in data.validation]
     if not any("://" in place for place in places):
         yield "data.cache_gb", "no shards are at an address"
 
 
 def _optimizer(config: RunConfig) -> Unread:
     optimizer, schedule = config.optimizer, config.schedule
+    if optimizer.name != "muon":
+        yield "optimizer.momentum", f"optimizer.name={optimizer.name} does not read it"
     if optimizer.name == "adafactor":
         for key in ("beta1", "beta2", "eps"):
             yield f"optimizer.{key}", "optimizer.name=adafactor does not read it"
