@@ -110,7 +110,7 @@ def test_a_failed_allocation_says_what_to_lower(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), record_failures(config, ranks, ["a", "b"], lambda error: ""):
         torch.empty(2**58, dtype=torch.uint8)
     text = (tmp_path / "failures" / "rank_0.txt").read_text()
-    assert "train.micro_batch_size 4, data.input_length 2048, data.target_length 456" in text
+    assert "train.micro_batch_size 4, data.input_length 512, data.target_length 114" in text
     for fix in ("lower train.micro_batch_size (for instance to 2)", "full_keep_routing", "raise zero.stage (to 2)"):
         assert fix in text
     assert "Traceback" in text
