@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from colt5dist.data.standard_library import (
     read_sources,
 )
 from colt5dist.errors import ConfigError
+
+DOCSTRING = re.compile(r"""["']{1,3}\s*([^.\n"']*)""")
+"""The first sentence of a text in quotes."""
 
 
 def test_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +77,12 @@ def test_questions_have_their_answers_in_the_source(shard_cache: Path) -> None:
     folder = ensure_standard_library_shards(STANDARD_LIBRARY_PAIRS)
     assert folder.parent == shard_cache and folder.name.startswith("python-stdlib-pairs-")
     shards = open_shards(folder)
-    packages, targets, lengths = [], set(), []
+    packages, targets, lengths, right = [], [], [], np.zeros(2)
     for part in (shards, shards.validation):
         assert part.manifest.holds_pairs
         packages.append(set())
         ids = TokenReader(part, cache_bytes=1 << 26).read(0, part.num_tokens)
-        for document in np.split(ids, part.index.document_ends[:-1]):
+        for document in np.split(ids, part.index.document_ends[:-1])[::3]:
             place = int((document == part.tokenizer.eos_id).argmax())
             given, target = (part.tokenizer.decode(side) for side in (document[:place], document[place + 1 :]))
             question, shown = given.split("\n\n", maxsplit=1)
@@ -87,11 +91,17 @@ def test_questions_have_their_answers_in_the_source(shard_cache: Path) -> None:
             assert re.findall(r"\b(?:def|class) (\w+)", shown).count(name.rsplit(".", maxsplit=1)[1]) == 1
             assert re.search(rf"\b(def|class) {name.rsplit('.', maxsplit=1)[1]}\b", shown[: shown.index(target)])
             packages[-1].add(name.split(".")[0])
-            targets.add(target)
+            targets.append(target)
             lengths.append(place)
-    assert len(lengths) > 2000 and not packages[0] & packages[1]
-    assert 0.05 < shards.validation.num_documents / len(lengths) <= 0.1
-    assert len(targets) > 0.8 * len(lengths) and np.median(lengths) > 1500
+            places = 0, re.search(rf"\b(def|class) {name.rsplit('.', maxsplit=1)[1]}\b", shown).end()
+            right += [said is not None and said[1] == target for said in (DOCSTRING.search(shown, p) for p in places)]
+    assert len(lengths) > 700 and not packages[0] & packages[1]
+    assert 0.05 < shards.validation.num_documents / (shards.num_documents + shards.validation.num_documents) <= 0.1
+    assert np.median(lengths) > 1500
+    # the commonest answer, the first docstring, and the first one after the definition that is asked for
+    assert Counter(targets).most_common(1)[0][1] < 0.01 * len(targets)
+    first, named = right / len(targets)
+    assert first < 0.2 and named > 0.8
 
 
 @pytest.mark.parametrize(
