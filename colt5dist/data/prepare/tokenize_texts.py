@@ -25,7 +25,7 @@ from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
 
 Text = str | bytes | TokenIds | Pair
-"""A text, or the two of a pair; a text of more than LONG_BYTES is bytes, in UTF-8. A document of a token file is ids."""
+"""A text, or the two of a pair; one of more than LONG_BYTES is bytes, in UTF-8. A document of a token file is ids."""
 HASH_BITS = 64
 BATCH_CHARACTERS = 1 << 18  # sent to a worker at once: large enough that sending costs little
 BATCH_TEXTS = 256
