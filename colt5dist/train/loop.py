@@ -20,6 +20,7 @@ from colt5dist.train.losses import LossMeans
 from colt5dist.train.ranks import raise_together
 from colt5dist.train.read_ahead import ReadAhead
 from colt5dist.train.report.accounting import step_flops
+from colt5dist.train.report.held_out_view import show_held_out
 from colt5dist.train.report.monitor import Record
 from colt5dist.train.report.profile import Profile
 from colt5dist.train.run import Run
@@ -94,6 +95,7 @@ def train_steps(run: Run, profile: Profile) -> StopReason | None:
 def account(run: Run, agreement: Agreement, applied: bool) -> None:
     """Count a finished step: its samples, its tokens, and what the ranks said of it."""
     advance(run.state, applied, run.config)
+    run.state.averaged_steps = run.engine.average.num_updates if run.engine.average else 0
     run.state.bad_records += agreement.bad_records
     run.meter.count(agreement.means)
     run.heartbeat.step_is_done()
@@ -211,10 +213,16 @@ def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False
         return run.stop.agree(run.engine.device) is not None
 
     try:
-        return evaluate(run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted)
+        record = evaluate(
+            run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted
+        )
     except CutShortError:
         run.monitor.say(f"the evaluation of step {run.state.step} is left out: a request to stop")
         return {}
+    if run.config.monitor.held_out_sample and run.state.step > 0:
+        with run.heartbeat.patient("showing a held-out sample", run.state.step):
+            show_held_out(run.monitor, run.engine, held_out.batches[0], run.tokenizer, run.state.step, run.objectives)
+    return record
 
 
 def first_evaluation(run: Run, held_out: HeldOut) -> float | None:

@@ -22,6 +22,7 @@ from colt5dist.storage.complete_file import COMPLETE, Damage, json_problem, read
 from colt5dist.train.checkpoint.commit import rename_damaged
 from colt5dist.train.checkpoint.folders import (
     checkpoint_bytes,
+    has_average,
     model_problems,
     optimizer_problems,
     read_state,
@@ -42,6 +43,7 @@ __all__ = [
     "find_checkpoints",
     "find_damage",
     "folder_step",
+    "has_average",
     "is_whole",
     "json_problem",
     "load_checkpoint",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from colt5dist.train.engine.deepspeed_json import (
     uses_bf16,
 )
 from colt5dist.train.engine.flat_gradients import FlatGradients
+from colt5dist.train.engine.fragments import flat_weights, place_matrices, refresh_parameters
 from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.engine.gradients import DeepSpeedGradients
 from colt5dist.train.engine.micro_batch_graph import (
@@ -45,9 +46,11 @@ from colt5dist.train.engine.micro_batch_graph import (
     with_other_padding,
     without_needless_mask,
 )
-from colt5dist.train.engine.optimizer import build_optimizer
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import training_loss
+from colt5dist.train.optimizer.groups import build_optimizer
+from colt5dist.train.optimizer.muon import Muon
+from colt5dist.train.optimizer.weight_average import WeightAverage
 from colt5dist.train.ranks import sum_over_ranks
 
 
@@ -81,7 +84,10 @@ class Engine:
         self, config: RunConfig, world_size: int, device: torch.device, *, flat_gradients: bool | None = None
     ) -> None:
         import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        if Muon not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # tests hold it to a reference at every stage
         on_gpu = device.type == "cuda"
         self.device = device
         self.stage = engine_stage(config, on_gpu)
@@ -109,6 +115,9 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optimizer), config=settings
         )
+        place_matrices(self)
+        self.average = WeightAverage(flat_weights(self), config.train.ema) if config.train.ema else None
+        """The moving average of the weights (`train.ema`), if there is one."""
         self.news: list[str] = []
         """Lines for the log about what has been compiled; whoever prints them clears the list."""
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
@@ -373,6 +382,22 @@ class Engine:
         with self._code(compiled=compiled):
             return self._call(module, batch, collect_routing)
 
+    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """Have the model write as it is now, greedily and uncompiled; not at stage 3, where its weights are sharded.
+
+        Args:
+            input_ids: (b, n) int64, as the model's own `generate` takes it.
+            settings: the model's own; without draws, so no random state changes.
+
+        Returns:
+            What is written, (b, new tokens) int64.
+        """
+        assert self.stage != 3
+        if isinstance(self.module, CoLT5):
+            settings["cuda_graph"] = False
+        with self._code(compiled=False):
+            return cast(CoLT5, self.module).generate(input_ids, seed=0, **settings)
+
     def _code(self, *, compiled: bool) -> AbstractContextManager[None]:
         """A context in which layers run compiled, or as they are written."""
         return nullcontext() if compiled or not self._wrapped else without_compiled_code()
@@ -404,7 +429,26 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         applied, norm = self.gradients.step()
+        if applied and self.average is not None:
+            self.average.update()
         return applied, norm if applied else math.nan
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights (`train.ema`), for evaluation; afterwards its own, to the bit.
+
+        Collective.
+        """
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        assert self.average is not None
+        self.average.swap()
+        refresh_parameters(self)
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
