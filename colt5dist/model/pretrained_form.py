@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
 from colt5dist.model.config import CoLT5Config
 from colt5dist.nn.attention.relative_bias import RelativeBias
+from colt5dist.nn.dropout import Dropout, dropout_of
 from colt5dist.ops.checks import check_whole
 from colt5dist.storage.exported import CONFIG_NAME, FORMAT_VERSION, SECTION, write_weights
 from colt5dist.storage.stored_model import StoredModel, open_stored
@@ -60,11 +61,17 @@ class PretrainedForm(nn.Module):
     """The `model.architecture` of the class."""
     config: CoLT5Config
     seed: int
+    loss: nn.Module
     origin: Origin = Origin()
     pad_id: int = 0
     """The tokenizer's pad token, with which the decoder starts."""
     eos_id: int = 1
     """The tokenizer's end token."""
+
+    def _dropout(self, sample_index: Tensor | None, ids: Tensor) -> Dropout | None:
+        """What this pass over ids (b, tokens) drops; None in evaluation, or without dropout."""
+        training = self.loss.training  # not of this module: transformers holds the parts of a model, not the model
+        return dropout_of(self.config.dropout, sample_index, ids, seed=self.seed, training=training)
 
     @classmethod
     def from_pretrained(
