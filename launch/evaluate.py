@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colt5dist.console import as_command, status_of_report
-from colt5dist.errors import OneLineParser
+from colt5dist.errors import OneLineParser, step_or_best
 
 
 def positive(text: str) -> int:
@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--shards", nargs="+", default=[], metavar="DIR", help="shard sets, each measured by itself")
     what.add_argument("--pairs", type=Path, metavar="JSONL", help="inputs with their targets, an object a line")
     add("--samples", type=positive, help="samples of each set (default: train.eval_samples; of pairs: all)")
-    add("--step", type=int, help="step of the checkpoint (default: the newest)")
+    add("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
     add("--json", action="store_true", help="print one JSON object")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     add = parser.add_argument_group("with --pairs", argument_default=argparse.SUPPRESS).add_argument

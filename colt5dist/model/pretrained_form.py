@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
 from colt5dist.model.config import CoLT5Config
+from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.attention.relative_bias import RelativeBias
 from colt5dist.nn.dropout import Dropout, dropout_of
 from colt5dist.ops.checks import check_whole
@@ -61,7 +62,7 @@ class PretrainedForm(nn.Module):
     """The `model.architecture` of the class."""
     config: CoLT5Config
     seed: int
-    loss: nn.Module
+    loss: VocabularyLoss
     origin: Origin = Origin()
     pad_id: int = 0
     """The tokenizer's pad token, with which the decoder starts."""
@@ -78,7 +79,7 @@ class PretrainedForm(nn.Module):
         cls,
         path: str | Path,
         *,
-        step: int | None = None,
+        step: int | str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
@@ -87,7 +88,8 @@ class PretrainedForm(nn.Module):
         Args:
             path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or a folder that
                 `save_pretrained` or launch/export.py wrote.
-            step: of a run folder, the step of the checkpoint to take instead.
+            step: of a run folder, the step of the checkpoint to take instead, or "best": the one that
+                `checkpoint.keep_best` has kept.
             dtype: floating-point type of the weights; None: as they are stored (checkpoints: float32).
             device: where to put it; None: the CPU.
 
@@ -196,9 +198,9 @@ def check_arguments(step: Any, dtype: Any) -> None:
     """Raise where arguments of `from_pretrained` have a wrong type.
 
     Raises:
-        TypeError: step is no whole number, or dtype no floating-point type.
+        TypeError: step is no whole number and not "best", or dtype no floating-point type.
     """
-    if step is not None:
+    if step is not None and step != "best":
         check_whole(step=step)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: {dtype!r} is no floating-point type of torch; use for instance torch.bfloat16")

@@ -60,7 +60,7 @@ def evaluate_stored(
     names: Sequence[str],
     *,
     device: torch.device,
-    step: int | None = None,
+    step: int | str | None = None,
     num_samples: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -71,7 +71,7 @@ def evaluate_stored(
         path: a run folder, a checkpoint inside one, or an exported folder.
         names: folders or addresses of shard sets, or "python-stdlib"; none: the shards that the run was trained on.
         device: where to evaluate.
-        step: of a run folder, the step of the checkpoint.
+        step: of a run folder, the step of the checkpoint, or "best".
         num_samples: samples of each set; None: train.eval_samples of the run.
         rank: number of this process.
         world_size: number of processes.

@@ -32,7 +32,7 @@ class Exported:
 
 
 def export(
-    path: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, step: int | None = None
+    path: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, step: int | str | None = None
 ) -> Exported:
     """Write a trained model and its tokenizer into a new folder, which appears when it is whole.
 
@@ -40,7 +40,7 @@ def export(
         path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or an exported folder.
         output: the new folder.
         dtype: type of the weights; None: as they are stored (checkpoints: float32).
-        step: of a run folder, the step of the checkpoint to take instead.
+        step: of a run folder, the step of the checkpoint to take instead, or "best".
 
     Raises:
         ConfigError: there is no such model, it is damaged, or the folder cannot be written or is there already.

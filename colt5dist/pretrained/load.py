@@ -14,7 +14,7 @@ from colt5dist.storage.stored_model import StoredModel, open_stored
 def load(
     path: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[CoLT5 | CausalCoLT5, ModelTokenizer]:
@@ -22,7 +22,8 @@ def load(
 
     Args:
         path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or an exported folder.
-        step: of a run folder, the step of the checkpoint to take instead.
+        step: of a run folder, the step of the checkpoint to take instead, or "best": the one that
+            `checkpoint.keep_best` has kept.
         dtype: floating-point type of the weights; None: as they are stored (checkpoints: float32).
         device: where to put the model; None: the CPU.
 

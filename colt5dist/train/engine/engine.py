@@ -388,6 +388,38 @@ class Engine:
             collect_routing=collect_routing,
         )
 
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        input_mask: torch.Tensor,
+        *,
+        sample_index: torch.Tensor,
+        max_new_tokens: int,
+        pad_id: int,
+        eos_id: int,
+    ) -> torch.Tensor:
+        """Write the targets of inputs that are on the host, greedily, with layers as they are written.
+
+        Not at ZeRO stage 3, where no rank has whole weights. No collective: ranks may call it differently often.
+
+        Args:
+            input_ids: (b, n) int64.
+            input_mask: (b, n) bool.
+            sample_index: (b,) int64, the samples' numbers.
+            max_new_tokens: most tokens, the end token included.
+            pad_id: the tokenizer's pad token.
+            eos_id: its end token.
+
+        Returns:
+            (b, new tokens) int64, as `CoLT5.generate` gives them.
+        """
+        assert self.stage != 3
+        model: Any = self.module
+        model.pad_id, model.eos_id = pad_id, eos_id
+        ids, mask, numbers = (tensor.to(self.device) for tensor in (input_ids, input_mask, sample_index))
+        with self._code(compiled=False):
+            return model.generate(ids, input_mask=mask, sample_index=numbers, max_new_tokens=max_new_tokens)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the global loss to those of its other micro-batches."""
         self.gradients.backward(loss)

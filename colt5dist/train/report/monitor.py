@@ -117,6 +117,22 @@ class Monitor:
         self._write_metrics((json.dumps({"step": step, **known, **(notes or {})}) + "\n").encode())
         self.scalars(step, known)
 
+    def complete(self, step: int, record: Record) -> None:
+        """Add numbers to the record of the last step before this start, if it was logged.
+
+        Args:
+            step: number of the step.
+            record: numbers by name.
+        """
+        if not self.is_first:
+            return
+        known = [found for found in read_metrics(self._metrics_path.parent) if found["step"] == step]
+        before = known[-1] if known else {}
+        self._drop_metrics(step - 1)
+        self.record(
+            step, record, notes={name: value for name, value in before.items() if name not in ("step", *record)}
+        )
+
     def scalars(self, step: int, values: Record) -> None:
         """Write numbers to TensorBoard; after an error, with a new writer."""
         if self.is_first:
