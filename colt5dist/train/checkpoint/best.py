@@ -34,8 +34,9 @@ def judge(state: TrainerState, config: RunConfig, record: Mapping[str, float | i
     if state.best_key != key:  # a resumed run may choose another one
         state.best_key, state.best_value, state.best_step, state.evaluations_since_best = key, None, 0, 0
     value, best = record[key], state.best_value
-    is_number = value is not None and math.isfinite(value)
-    if is_number and (best is None or (value < best if smaller_is_better(key) else value > best)):
+    if value is None or not math.isfinite(value):
+        state.evaluations_since_best += 1
+    elif best is None or (value < best if smaller_is_better(key) else value > best):
         state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0
     else:
         state.evaluations_since_best += 1
