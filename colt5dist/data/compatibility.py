@@ -4,11 +4,14 @@ import numpy as np
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.mixture import parse_mixture
+from colt5dist.data.prepare.pair_lengths import PairLengths
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Sources, as_sources
 from colt5dist.data.sample_lengths import required_sentinels
+from colt5dist.wording import count
 
 VOCABULARY_MULTIPLE = 128  # of the size that an error message proposes
+MUCH_PADDING = 0.5  # share of the inputs from which it is said
 
 
 def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: int) -> list[str]:
@@ -20,8 +23,20 @@ def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: in
         vocab_size: rows of the model's embedding (model.vocab_size).
     """
     problems = []
-    num_sentinels = required_sentinels(config) if config.num_sentinels is None else config.num_sentinels
     sources = as_sources(shards)
+    for part in sources.parts:
+        if part.manifest.holds_pairs and not config.is_pairs:
+            problems.append(
+                f"data.mixture: {config.mixture} does not fit {part.folder}, which holds pairs; set data.mixture=pairs"
+            )
+        elif config.is_pairs and not part.manifest.holds_pairs:
+            problems.append(
+                f"data.mixture: pairs does not fit {part.folder}, which holds documents; make it with "
+                "launch/prepare.py --pairs, or set data.mixture=colt5"
+            )
+    num_sentinels = config.num_sentinels
+    if num_sentinels is None:
+        num_sentinels = 0 if config.is_pairs else required_sentinels(config)  # pairs use none
     num_modes = parse_mixture(config.mixture).num_modes
     needed = sources.tokenizer.vocab_size + num_modes + num_sentinels
     if vocab_size < needed:
@@ -43,3 +58,35 @@ def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: in
                 f"has {longest} tokens); lower it to {longest} or less"
             )
     return problems
+
+
+def pair_notes(config: DataConfig, shards: Sources) -> list[str]:
+    """Return what these lengths mean for a set of pairs: how many are cut, and how much of the inputs is padding.
+
+    The trainer prints these lines at start. They come from the lengths that were counted when the shards were made.
+
+    Args:
+        config: the settings, with data.mixture pairs.
+        shards: the training sets.
+    """
+    notes = []
+    for part in shards.parts:
+        lengths = {side: PairLengths(counts) for side, counts in part.manifest.source["pairs"].items()}
+        for side, key, most in (
+            ("inputs", "input_length", config.input_length),
+            ("targets", "target_length", config.target_length),
+        ):
+            number, is_exact = lengths[side].above(most - 1)  # the end token needs a place
+            if number:
+                cut_at = config.cut_inputs_at if side == "inputs" else "end"
+                notes.append(
+                    f"data.{key}: {'' if is_exact else 'up to '}{number:,} of the {count(lengths[side].total, 'pair')} "
+                    f"of {part.folder} have longer {side}, which are cut at their {cut_at}"
+                )
+        padding = 1 - lengths["inputs"].mean(config.input_length - 1) / config.input_length
+        if padding > MUCH_PADDING:
+            notes.append(
+                f"data.input_length: about {padding:.0%} of the inputs from {part.folder} is padding; 95% of them have "
+                f"at most about {lengths['inputs'].quantile(0.95):,} tokens"
+            )
+    return notes

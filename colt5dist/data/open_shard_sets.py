@@ -6,7 +6,7 @@ from colt5dist.data.config import DataConfig
 from colt5dist.data.read.shards import open_shards
 from colt5dist.data.read.sources import Sources
 from colt5dist.data.standard_library import (
-    STANDARD_LIBRARY,
+    STANDARD_LIBRARIES,
     ensure_standard_library_shards,
     find_standard_library_shards,
 )
@@ -26,7 +26,8 @@ def open_sources(config: DataConfig) -> Sources:
     cache_bytes = int(config.cache_gb * 1e9)
     parts = [
         open_shards(
-            ensure_standard_library_shards() if shards == STANDARD_LIBRARY else _path(shards), cache_bytes=cache_bytes
+            ensure_standard_library_shards(shards) if shards in STANDARD_LIBRARIES else _path(shards),
+            cache_bytes=cache_bytes,
         )
         for shards, _ in named
     ]
@@ -48,8 +49,8 @@ def absent_sources(config: DataConfig) -> list[str]:
     """
     found = []
     for shards in [source.shards for source in config.sources] or [config.shards]:
-        if shards == STANDARD_LIBRARY:
-            is_there = find_standard_library_shards() is not None
+        if shards in STANDARD_LIBRARIES:
+            is_there = find_standard_library_shards(shards) is not None
         else:
             is_there = "://" in shards or Path(shards).exists()
         if not is_there:

@@ -11,12 +11,13 @@ from colt5dist.data import (
     data_problems,
     length_notes,
     open_sources,
+    pair_notes,
     text_tokens_of_sample,
     unigram_entropy,
 )
 from colt5dist.data.open_shard_sets import absent_sources
 from colt5dist.data.read.loader import start_readers
-from colt5dist.data.standard_library import STANDARD_LIBRARY
+from colt5dist.data.standard_library import STANDARD_LIBRARIES
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
 from colt5dist.train.checkpoint import (
@@ -180,7 +181,7 @@ def check_start(config: RunConfig, ranks: Ranks) -> list[str]:
     if problems := run_directory.run_directory_problems(run_dir):
         raise ConfigError("\n".join(problems))
     if absent := absent_sources(config.data):
-        made = "a start makes them first" if absent == [STANDARD_LIBRARY] else "a start would refuse that"
+        made = "a start makes them first" if set(absent) <= set(STANDARD_LIBRARIES) else "a start would refuse that"
         return [
             f"note: data.shards: {', '.join(absent)} not there ({made}); neither the text nor what {run_dir} holds is "
             "checked"
@@ -316,13 +317,18 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
 
 def describe_data(config: RunConfig, shards: Sources) -> list[str]:
     """Lines on how often the run reads its text, with a note if that is often."""
-    num_tokens = tokens_of_run(config, text_tokens_of_sample)
-    passes = shards.passes(num_tokens)
+    if config.data.is_pairs:
+        amount, unit = config.train.steps * config.train.global_batch_size, "pairs"
+        there, passes = sum(part.num_documents for part in shards.parts), shards.passes_of_pairs(amount)
+    else:
+        amount, unit = tokens_of_run(config, text_tokens_of_sample), "tokens of training text"
+        there, passes = sum(part.num_tokens for part in shards.parts), shards.passes(amount)
     lines = [
-        f"data: {sum(part.num_tokens for part in shards.parts):,} tokens of training text; "
-        f"{count(config.train.steps, 'step')} read {num_tokens:,}: {', '.join(f'{number:,.2f}' for number in passes)} "
-        "passes"
+        f"data: {there:,} {unit}; {count(config.train.steps, 'step')} read {amount:,}: "
+        f"{', '.join(f'{number:,.2f}' for number in passes)} passes"
     ]
+    if config.data.is_pairs:
+        lines += dict.fromkeys(f"note: {note}" for stage in config.stages for note in pair_notes(stage.data, shards))
     if max(passes) > MANY_PASSES:
         lines.append(
             f"note: train.steps: some text is read {max(passes):,.0f} times; watch the held-out loss, which rises "

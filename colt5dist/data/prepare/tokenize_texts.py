@@ -18,12 +18,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from colt5dist.data.long_texts import encode_long
+from colt5dist.data.inputs.pairs import Pair
+from colt5dist.data.long_texts import LONG_BYTES, encode_long
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 
-Text = str | bytes
-"""A text; one of more than LONG_BYTES is bytes, in UTF-8."""
+Text = str | bytes | Pair
+"""A text, or the two of a pair; a text of more than LONG_BYTES is bytes, in UTF-8."""
 HASH_BITS = 64
 BATCH_CHARACTERS = 1 << 18  # sent to a worker at once: large enough that sending costs little
 BATCH_TEXTS = 256
@@ -35,13 +36,17 @@ class Document:
     """A tokenized text."""
 
     tokens: NDArray[np.integer]
-    """(tokens,) ids; empty if the tokenizer gives none for the text."""
+    """(tokens,) ids; empty if the tokenizer gives none for the text. Those of a pair: input, end token, target."""
     hash_value: int
-    """A hash of the text with HASH_BITS bits, which decides whether it is held out."""
+    """A hash of the text, or of the input, with HASH_BITS bits, which decides whether it is held out."""
     digest: bytes
-    """A hash of the text with 16 bytes, which identifies duplicates."""
+    """A hash of the text, or of both, with 16 bytes, which identifies duplicates."""
     num_unknown: int = 0
     """How many of the ids stand for a part of the text that the vocabulary lacks."""
+    input_tokens: int = 0
+    """Of a pair: ids of its input, without the end token."""
+    held_out: bool | None = None
+    """Whether its file says that it is held out, or that it is not; None: the hash decides."""
 
 
 def encode_document(tokenizer: Tokenizer, text: Text, tick: Callable[[float], None] = lambda share: None) -> Document:
@@ -56,6 +61,8 @@ def encode_document(tokenizer: Tokenizer, text: Text, tick: Callable[[float], No
         ConfigError: the tokenizer has no ids for a part of the text.
         UnicodeEncodeError: the text contains half of a surrogate pair.
     """
+    if isinstance(text, Pair):
+        return _encode_pair(tokenizer, text, tick)
     if isinstance(text, bytes):
         content, tokens = text, encode_long(tokenizer, text, tick)
     else:
@@ -63,6 +70,28 @@ def encode_document(tokenizer: Tokenizer, text: Text, tick: Callable[[float], No
     num_unknown = 0 if tokenizer.unk_id is None else int(np.count_nonzero(tokens == tokenizer.unk_id))
     digest = hashlib.blake2b(content, digest_size=16, person=b"copy").digest()
     return Document(tokens, hash_text(content), digest, num_unknown)
+
+
+def _encode_pair(tokenizer: Tokenizer, pair: Pair, tick: Callable[[float], None]) -> Document:
+    """Tokenize a pair: its input and its target, with an end token between them.
+
+    The only end token is the one between them, where readers find the end of the input. A pair has no tokens where
+    one of its texts has none, or holds the end token, which also stands for unknown text in some vocabularies.
+    """
+    contents = [pair.input.encode(), pair.target.encode()]
+    sides = [
+        encode_long(tokenizer, content, tick) if len(content) > LONG_BYTES else tokenizer.encode(text)
+        for content, text in zip(contents, (pair.input, pair.target), strict=True)
+    ]
+    eos = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
+    tokens = np.concatenate([sides[0], eos, sides[1]]).astype(tokenizer.dtype, copy=False)
+    if not all(map(len, sides)) or np.count_nonzero(tokens == tokenizer.eos_id) != 1:
+        tokens = tokens[:0]
+    num_unknown = 0 if tokenizer.unk_id is None else int(np.count_nonzero(tokens == tokenizer.unk_id))
+    digest = hashlib.blake2b(digest_size=16, person=b"pair")
+    for content in contents:
+        digest.update(b"%d " % len(content) + content)
+    return Document(tokens, hash_text(contents[0]), digest.digest(), num_unknown, len(sides[0]))
 
 
 def hash_text(content: bytes) -> int:
@@ -125,7 +154,7 @@ def _encode_ahead(
     ahead: deque[tuple[list[T], Future[list[Document | None]]]] = deque()
     try:
         for batch in _batches(pairs):
-            if isinstance(batch[0][1], bytes):
+            if _is_long(batch[0][1]):
                 while ahead:
                     items, answer = ahead.popleft()
                     yield from zip(items, answer.result(), strict=True)
@@ -145,12 +174,16 @@ def _encode_ahead(
         ) from None
 
 
+def _is_long(text: Text | None) -> bool:
+    return text.is_long if isinstance(text, Pair) else isinstance(text, bytes)
+
+
 def _batches(pairs: Iterable[tuple[T, Text | None]]) -> Iterator[list[tuple[T, Text | None]]]:
     """Batches of texts; a long text is a batch of its own."""
     batch: list[tuple[T, Text | None]] = []
     size = 0
     for item, text in pairs:
-        if isinstance(text, bytes):
+        if _is_long(text):
             if batch:
                 yield batch
             yield [(item, text)]
