@@ -78,13 +78,15 @@ def train_steps(run: Run, profile: Profile) -> StopReason | None:
             record = step_record(run, agreement.means, norm, rate) | local.routing | health.counts()
             if evaluating:
                 record |= judged_evaluation(run, held_out)
+                if "eval/loss" not in record:  # cut short by a request, which came after the agreement
+                    reason = run.stop.agree(run.engine.device)
             run.monitor.record(step, record, notes=health.notes())
             run.monitor.say(console_line(step, config.train.steps, record, run.meter.slowest))
         elif step == first_step:
             loss = f"loss {agreement.means.loss:.4f}"
             run.monitor.say(f"step {step}/{config.train.steps} | {loss} | {run.meter.seconds:.1f} s")
         run.monitor.advance(step)
-        last = last or early_stop(state, config) is not None
+        last = last or reason is not None or early_stop(state, config) is not None
         if last or is_best(state, config) or agreement.save_wanted or is_due(step, config.checkpoint.every_steps):
             save(run, agreement, last=last)
         if agreement.data_failed:
