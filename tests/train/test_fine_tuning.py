@@ -104,8 +104,9 @@ def test_the_scores_are_those_of_the_stored_model_on_the_same_pairs(
     held_out = [PairSample(line=1, id=None, text=pair.input, references=(pair.target,)) for pair in pairs[::5]]
     found = evaluate_pairs(model, tokenizer, held_out, max_new_tokens=8)
     record = next(r for r in results(undisturbed) if r["step"] == model.origin.step)
-    for name, score in mean_scores([prediction.scores for prediction in found]).items():
-        assert record[f"eval/{name}"] == pytest.approx(score, rel=1e-12)
+    expected = mean_scores([prediction.scores for prediction in found])
+    assert tuple(f"eval/{name}" for name in expected) == TEXT_KEYS
+    assert [record[key] for key in TEXT_KEYS] == pytest.approx(list(expected.values()), rel=1e-12)
 
 
 @pytest.mark.slow

@@ -3,10 +3,16 @@
 from typing import Any
 
 from colt5dist.data.order.mixture import parse_mixture
-from colt5dist.pretrained.metrics import METRICS, ROUGE_MEAN
 
-TEXT_KEYS = tuple(f"eval/{name}" for name in (*METRICS["rouge"], ROUGE_MEAN, *METRICS["f1"], *METRICS["exact_match"]))
-"""Scores of generated texts."""
+TEXT_KEYS = (
+    "eval/rouge1",
+    "eval/rouge2",
+    "eval/rougeL",
+    "eval/rouge_geometric_mean",
+    "eval/f1",
+    "eval/exact_match",
+)
+"""Scores of generated texts, from colt5dist/pretrained/metrics.py."""
 DEFAULT_KEY = "eval/loss"
 """What an early stop looks at where no other key is chosen."""
 
@@ -54,7 +60,7 @@ def evaluation_problems(config: Any) -> list[str]:
     found = []
     if config.train.eval_generate_samples:
         key = "train.eval_generate_samples"
-        if config.data.mixture != "pairs" and list(config.data.mixture) != ["pairs"]:
+        if not config.data.is_pairs:
             found.append(f"{key}: only pairs have answers to generate, not data.mixture={config.data.mixture}; set 0")
         if config.zero.stage == 3:
             found.append(
