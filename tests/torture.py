@@ -85,15 +85,15 @@ def newest_whole(run_dir: Path) -> str | None:
     return None
 
 
-def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str]) -> Start:
-    """Start two ranks as forks of this process."""
+def fork_ranks(run_dir: Path, log: Path, settings: Sequence[str], *, processes: int = 2) -> Start:
+    """Start ranks as forks of this process."""
     ranks = []
-    for place in rank_places(2, free_port()):
+    for place in rank_places(processes, free_port()):
         pid = os.fork()
         if pid == 0:
             become_rank(place, ROOT / "launch" / "pretrain.py", [f"run_dir={run_dir}", *settings], log, log)
         ranks.append(psutil.Process(pid))
-    return Start(ranks, log)
+    return Start(ranks, log, processes)
 
 
 def launch_ranks(run_dir: Path, log: Path, settings: Sequence[str], *, processes: int = 2) -> Start:

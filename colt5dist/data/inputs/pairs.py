@@ -49,16 +49,28 @@ def pair_of(record: dict[str, Any], keys: PairKeys) -> tuple[Pair | None, str]:
     Returns:
         The pair, or None; and what is wrong where there is none.
     """
-    texts = []
-    for key in (keys.input_key, keys.target_key):
-        text = record.get(key)
-        if not isinstance(text, str):
-            return None, f"no text under {key!r}"
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape
-            return None, f"not UTF-8 under {key!r}"
-        if not text or text.isspace():
-            return None, f"empty under {key!r}"
-        texts.append(text)
-    return Pair(*texts), ""
+    given, problem = text_of(record, keys.input_key)
+    if given is None:
+        return None, problem
+    target, problem = text_of(record, keys.target_key)
+    return (None, problem) if target is None else (Pair(given, target), "")
+
+
+def text_of(record: dict[str, Any], key: str) -> tuple[str | None, str]:
+    """Read one text of a pair.
+
+    Args:
+        record: an object.
+        key: its key.
+
+    Returns:
+        The text, or None; and what is wrong where there is none.
+    """
+    text = record.get(key)
+    if not isinstance(text, str):
+        return None, f"no text under {key!r}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape
+        return None, f"not UTF-8 under {key!r}"
+    return (None, f"empty under {key!r}") if not text or text.isspace() else (text, "")

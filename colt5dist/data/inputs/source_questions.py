@@ -19,6 +19,8 @@ ANSWER_CHARACTERS = (12, 80)
 """Fewest and most characters of an answer."""
 SENTENCE_END = re.compile(r"[.!?](\s|$)")
 
+HEAD = re.compile(r"\b(?:def|class) (\w+)")
+
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -48,8 +50,7 @@ def questions(module: str, source: str) -> Iterator[Pair]:
         question = f"What does {module}.{name} do?\n\n"
         begin, docstring_end = line_starts[definition.lineno - 1], line_starts[definition.body[0].end_lineno or 0]
         shown = _shown(source, begin, docstring_end, INPUT_BYTES - len(question), question)
-        head = re.compile(rf"\b(?:def|class) {re.escape(definition.name)}\b")
-        if shown.count(answer) == 1 and len(head.findall(shown)) == 1:
+        if shown.count(answer) == 1 and HEAD.findall(shown).count(definition.name) == 1:
             yield Pair(question + shown, answer)
 
 

@@ -96,7 +96,7 @@ PAIRS = "pairs"
 """The mixture that reads inputs and targets from shards of pairs."""
 DEFAULT = "colt5"
 
-FORMS = f"{', '.join(MIXTURES)}, {PAIRS}, prefix_lm, prefix_lm(rate), span_corruption(mean, rate)"
+FORMS = f"{', '.join(MIXTURES)}, prefix_lm, prefix_lm(rate), span_corruption(mean, rate), {PAIRS}"
 MIXTURE_TYPE = str | Sequence[str]
 
 
