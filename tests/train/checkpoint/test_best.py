@@ -121,11 +121,11 @@ def test_a_best_checkpoint_that_was_not_written_leaves_the_one_before(run_dir: P
 
 
 def test_step_best_without_a_name_or_its_checkpoint_is_refused(run_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="step: best, but .* has no best.json"):
+    with pytest.raises(ConfigError, match=r"step: best, but .* has no best\.json"):
         open_stored(run_dir, "best")
     (run_dir / "checkpoints" / "best.json").write_text('{"step": 7, "key": "eval/loss", "value": 1.0}')
     with pytest.raises(ConfigError, match="step: 7: no whole checkpoint"):
         open_stored(run_dir, "best")
     (run_dir / "checkpoints" / "best.json").write_text('{"step": ')
-    with pytest.raises(ConfigError, match="has no best.json"):
+    with pytest.raises(ConfigError, match=r"has no best\.json"):
         open_stored(run_dir, "best")

@@ -68,7 +68,7 @@ PAIRS = ("data.mixture=pairs", "train.eval_generate_samples=4")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["checkpoint.keep_best=eval/los"], "checkpoint.keep_best: no evaluation of this run has 'eval/los'; use one of"),
+        (["checkpoint.keep_best=eval/los"], "checkpoint.keep_best: no evaluation of this run has 'eval/los'; use"),
         (["checkpoint.keep_best=eval/f1", *PAIRS[:1]], "use one of eval/loss, eval/bits_per_byte, eval/loss/pairs"),
         (["train.eval_generate_samples=4"], "train.eval_generate_samples: only pairs have answers to generate"),
         ([*PAIRS, "zero.stage=3"], "train.eval_generate_samples: no rank has whole weights at zero.stage=3"),
