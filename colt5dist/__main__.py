@@ -1,10 +1,10 @@
-"""`python -m colt5dist` lists the commands, the form for several GPUs, and the configurations that are installed."""
+"""`python -m colt5dist` lists what is installed: the commands, those for several GPUs, jobs and configurations."""
 
 import sys
 
 from colt5dist import __version__
 from colt5dist.console import outlive_readers, status_of_report
-from colt5dist.packaged import CONFIGS, command_files, config_names
+from colt5dist.packaged import CONFIGS, command_files, config_names, job_files
 from colt5dist.wording import summary
 
 
@@ -18,6 +18,8 @@ def listing() -> str:
             "On several GPUs:",
             "  deepspeed --module colt5dist.launch.pretrain [--config FILE] [key=value ...]",
             "  torchrun --nproc-per-node 8 -m colt5dist.launch.pretrain [--config FILE] [key=value ...]",
+            "Jobs for Slurm and Kubernetes, to be copied and edited:",
+            *(f"  {path}" for path in job_files()),
             f"Configurations for --config, in {CONFIGS}:",
             f"  {', '.join(config_names())}",
             "In a checkout, launch/pretrain.py is the command colt5dist-pretrain, and so on.",

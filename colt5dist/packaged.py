@@ -24,6 +24,11 @@ def command_files() -> list[Path]:
     return sorted(path for path in SCRIPTS.glob("*.py") if not path.name.startswith("_"))
 
 
+def job_files() -> list[Path]:
+    """Job scripts for schedulers, to be copied and edited, in the order of their names."""
+    return sorted(SCRIPTS.glob("*/pretrain.*"))
+
+
 def pretrain_target() -> str:
     """Return what `deepspeed` is told to start: the script in a checkout, else the module."""
     is_checkout = SCRIPTS.parent != Path(__file__).resolve().parent

@@ -40,6 +40,9 @@ OF_OTHERS = {
     "--gpus-per-node": "srun",
     "--logdir": "tensorboard",
     "--signal": "sbatch",
+    "--container-image": "srun",
+    "--container-mounts": "srun",
+    "--pty": "srun",
     "--no-deps": "pip",
     "--help": "argparse",
 }

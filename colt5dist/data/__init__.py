@@ -5,10 +5,10 @@ from. `read/token_reader.py` reads these tokens, `read/denoise.py` makes inputs 
 `read/loader.py` delivers micro-batches.
 """
 
-from colt5dist.data.compatibility import data_problems, pair_notes
+from colt5dist.data.compatibility import data_problems, pair_notes, validation_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.model_tokenizer import TOKENIZER_FOLDER, ModelTokenizer, model_tokenizer
-from colt5dist.data.open_shard_sets import open_sources
+from colt5dist.data.open_shard_sets import open_sources, open_validation_sets
 from colt5dist.data.order.mixture import parse_mixture
 from colt5dist.data.order.skip import SkipList
 from colt5dist.data.read.batch import Batch
@@ -42,10 +42,12 @@ __all__ = [
     "model_tokenizer",
     "open_shards",
     "open_sources",
+    "open_validation_sets",
     "pair_notes",
     "parse_mixture",
     "required_sentinels",
     "text_tokens_of_sample",
     "training_batches",
     "unigram_entropy",
+    "validation_problems",
 ]

@@ -1,5 +1,7 @@
 """Checks whether settings, shards and model fit together, before any GPU work starts."""
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
 from colt5dist.data.config import DataConfig
@@ -22,18 +24,8 @@ def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: in
         shards: the opened training set, or several.
         vocab_size: rows of the model's embedding (model.vocab_size).
     """
-    problems = []
     sources = as_sources(shards)
-    for part in sources.parts:
-        if part.manifest.holds_pairs and not config.is_pairs:
-            problems.append(
-                f"data.mixture: {config.mixture} does not fit {part.folder}, which holds pairs; set data.mixture=pairs"
-            )
-        elif config.is_pairs and not part.manifest.holds_pairs:
-            problems.append(
-                f"data.mixture: pairs does not fit {part.folder}, which holds documents; make it with "
-                "launch/prepare.py --pairs, or set data.mixture=colt5"
-            )
+    problems = [line for part in sources.parts for line in _of_another_kind(config, part)]
     num_sentinels = config.num_sentinels
     if num_sentinels is None:
         num_sentinels = 0 if config.is_pairs else required_sentinels(config)  # pairs use none
@@ -46,17 +38,8 @@ def data_problems(config: DataConfig, shards: ShardSet | Sources, vocab_size: in
             f"of {sources.parts[0].folder}{f', {num_modes} mode tokens' if num_modes else ''} and {num_sentinels} "
             f"sentinels; set {padded} or more"
         )
-    for name, part in (
-        (name, part)
-        for name, group in (("training", sources), ("held-out", sources.validation))
-        for part in group.parts
-    ):
-        longest = int(np.diff(part.index.document_ends, prepend=0).max())
-        if longest < config.min_document_tokens:
-            problems.append(
-                f"data.min_document_tokens: {config.min_document_tokens} leaves out all {name} documents (the longest "
-                f"has {longest} tokens); lower it to {longest} or less"
-            )
+    for name, group in (("training", sources), ("held-out", sources.validation)):
+        problems += [line for part in group.parts for line in _without_documents(config, part, f"{name} documents")]
     return problems
 
 
@@ -90,3 +73,38 @@ def pair_notes(config: DataConfig, shards: Sources) -> list[str]:
                 f"at most about {lengths['inputs'].quantile(0.95):,} tokens"
             )
     return notes
+
+
+def validation_problems(config: DataConfig, sets: Mapping[str, Sources]) -> list[str]:
+    """Return which validation sets have no document to measure, or none of the right kind, one line each.
+
+    Args:
+        config: settings that are valid by themselves.
+        sets: the sets by name, made with the tokenizer of the training text.
+    """
+    parts = [(part, f"held-out documents of {name}") for name, group in sets.items() for part in group.validation.parts]
+    problems = [line for group in sets.values() for part in group.parts for line in _of_another_kind(config, part)]
+    return problems + [line for part, documents in parts for line in _without_documents(config, part, documents)]
+
+
+def _of_another_kind(config: DataConfig, part: ShardSet) -> Iterator[str]:
+    """Whether a set holds pairs where documents are needed, or the reverse."""
+    if part.manifest.holds_pairs and not config.is_pairs:
+        yield f"data.mixture: {config.mixture} does not fit {part.folder}, which holds pairs; set data.mixture=pairs"
+    elif config.is_pairs and not part.manifest.holds_pairs:
+        yield (
+            f"data.mixture: pairs does not fit {part.folder}, which holds documents; make it with launch/prepare.py "
+            "--pairs, or set data.mixture=colt5"
+        )
+
+
+def _without_documents(config: DataConfig, part: ShardSet, documents: str) -> Iterator[str]:
+    lengths = np.diff(part.index.document_ends, prepend=0)
+    longest = int(lengths.max()) if len(lengths) else 0
+    if not longest:
+        yield f"{part.folder}: holds no document; prepare the shards again"
+    elif longest < config.min_document_tokens:
+        yield (
+            f"data.min_document_tokens: {config.min_document_tokens} leaves out all {documents} (the longest has "
+            f"{longest} tokens); lower it to {longest} or less"
+        )

@@ -3,6 +3,8 @@
 The text itself is compared by its fingerprint, so the fields that say where it lies keep the result.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +18,10 @@ CUT_SIDES = ("end", "beginning")
 """Sides on which an input of a pair may be cut."""
 SMALLEST = {"input_length": 16, "target_length": 4}
 """Smallest lengths in tokens."""
+SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""How the name of a validation set may be written: it is a part of the names of metrics."""
+NAMES_OF_METRICS = ("loss", "loss_shuffled_inputs", "bits_per_byte")
+"""Names that metrics below eval/ have, so that no set can have them."""
 
 
 @dataclass
@@ -26,6 +32,18 @@ class SourceConfig:
     """Folder, address, "python-stdlib" or "python-stdlib-pairs", like data.shards."""
     weight: float = 1.0
     """Share of the samples that come from it, relative to the other weights (above 0)."""
+    name: str = keeps_result("")
+    """With a name, its own held-out loss is measured too, as eval/NAME/loss (letters, digits, _, -)."""
+
+
+@dataclass
+class ValidationConfig:
+    """One more set of held-out documents, whose loss is measured by itself."""
+
+    name: str = keeps_result("")
+    """Its name in the metrics: eval/NAME/loss (letters, digits, _, -)."""
+    shards: str = of_a_host("")
+    """Folder, address or "python-stdlib", like data.shards; its held-out documents are read."""
 
 
 @dataclass
@@ -54,6 +72,9 @@ class DataConfig:
     sources: list[SourceConfig] = keeps_result(factory=list)
     """Several shard sets, mixed by weight, instead of data.shards: [{shards: DIR, weight: 2}, ...]. All must have been
     made with the same tokenizer."""
+    validation: list[ValidationConfig] = keeps_result(factory=list)
+    """Further shard sets whose held-out documents are measured at each evaluation, each by itself:
+    [{name: books, shards: DIR}, ...]. All must have been made with the tokenizer of the training text."""
     input_length: int = 4096
     """Tokens of an encoder input, end token included (16 or more; 0 with mixture causal, which has no input)."""
     target_length: int = 910
@@ -133,7 +154,8 @@ class DataConfig:
             problems.append(
                 f"data.min_document_tokens: {self.min_document_tokens} is not used with data.mixture=pairs; set 0"
             )
-        problems += self._source_problems() + self._schedule_problems() + self._skip_problems()
+        problems += [*self._source_problems(), *self._validation_problems()]
+        problems += self._schedule_problems() + self._skip_problems()
         if problems or self.num_sentinels is None:
             return problems
         for stage in self.stages():
@@ -165,6 +187,24 @@ class DataConfig:
                     f"data.sources[{number}].weight: {source.weight} is not positive; give a number above 0"
                 )
         return problems
+
+    def _validation_problems(self) -> Iterator[str]:
+        named = [(f"data.sources[{number}].name", source.name) for number, source in enumerate(self.sources)]
+        for number, entry in enumerate(self.validation):
+            key = f"data.validation[{number}]"
+            named.append((f"{key}.name", entry.name))
+            if not entry.name:
+                yield f"{key}.name: is empty; give a name, which the metrics have: eval/NAME/loss"
+            if not entry.shards:
+                yield f"{key}.shards: is empty; give a folder written by launch/prepare.py"
+        names = {name: key for key, name in reversed(named)}
+        for key, name in named:
+            if name and not SET_NAME.fullmatch(name):
+                yield f"{key}: {name!r} has other characters than letters, digits, _ and -; give another name"
+            elif name in NAMES_OF_METRICS:
+                yield f"{key}: {name} is the name of a metric, eval/{name}; give another name"
+            elif name and names[name] != key:
+                yield f"{key}: {name} is the name of {names[name].removesuffix('.name')}, too; give another name"
 
     def _schedule_problems(self) -> list[str]:
         problems = []

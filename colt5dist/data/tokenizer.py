@@ -117,6 +117,9 @@ class JsonTokenizer(Tokenizer):
     Args:
         path: path of the file.
 
+    Attributes:
+        file_vocab_size: ids of the file are below it.
+
     Raises:
         ConfigError: the file is missing, or is not a tokenizer.
     """
@@ -144,7 +147,7 @@ class JsonTokenizer(Tokenizer):
             raise ConfigError(f"{path}: is not a Hugging Face tokenizer.json ({reason})") from None
         if not self._pieces:
             raise ConfigError(f"{path}: has an empty vocabulary; train it first")
-        self.vocab_size = max(self._pieces) + 1
+        self.file_vocab_size = self.vocab_size = max(self._pieces) + 1
         self._added = {token: added.content for token, added in backend.get_added_tokens_decoder().items()}
         self._specials = {
             token
@@ -221,6 +224,11 @@ class JsonTokenizer(Tokenizer):
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._pieces.values())
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids of the file's tokens that mark the end of a document."""
+        return frozenset(token for token, piece in self._pieces.items() if piece in EOS_NAMES)
 
     @property
     def special_names(self) -> dict[int, str]:

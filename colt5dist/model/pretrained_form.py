@@ -29,7 +29,7 @@ TRANSFORMERS_CLASSES = {
 MODELING_FILE = Path(__file__).parent / "huggingface" / "modeling_colt5dist.py"
 """The file that is copied into a saved folder for transformers."""
 GENERATION_NAME = "generation_config.json"
-PLACES = ("shards", "sources", "cache_gb", "num_workers", "skip")
+PLACES = ("shards", "sources", "validation", "cache_gb", "num_workers", "skip")
 """Keys of `data` that say where the run's text is, and not how samples are made; a saved folder does not name them."""
 EVALUATION = ("eval_samples", "micro_batch_size", "precision")
 """Keys of `train` that decide how the run evaluates."""

@@ -1,8 +1,8 @@
 """The held-out loss: the same samples at every evaluation and for any number of ranks."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +24,8 @@ class HeldOut:
     batches: list[Batch]
     with_other_inputs: list[Batch] | None
     """The same targets, each with the input of the sample before it; None where that is not measured."""
+    sets: Mapping[str, list[Batch]] = field(default_factory=dict)
+    """The same of further held-out text, by the name of the set."""
 
 
 def evaluate(
@@ -45,15 +47,20 @@ def evaluate(
         stop_wanted: called before each batch; must return the same on all ranks.
 
     Returns:
-        The loss in nats per token, in all and by objective, and in bits per byte of the target text.
+        The loss in nats per token, in all and by objective, and in bits per byte of the target text: `eval/...` of the
+        held-out samples, and `eval/NAME/...` of each further set.
 
     Raises:
         CutShortError: on all ranks, if `stop_wanted` returns True.
     """
-    means = _measure(engine, held_out.batches, objectives, stop_wanted)
-    record: Record = {"eval/loss": means.loss}
-    record.update({f"eval/loss/{name}": loss for name, loss in means.by_objective.items()})
-    record["eval/bits_per_byte"] = means.loss_sum / math.log(2) / means.target_bytes if means.target_bytes else None
+    record: Record = {}
+    parts = {"eval": held_out.batches, **{f"eval/{name}": part for name, part in held_out.sets.items()}}
+    for prefix, batches in parts.items():
+        means = _measure(engine, batches, objectives, stop_wanted)
+        record[f"{prefix}/loss"] = means.loss
+        record.update({f"{prefix}/loss/{name}": loss for name, loss in means.by_objective.items()})
+        bits = means.loss_sum / math.log(2)
+        record[f"{prefix}/bits_per_byte"] = bits / means.target_bytes if means.target_bytes else None
     if shuffled_inputs and held_out.with_other_inputs is not None:
         others = held_out.with_other_inputs
         record["eval/loss_shuffled_inputs"] = _measure(engine, others, objectives, stop_wanted).loss

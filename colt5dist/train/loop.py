@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch.profiler import record_function
 
-from colt5dist.data import Batch, held_out_batches, training_batches
+from colt5dist.data import Batch, Sources, held_out_batches, training_batches
 from colt5dist.data.read.loader import TrainingBatches
 from colt5dist.errors import ConfigError
 from colt5dist.pretrained.metrics import ROUGE_MEAN
@@ -179,25 +179,36 @@ def begin_stage(run: Run, stage: RunConfig) -> HeldOut:
             f"tokens, {stage.micro_batch_size(run.ranks.world_size)} samples per micro-batch"
         )
     with run.heartbeat.patient("reading the held-out samples", run.state.step + 1):
-        parts: list[list[Batch]] = []
-        problem = None
+        held_out, problem = None, None
         try:
-            for inputs_of_previous in (False, True)[: 1 + stage.train.eval_shuffled_inputs]:
-                parts.append(
-                    held_out_batches(
-                        run.shards,
-                        stage.data,
-                        num_samples=stage.train.eval_samples,
-                        micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
-                        rank=run.ranks.rank,
-                        world_size=run.ranks.world_size,
-                        inputs_of_previous=inputs_of_previous,
-                    )
-                )
+            held_out = read_held_out(run, stage)
         except ConfigError as error:
             problem = str(error)
         raise_together(problem)
-    return HeldOut(parts[0], parts[1] if len(parts) > 1 else None)
+    assert held_out is not None
+    return held_out
+
+
+def read_held_out(run: Run, stage: RunConfig) -> HeldOut:
+    """This rank's part of the held-out samples of a stage; of each set equally many samples.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+
+    def read(shards: Sources, *, inputs_of_previous: bool = False) -> list[Batch]:
+        return held_out_batches(
+            shards,
+            stage.data,
+            num_samples=stage.train.eval_samples,
+            micro_batch_size=stage.micro_batch_size(run.ranks.world_size),
+            rank=run.ranks.rank,
+            world_size=run.ranks.world_size,
+            inputs_of_previous=inputs_of_previous,
+        )
+
+    others = read(run.shards, inputs_of_previous=True) if stage.train.eval_shuffled_inputs else None
+    return HeldOut(read(run.shards), others, {name: read(shards) for name, shards in run.validation.items()})
 
 
 def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False, texts: bool = False) -> Record:
@@ -241,7 +252,7 @@ def make_up_for_evaluation(run: Run) -> None:
 
 def first_evaluation(run: Run, held_out: HeldOut) -> float | None:
     """The held-out loss before the first step, said at once: what follows can take minutes on a CPU."""
-    loss = run_evaluation(run, held_out).get("eval/loss")
+    loss = run_evaluation(run, replace(held_out, sets={})).get("eval/loss")
     every = run.config.train.log_every
     if loss is not None:
         lines = f"; a line follows for the first step, then every {count(every, 'step')}" if every > 1 else ""

@@ -11,9 +11,11 @@ from colt5dist.data import (
     data_problems,
     length_notes,
     open_sources,
+    open_validation_sets,
     pair_notes,
     text_tokens_of_sample,
     unigram_entropy,
+    validation_problems,
 )
 from colt5dist.data.open_shard_sets import absent_sources
 from colt5dist.data.read.loader import start_readers
@@ -35,6 +37,7 @@ from colt5dist.train.garbage import collected_by_step
 from colt5dist.train.guard.compare_ranks import check_ranks_alike
 from colt5dist.train.guard.failures import record_failures
 from colt5dist.train.guard.heartbeat import Heartbeat
+from colt5dist.train.guard.preflight import preflight
 from colt5dist.train.guard.stop import StopReason, StopRequests
 from colt5dist.train.loop import train
 from colt5dist.train.ranks import (
@@ -75,9 +78,10 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     """
     check_devices(config, ranks)
     shards = open_run_shards(config)
+    validation = open_run_validation(config, shards)
     if ranks.world_size > 1:
         meeting = Meeting(ranks, config.train.timeout_minutes)  # lives until the process group has taken it over
-        check_ranks_alike(config, shards, ranks, meeting)
+        check_ranks_alike(config, shards, ranks, meeting, validation)
     shapes = parameter_shapes(config)
     plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
     run_dir = Path(str(config.run_dir))
@@ -107,6 +111,9 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         if plan.is_finished(config):  # the run before this one finished meanwhile
             finish_process_group()
             return report_finished(config, ranks, plan.state, entropy)
+        if config.train.preflight:
+            heartbeat.at("preflight", plan.state.step)
+            preflight(ranks, hosts, device)
         heartbeat.at("building and loading", plan.state.step)
         stop = StopRequests(run_dir, watch_files=ranks.is_first, max_minutes=config.train.max_minutes)
         engine = Engine(config, ranks.world_size, device)
@@ -128,6 +135,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 run_dir=run_dir,
                 ranks=ranks,
                 shards=shards,
+                validation=validation,
                 readers=readers,
                 engine=engine,
                 state=plan.state,
@@ -187,6 +195,7 @@ def check_start(config: RunConfig, ranks: Ranks) -> list[str]:
             "checked"
         ]
     shards = open_run_shards(config)
+    open_run_validation(config, shards)
     shapes = parameter_shapes(config)
     plan = resume.plan_start(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes)
     if not any(part.remote for part in shards.parts):  # it would be downloaded
@@ -279,6 +288,26 @@ def open_run_shards(config: RunConfig) -> Sources:
     if problems:
         raise ConfigError("\n".join(problems))
     return shards
+
+
+def open_run_validation(config: RunConfig, shards: Sources) -> dict[str, Sources]:
+    """Open the validation sets that have a name.
+
+    Args:
+        config: the run.
+        shards: its opened shard sets.
+
+    Returns:
+        The sets by name.
+
+    Raises:
+        ConfigError: one is missing or damaged, has another tokenizer, or no document.
+    """
+    sets = open_validation_sets(config.data, shards)
+    problems = validation_problems(config.data, sets)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return sets
 
 
 def make_deterministic(config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """The parts that a run works with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from colt5dist.data import Sources, parse_mixture
@@ -27,6 +27,8 @@ class Run:
     """Place of this rank."""
     shards: Sources
     """The training and held-out text."""
+    validation: dict[str, Sources] = field(default_factory=dict)
+    """Further held-out text by name, each measured by itself."""
     readers: Readers | None
     """Makes the reader processes; None if this process reads itself."""
     engine: Engine

@@ -28,6 +28,7 @@ def join_tasks() -> None:
         ConfigError: the tasks cannot be told apart, or were started by something else that starts several processes.
     """
     if "RANK" in os.environ:
+        _add_local_size()
         return
     size = _integer("SLURM_STEP_NUM_TASKS") or _integer("SLURM_NTASKS") or _integer("SLURM_NPROCS") or 1
     if size == 1 or _integer("SLURM_PROCID") is None:
@@ -89,6 +90,19 @@ def tasks_per_node(text: str) -> list[int]:
             return []
         found += [int(match[1])] * int(match[2] or 1)
     return found
+
+
+def _add_local_size() -> None:
+    """Set LOCAL_WORLD_SIZE where something else has numbered the tasks without it.
+
+    Source: the hook conf/hooks/extra/50-slurm-pytorch.sh of NVIDIA's enroot, in images that set PYTORCH_VERSION.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE"):
+        return
+    size = _integer("SLURM_STEP_NUM_TASKS") or _integer("SLURM_NTASKS")
+    is_task = os.environ.get("RANK") == os.environ.get("SLURM_PROCID") and _integer("WORLD_SIZE") == size
+    if size and is_task and (local_size := _local_tasks(size)):
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
 
 
 def _local_tasks(size: int) -> int | None:

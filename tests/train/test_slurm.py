@@ -67,6 +67,14 @@ def test_tasks_on_several_hosts(environment: pytest.MonkeyPatch) -> None:
     assert place(environment, **several, SLURM_STEP_ID="1") and int(os.environ["MASTER_PORT"]) == port + 1
 
 
+def test_tasks_that_a_container_has_numbered(environment: pytest.MonkeyPatch) -> None:
+    """NVIDIA's enroot sets the variables of a launcher but LOCAL_WORLD_SIZE; a host has only its own tasks."""
+    tasks = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+    tasks |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "gpu[1-2]"}
+    numbered = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu1", "MASTER_PORT": "50000"}
+    assert place(environment, **tasks, **numbered) == Ranks(rank=3, local_rank=1, world_size=4, local_world_size=2)
+
+
 def test_what_is_set_stays(environment: pytest.MonkeyPatch) -> None:
     place(environment, **TWO_TASKS, SLURM_PROCID="1", MASTER_ADDR="head", MASTER_PORT="5")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]) == ("head", "5", "1")
@@ -105,7 +113,10 @@ def test_refused_in_one_line(case: str, environment: pytest.MonkeyPatch) -> None
 
 def test_two_tasks_train_one_run(tmp_path: Path, run_ranks: Callable[..., str]) -> None:
     script = Path(__file__).with_name("slurm_tasks.py")
-    printed = run_ranks(script, "4242", f"run_dir={tmp_path}", *MICRO_SETTINGS, "train.steps=1", processes=2)
+    printed = run_ranks(
+        script, "4242", f"run_dir={tmp_path}", *MICRO_SETTINGS, "train.steps=1", "train.preflight=true", processes=2
+    )
+    assert "preflight: 2 ranks, products" in printed
     assert "2 x cpu" in printed and printed.count("finished at step 1") == 1
 
 

@@ -1,4 +1,4 @@
-"""Reads documents from text, json, jsonl and parquet files, and counts unreadable ones by kind."""
+"""Reads documents from files of all kinds, and counts unreadable ones by kind."""
 
 import codecs
 import json
@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from colt5dist.data.inputs.archives import open_member
+from colt5dist.data.inputs.arrow import read_arrow
 from colt5dist.data.inputs.compressed import DAMAGE, open_compressed
 from colt5dist.data.inputs.files import InputFile
+from colt5dist.data.inputs.mds import read_mds
+from colt5dist.data.inputs.megatron import TokenIds, read_tokens
 from colt5dist.data.inputs.pairs import Pair, PairKeys, pair_of
+from colt5dist.data.inputs.records import DamagedError, NoTextError, one_line
 from colt5dist.data.long_texts import LONG_BYTES, WINDOW_BYTES
 
 EXAMPLES = 5
@@ -25,14 +29,15 @@ TextKey = str | PairKeys
 class Item:
     """The next thing read from a file: a document, a problem, or (neither) a blank line."""
 
-    text: str | bytes | Pair | None
-    """Text of the document, or None. A text of more than LONG_BYTES is bytes, in UTF-8; a pair is two strings."""
+    text: str | bytes | TokenIds | Pair | None
+    """Text of the document, or None. A text of more than LONG_BYTES is bytes, in UTF-8; a pair is two strings. Token
+    files have ids."""
     problem: str
     """Kind of the problem, or empty."""
     line: int
-    """Line of a jsonl file, object of an array or row of a parquet file, from 1; 0 in a text file."""
+    """Line of a jsonl file, object of an array, or row or record of a table, from 1; 0 in a text file."""
     offset: int
-    """Bytes of the (decompressed) file that were read, from where reading can continue; 0 in a parquet file."""
+    """Bytes of the (decompressed) file that were read, from where reading can continue; 0 in a table."""
     ends_file: bool
     """Whether nothing more can be read from the file: a text file is one item, and damage ends any file."""
     file_position: int
@@ -91,12 +96,18 @@ def read_items(file: InputFile, *, text_key: TextKey, offset: int = 0, line: int
 
     Args:
         file: the file.
-        text_key: key of the text in a JSON object, column of the text in a parquet file; or the keys of a pair.
+        text_key: key of the text in a JSON object, column of the text in a table, unless the file has its own; or
+            the keys of a pair.
         offset: bytes of the (decompressed) file to leave out.
         line: lines, objects or rows before them.
     """
+    text_key = file.text_key or text_key
     if file.is_parquet:
         yield from _read_rows(file, text_key, line)
+        return
+    if file.is_arrow or file.is_mds or file.is_tokens:
+        assert isinstance(text_key, str), "these hold no pairs"
+        yield from _read_records(file, text_key, line)
         return
     position, counted = 0, file.is_jsonl or file.is_json
     try:
@@ -124,13 +135,7 @@ def read_items(file: InputFile, *, text_key: TextKey, offset: int = 0, line: int
                 offset, line, position = offset + size, line + counted, raw.tell() - begin
                 yield Item(text, problem, line, offset, not counted, position, reason)
     except (OSError, *DAMAGE) as error:
-        yield Item(None, "unreadable", line + counted, offset, True, position, _reason(error))
-
-
-def _reason(error: Exception) -> str:
-    """What a library says, in one line."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__
+        yield Item(None, "unreadable", line + counted, offset, True, position, one_line(error))
 
 
 def _decompressed(file: InputFile, raw: BinaryIO) -> BinaryIO:
@@ -170,7 +175,39 @@ def _read_rows(file: InputFile, text_key: TextKey, first: int) -> Iterator[Item]
                 yield Item(text, problem, row, 0, row == num_rows, row * file.bytes // num_rows)
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         position = row * file.bytes // num_rows if num_rows else 0
-        yield Item(None, "unreadable", row + 1, 0, True, position, _reason(error), max(num_rows - row, 1))
+        yield Item(None, "unreadable", row + 1, 0, True, position, one_line(error), max(num_rows - row, 1))
+
+
+def _read_records(file: InputFile, text_key: str, first: int) -> Iterator[Item]:
+    """The records of an Arrow file, an MDS shard or a token file from number `first` (from 0) on."""
+    number, position = first, 0
+    try:
+        for value, position in _records(file, text_key, first):
+            number += 1
+            text, problem = _check_value(value, text_key)
+            yield Item(text, problem, number, 0, False, position)
+    except NoTextError as error:
+        yield Item(None, f"no text under {text_key!r}", 0, 0, True, file.bytes, str(error), error.documents)
+    except DamagedError as error:
+        yield Item(None, "unreadable", number + 1, 0, True, position, str(error), error.documents)
+
+
+def _records(file: InputFile, text_key: str, first: int) -> Iterator[tuple[Any, int]]:
+    if file.is_arrow:
+        return read_arrow(file.path, text_key, first)
+    return read_mds(file.path, text_key, first) if file.is_mds else read_tokens(file.path, first)
+
+
+def _check_value(value: Any, text_key: str) -> tuple[str | bytes | TokenIds | None, str]:
+    """(text, problem) of a value of a record, which may be bytes in UTF-8 or ids."""
+    if isinstance(value, TokenIds):
+        return (value, "") if len(value) else (None, "empty")
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return None, "not UTF-8"
+    return _check_text(value, text_key)
 
 
 def _is_lines(stream: BinaryIO) -> bool:
@@ -210,7 +247,7 @@ def _read_values(file: InputFile, raw: BinaryIO, text_key: TextKey) -> Iterator[
             text, problem = _text_of(value, text_key)
             yield Item(text, problem, number, 0, False, raw.tell())
     except (ValueError, RecursionError) as error:
-        yield Item(None, "not JSON", number + 1, 0, True, raw.tell(), f"{_reason(error)}; the rest is not read")
+        yield Item(None, "not JSON", number + 1, 0, True, raw.tell(), f"{one_line(error)}; the rest is not read")
 
 
 def _json_values(stream: BinaryIO) -> Iterator[Any]:

@@ -12,25 +12,33 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from colt5dist.data.inputs.archives import ZIP_SUFFIX, is_held_out, list_members
+from colt5dist.data.inputs.dataset_folders import DESCRIPTION, DatasetFolders, cards, splits_note
+from colt5dist.data.inputs.mds import MDS_SUFFIXES
+from colt5dist.data.inputs.megatron import index_of, is_token_file, token_file_problem
 from colt5dist.data.manifest import holds_shards
 from colt5dist.errors import ConfigError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson", ".jl")
 JSON_SUFFIX = ".json"
 PARQUET_SUFFIX = ".parquet"
+ARROW_SUFFIX = ".arrow"
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
-READ_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX)
+READ_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX, ARROW_SUFFIX, ".mds")
 PAIR_SUFFIXES = (*JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX, ZIP_SUFFIX)
 """Files that can hold pairs of an input and a target."""
 FOREIGN_SUFFIXES = frozenset(
     ".tar .tgz .zip .7z .rar .xz .lzma .bz2 .lz4 .br .zstd "
     ".csv .tsv .html .htm .xhtml .xml .svg .rss .atom .rtf .epub .pdf .ps .djvu "
     ".doc .docx .odt .xls .xlsx .ods .ppt .pptx .odp "
-    ".arrow .feather .orc .avro .msgpack .npy .npz .pkl .pickle .pt .pth .bin .safetensors .h5 .hdf5 .mdb "
+    ".feather .orc .avro .msgpack .npy .npz .pkl .pickle .pt .pth .bin .idx .safetensors .h5 .hdf5 .mdb "
     ".sqlite .sqlite3 .db .warc .wet .wat .tfrecord .png .jpg .jpeg .gif .webp .mp3 .mp4".split()
 )
 """Files that are no plain text, or hold much besides their text: they are refused, never read as one document."""
+HINTS = {
+    ".bin": "; a token file of Megatron-LM needs its .idx file beside it",
+    ".idx": "; a token file of Megatron-LM needs its .bin file beside it",
+}
 HASHED_BYTES = 1 << 16
 
 
@@ -44,6 +52,8 @@ class InputFile:
     """Path relative to the common folder of all inputs: the same on every machine."""
     bytes: int
     """Size of the file; of a member of an archive, as it is stored there."""
+    text_key: str = ""
+    """Key or column of the text in this file; empty: the same as in all others."""
     member: str = ""
     """Name of the member, where the file is an archive."""
     checksum: int = 0
@@ -58,15 +68,16 @@ class InputFile:
 
     @property
     def content_key(self) -> str:
-        """Hash of name, size, and the first and last 64 KiB: the same on every machine."""
+        """Hash of name, size, and the first and last 64 KiB, also of an index: the same on every machine."""
         digest = hashlib.sha256(os.fsencode(self.name) + b"\0%d\0" % self.bytes)
         if self.member:
             digest.update(b"%d" % self.checksum)
             return digest.hexdigest()
-        with open(self.path, "rb") as file:
-            digest.update(file.read(HASHED_BYTES))
-            file.seek(max(self.bytes - HASHED_BYTES, 0))
-            digest.update(file.read(HASHED_BYTES))
+        for path in (self.path, index_of(self.path)) if self.is_tokens else (self.path,):
+            with open(path, "rb") as file:
+                digest.update(file.read(HASHED_BYTES))
+                file.seek(max(os.fstat(file.fileno()).st_size - HASHED_BYTES, 0))
+                digest.update(file.read(HASHED_BYTES))
         return digest.hexdigest()
 
     @property
@@ -86,8 +97,27 @@ class InputFile:
 
     @property
     def is_parquet(self) -> bool:
-        """Whether each row is one document. A file of any other kind is one document."""
+        """Whether it is a parquet file, in which each row is one document."""
         return _bare_name(self.path).endswith(PARQUET_SUFFIX)
+
+    @property
+    def is_arrow(self) -> bool:
+        """Whether it is an Arrow file, in which each row is one document."""
+        return _bare_name(self.path).endswith(ARROW_SUFFIX)
+
+    @property
+    def is_mds(self) -> bool:
+        """Whether it is a shard of MosaicML Streaming. A file of any other kind is one document."""
+        return _is_mds(self.path)
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether it is a token file of Megatron-LM, which needs the tokenizer that made the ids."""
+        return is_token_file(self.path)
+
+
+def _is_mds(path: Path) -> bool:
+    return path.name.lower().endswith(tuple(MDS_SUFFIXES))
 
 
 def _bare_name(path: Path) -> str:
@@ -106,6 +136,8 @@ class Inputs:
     """The files to read, each once, in the same order on every machine."""
     not_read: dict[str, int]
     """What is not read -> how many. Endings begin with a dot, other kinds do not."""
+    notes: tuple[str, ...] = ()
+    """What is read otherwise than may be meant, one sentence each."""
 
     @property
     def other_endings(self) -> int:
@@ -142,6 +174,7 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
     Raises:
         ConfigError: a pattern matches no file, or a file cannot be accessed or is of a kind that is not supported.
     """
+    is_wanted = _can_hold_pairs if pairs else _is_read
     made_folders = {Path(os.path.realpath(folder)) for folder in made}
 
     @cache
@@ -151,11 +184,16 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
 
     found: dict[tuple[int, int], tuple[Path, int]] = {}
     not_read: Counter[str] = Counter()
+    datasets = DatasetFolders()
+    notes: list[str] = []
     for pattern in dict.fromkeys(patterns):
         if os.path.isdir(pattern):
-            names = list(_below(pattern, is_made, not_read, PAIR_SUFFIXES if pairs else READ_SUFFIXES))
+            names = list(_below(pattern, is_made, is_wanted, not_read, datasets, notes))
         else:
-            names = glob.glob(_escape_existing(pattern), recursive=True)
+            names = _without_descriptions(glob.glob(_escape_existing(pattern), recursive=True), not_read, datasets)
+        left_out = cards(map(Path, names))
+        not_read[DESCRIPTION] += len(left_out)
+        names = [name for name in names if Path(name) not in left_out]
         matches = {Path(name).absolute(): _status(name) for name in names}
         files = {path: status for path, status in matches.items() if status and stat.S_ISREG(status.st_mode)}
         folders = [path for path, status in matches.items() if status and stat.S_ISDIR(status.st_mode)]
@@ -165,8 +203,8 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
             raise ConfigError(f"--input: {pattern!r} {why}")
         not_read[NO_FILE] += len(matches) - len(files) - len(folders)
         not_read[NOT_ENTERED] += len(folders) if "**" not in pattern else 0
-        # of several paths to one file, the shortest counts
-        for path in sorted(texts, key=lambda path: (len(path.parts), path)):
+        # of several paths to one file, the shortest counts, and before it one that says what the file is
+        for path in sorted(texts, key=lambda path: (not _is_read(path), len(path.parts), path)):
             status = texts[path]
             found.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
     paths = sorted(path for path, _ in found.values())
@@ -175,7 +213,21 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
     inputs = [InputFile(path, path.relative_to(common).as_posix(), size) for path, size in found.values()]
     if pairs:
         inputs = [part for file in inputs for part in _opened(file, not_read)]
-    return Inputs(sorted(inputs, key=lambda file: file.name), {kind: n for kind, n in not_read.items() if n})
+    kinds = {kind: number for kind, number in not_read.items() if number}
+    return Inputs(sorted(inputs, key=lambda file: file.name), kinds, tuple(dict.fromkeys(notes)))
+
+
+def _without_descriptions(names: list[str], not_read: Counter[str], datasets: DatasetFolders) -> list[str]:
+    """The paths that a pattern matches, without what only describes others of them; an .idx file means its .bin."""
+    read: dict[str, None] = {}
+    for name in names:
+        if name.endswith(".idx") and is_token_file(Path(name).with_suffix(".bin")):
+            name = f"{name[: -len('.idx')]}.bin"
+        if reason := datasets.why_not_read(Path(name)):
+            not_read[reason] += 1
+        else:
+            read[name] = None
+    return list(read)
 
 
 def _opened(file: InputFile, not_read: Counter[str]) -> list[InputFile]:
@@ -190,9 +242,9 @@ def _opened(file: InputFile, not_read: Counter[str]) -> list[InputFile]:
             file.path,
             f"{file.name}/{member.filename}",
             member.compress_size,
-            member.filename,
-            member.CRC,
-            is_held_out(member.filename) if says_both else None,
+            member=member.filename,
+            checksum=member.CRC,
+            held_out=is_held_out(member.filename) if says_both else None,
         )
         for member in members
     ]
@@ -200,25 +252,32 @@ def _opened(file: InputFile, not_read: Counter[str]) -> list[InputFile]:
 
 def _check_kinds(paths: list[Path], *, pairs: bool) -> None:
     """Raise ConfigError for the first file of a kind that is not supported."""
-    foreign = [path for path in paths if Path(_bare_name(path)).suffix in FOREIGN_SUFFIXES]
+    tokens = {path for path in paths if is_token_file(path)}
+    known = {path for path in paths if path in tokens or _is_mds(path)}
+    foreign = [path for path in paths if Path(_bare_name(path)).suffix in FOREIGN_SUFFIXES and path not in known]
     if pairs:
         foreign = [path for path in foreign if path.suffix.lower() != ZIP_SUFFIX]
-        if texts := [path for path in paths if not _bare_name(path).endswith((*PAIR_SUFFIXES, *FOREIGN_SUFFIXES))]:
+        if others := [path for path in paths if not _can_hold_pairs(path) and path not in foreign]:
             raise ConfigError(
-                f"--input: {texts[0]} can hold no pairs; with --pairs give .jsonl, .json or .parquet files, or the "
+                f"--input: {others[0]} can hold no pairs; with --pairs give .jsonl, .json or .parquet files, or the "
                 "zip archives of SCROLLS"
             )
     if foreign:
         more = f" (and {len(foreign) - 1:,} more files are of such kinds)" if len(foreign) > 1 else ""
+        suffix = Path(_bare_name(foreign[0])).suffix
         raise ConfigError(
-            f"--input: {foreign[0]} is a {Path(_bare_name(foreign[0])).suffix} file{more}; give text, jsonl or parquet "
-            "files (text and jsonl also as .gz or .zst), for instance each row or page as one line of a .jsonl file"
+            f"--input: {foreign[0]} is a {suffix} file{more}; give text, jsonl or parquet files (text and jsonl also "
+            f"as .gz or .zst), for instance each row or page as one line of a .jsonl file{HINTS.get(suffix, '')}"
         )
     for path in paths:
-        if Path(_bare_name(path)).suffix != PARQUET_SUFFIX:
+        if path in tokens and (problem := token_file_problem(path)):
+            raise ConfigError(f"--input: {path} cannot be read: {problem}")
+        suffix = Path(_bare_name(path)).suffix
+        if suffix not in (PARQUET_SUFFIX, ARROW_SUFFIX):
             continue
         if _bare_name(path) != path.name.lower():
-            raise ConfigError(f"--input: {path} is a compressed parquet file, which is not supported; decompress it")
+            kind = suffix[1:]
+            raise ConfigError(f"--input: {path} is a compressed {kind} file, which is not supported; decompress it")
         if find_spec("pyarrow") is None:
             raise ConfigError(f"--input: {path} needs pyarrow; pip install 'colt5dist[parquet]'")
 
@@ -237,9 +296,14 @@ def _escape_existing(pattern: str) -> str:
 
 
 def _below(
-    folder: str, is_made: Callable[[Path], bool], not_read: Counter[str], suffixes: tuple[str, ...]
+    folder: str,
+    is_made: Callable[[Path], bool],
+    is_wanted: Callable[[Path], bool],
+    not_read: Counter[str],
+    datasets: DatasetFolders,
+    notes: list[str],
 ) -> Iterator[str]:
-    """The files below a folder with these suffixes; each folder once, by its shortest path.
+    """The wanted files below a folder; each folder once, by its shortest path.
 
     What is not read is added to `not_read`.
     """
@@ -256,16 +320,33 @@ def _below(
                 entries = list(os.scandir(path))
             except OSError as error:
                 raise _unreadable(path, error) from None
+            datasets.check(Path(path))
+            if note := splits_note(Path(path)):
+                notes.append(note)
             for entry in entries:
                 if entry.name.startswith("."):
                     not_read[HIDDEN] += 1
                 elif entry.is_dir():
                     deeper.append(entry.path)
-                elif _bare_name(Path(entry.name)).endswith(suffixes):
+                elif reason := datasets.why_not_read(Path(entry.path)):
+                    not_read[reason] += 1
+                elif is_wanted(Path(entry.path)):
                     yield entry.path
+                elif entry.name.endswith(".idx") and is_token_file(Path(entry.path).with_suffix(".bin")):
+                    continue  # it is read with its .bin file
                 else:
                     not_read[_ending(entry.name)] += 1
         level = deeper
+
+
+def _can_hold_pairs(path: Path) -> bool:
+    """Whether a file may hold pairs, by its ending."""
+    return _bare_name(path).endswith(PAIR_SUFFIXES)
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a file in a folder is read, by its ending or, of a .bin file, by its index."""
+    return _bare_name(path).endswith(READ_SUFFIXES) or _is_mds(path) or is_token_file(path)
 
 
 def _ending(name: str) -> str:

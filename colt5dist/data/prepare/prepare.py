@@ -17,6 +17,7 @@ from typing import Any
 from colt5dist.data.inputs.documents import Problems, TextKey, read_items
 from colt5dist.data.inputs.files import InputFile, Inputs, find_inputs
 from colt5dist.data.inputs.pairs import PairKeys
+from colt5dist.data.inputs.text_keys import with_text_keys
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
 from colt5dist.data.prepare.resume import (
@@ -79,7 +80,12 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         )
     partial = output.with_name(output.name + ".partial")
     inputs = find_inputs(config.input, made=(partial,), pairs=config.pairs)
-    files = inputs.files
+    files = with_text_keys(inputs.files, config.text_keys)
+    tokens = next((file for file in files if file.is_tokens), None)
+    if tokens and not config.tokenizer:
+        raise ConfigError(
+            f"--input: {tokens.path} holds ids, not text; give as --tokenizer the tokenizer.json that made them"
+        )
     job: dict[str, Any] = {
         "tokenizer": TRAINED.format(config.train_tokenizer) if config.train_tokenizer else given.fingerprint,
         "files": len(files),
@@ -91,9 +97,11 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         "min_document_tokens": config.min_document_tokens,
         "deduplicate": config.deduplicate,
     }
-    if isinstance(keys := config.keys, PairKeys):
+    if isinstance(config.keys, PairKeys):
         del job["text_key"]
-        job["pairs"] = asdict(keys)
+        job["pairs"] = asdict(config.keys)
+    if config.text_keys:
+        job["text_keys"] = [f"{pattern}={key}" for pattern, key in config.text_keys]
     try:
         if not _is_empty(output):
             return _already_there(output, job, config.strict, inputs, given.notes)
@@ -180,7 +188,7 @@ def _prepared(output: Path, problems: Problems, inputs: Inputs, notes: tuple[str
             f"the trained tokenizer has {made:,} ids, not {int(wanted[1]):,}: the text has no more pieces that repeat"
         )
         notes = (*notes, fewer)
-    return Prepared(training, validation, problems, inputs, notes, was_there)
+    return Prepared(training, validation, problems, inputs, (*inputs.notes, *notes), was_there)
 
 
 def _already_there(output: Path, job: dict[str, Any], strict: bool, inputs: Inputs, notes: tuple[str, ...]) -> Prepared:

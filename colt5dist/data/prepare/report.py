@@ -31,8 +31,8 @@ def summary_lines(training: Manifest, validation: Manifest, problems: Problems) 
         )
     if unknown := training.source.get("unknown"):
         share = unknown["tokens"] / (training.tokens + validation.tokens)
-        parts = ", ".join(map(repr, unknown["parts"]))
-        lines.append(f"unknown to the tokenizer: {count(unknown['tokens'], 'token')} ({share:.2%}), such as {parts}")
+        parts = f", such as {', '.join(map(repr, unknown['parts']))}" if unknown["parts"] else ""
+        lines.append(f"unknown to the tokenizer: {count(unknown['tokens'], 'token')} ({share:.2%}){parts}")
     lines += problems.lines()
     for side, lengths in training.source.get("pairs", {}).items():
         of_side = PairLengths(lengths)

@@ -15,6 +15,7 @@ from typing import Any
 
 from colt5dist.data.inputs.documents import EXAMPLES, Item, Problems, TextKey, read_items
 from colt5dist.data.inputs.files import InputFile
+from colt5dist.data.inputs.megatron import TokenIds
 from colt5dist.data.inputs.pairs import Pair
 from colt5dist.data.prepare.duplicates import SeenTexts
 from colt5dist.data.prepare.held_out_split import CorpusWriter
@@ -132,6 +133,8 @@ def _write_documents(
 
     def show_unknown(text: Text) -> None:
         """Keep the first few parts of the text that the vocabulary lacks."""
+        if isinstance(text, TokenIds):
+            return
         text = f"{text.input}\n{text.target}" if isinstance(text, Pair) else text
         text = text[:UNKNOWN_CHARACTERS].decode(errors="ignore") if isinstance(text, bytes) else text
         for part in tokenizer.unknown_parts(text[:UNKNOWN_CHARACTERS]):

@@ -2,12 +2,13 @@
 
 import argparse
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
 
 from colt5dist.data.inputs.documents import TextKey
 from colt5dist.data.inputs.pairs import PairKeys
+from colt5dist.data.inputs.text_keys import split_text_keys, text_key_problems
 from colt5dist.data.prepare.train_tokenizer import SMALLEST_VOCABULARY
 
 
@@ -16,7 +17,7 @@ class PrepareConfig:
     """What `prepare` reads and writes."""
 
     input: list[str]
-    """Glob patterns and folders of text, json, jsonl and parquet files."""
+    """Glob patterns, files and folders of text, tables, data sets and token files."""
     output: Path
     """Folder that is made."""
     tokenizer: Path | None = None
@@ -26,7 +27,9 @@ class PrepareConfig:
     validation_fraction: float = 0.01
     """Share of the documents that is held out, above 0 and at most 0.5; at least one is."""
     text_key: str = "text"
-    """Key of the text in a jsonl line, column of the text in a parquet file."""
+    """Key of the text in a jsonl line, column of the text in a table."""
+    text_keys: list[tuple[str, str]] = field(default_factory=list)
+    """(pattern of paths, key) where the text has another key; the first pattern that matches counts."""
     pairs: bool = False
     """Each object or row is a pair of an input and a target, not a text."""
     input_key: str = PairKeys.input_key
@@ -72,18 +75,11 @@ class PrepareConfig:
                 problems.append(f"--{name.replace('_', '-')}: {getattr(self, name)} is negative; give 0 or more")
         if self.shard_bytes < 1 << 20:
             problems.append(f"--shard-bytes: {self.shard_bytes} is too small; give 1048576 or more")
-        for name in ("text_key", "input_key", "target_key"):
-            key = getattr(self, name)
-            try:
-                key.encode()
-            except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
-                option = f"--{name.replace('_', '-')}"
-                problems.append(f"{option}: {key!r} is not UTF-8; give the key exactly as it is in the files")
-        return problems
+        return problems + text_key_problems(self.text_key, self.text_keys)
 
     def _pair_problems(self) -> list[str]:
         """What does not go together with pairs, and what needs them."""
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {known.name: known.default for known in fields(self)}
         given = [name for name in ("input_key", "target_key") if getattr(self, name) != defaults[name]]
         if not self.pairs:
             return [f"--{name.replace('_', '-')}: is for pairs; give --pairs as well" for name in given]
@@ -94,8 +90,14 @@ class PrepareConfig:
                 ("train_tokenizer", ", and give --tokenizer: the one of the model that you start from"),
                 ("min_document_tokens", ": a pair is kept whole"),
             )
-            if getattr(self, name) != defaults[name]
+            if getattr(self, name) != defaults[name] or (name == "text_key" and self.text_keys)
         ]
+        for name in given:
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
+                option = f"--{name.replace('_', '-')}"
+                problems.append(f"{option}: {getattr(self, name)!r} is not UTF-8; give the key exactly as in the files")
         if self.input_key == self.target_key:
             problems.append(f"--target-key: {self.target_key!r} is the key of the input too; name the target's")
         return problems
@@ -136,7 +138,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     defaults = PrepareConfig
     parser = _parser(description, USAGE)
     add = parser.add_argument
-    kinds = "text (one document per file), .jsonl, .json, .parquet; all but parquet also as .gz and .zst"
+    kinds = "text (one document per file), .jsonl, .json (these also as .gz and .zst), .parquet, data set folders, .bin"
     add(
         "--input",
         type=_pattern,
@@ -155,8 +157,8 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
         metavar="N",
         help="processes that tokenize, besides the one that writes (default: 0, one process does both)",
     )
-    key = "key of the text in a jsonl line, column in a parquet file (default: %(default)s)"
-    add("--text-key", default=defaults.text_key, metavar="KEY", help=key)
+    key = f"key of the text in a jsonl line, column in a table (default: {defaults.text_key}); or 'PATTERN=KEY'"
+    add("--text-key", action="append", default=[], metavar="KEY", help=key)
     pairs = "each object or row is a pair of an input and a target; also SCROLLS's zip archives"
     add("--pairs", action="store_true", help=pairs)
     key = "with --pairs: key of the {} (default: %(default)s)"
@@ -172,6 +174,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     add("--histogram", type=_path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
     options = vars(parser.parse_args(arguments))
     histogram = options.pop("histogram")
+    options["text_key"], options["text_keys"] = split_text_keys(options["text_key"], defaults.text_key)
     return PrepareConfig(**options), histogram
 
 

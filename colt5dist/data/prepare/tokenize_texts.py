@@ -18,13 +18,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from colt5dist.data.inputs.megatron import TokenIds
 from colt5dist.data.inputs.pairs import Pair
 from colt5dist.data.long_texts import LONG_BYTES, encode_long
-from colt5dist.data.tokenizer import Tokenizer
+from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
 
-Text = str | bytes | Pair
-"""A text, or the two of a pair; a text of more than LONG_BYTES is bytes, in UTF-8."""
+Text = str | bytes | TokenIds | Pair
+"""A text, or the two of a pair; a text of more than LONG_BYTES is bytes, in UTF-8. A document of a token file is ids."""
 HASH_BITS = 64
 BATCH_CHARACTERS = 1 << 18  # sent to a worker at once: large enough that sending costs little
 BATCH_TEXTS = 256
@@ -54,22 +55,38 @@ def encode_document(tokenizer: Tokenizer, text: Text, tick: Callable[[float], No
 
     Args:
         tokenizer: makes the ids.
-        text: the text; a long one is bytes.
+        text: the text; a long one is bytes, and one of a token file is ids, which are kept as they are.
         tick: called while a long text is tokenized, with the share that is done.
 
     Raises:
-        ConfigError: the tokenizer has no ids for a part of the text.
+        ConfigError: the tokenizer has no ids for a part of the text, or lacks one of the ids.
         UnicodeEncodeError: the text contains half of a surrogate pair.
     """
     if isinstance(text, Pair):
         return _encode_pair(tokenizer, text, tick)
-    if isinstance(text, bytes):
+    if isinstance(text, TokenIds):
+        tokens = _given_ids(tokenizer, text)
+        content = tokens.astype("<u4").tobytes()
+    elif isinstance(text, bytes):
         content, tokens = text, encode_long(tokenizer, text, tick)
     else:
         content, tokens = text.encode(), tokenizer.encode(text)
     num_unknown = 0 if tokenizer.unk_id is None else int(np.count_nonzero(tokens == tokenizer.unk_id))
     digest = hashlib.blake2b(content, digest_size=16, person=b"copy").digest()
     return Document(tokens, hash_text(content), digest, num_unknown)
+
+
+def _given_ids(tokenizer: Tokenizer, text: TokenIds) -> NDArray[np.integer]:
+    """The ids of a document of a token file, without the end tokens at its end: a sample adds its own."""
+    assert isinstance(tokenizer, JsonTokenizer), "without the tokenizer, `prepare` refuses token files"
+    outside = text.ids[(text.ids < 0) | (text.ids >= tokenizer.file_vocab_size)]
+    if len(outside):
+        raise ConfigError(
+            f"--input: {text.place}: holds the id {outside[0]}, and the tokenizer has the ids 0 to "
+            f"{tokenizer.file_vocab_size - 1}; give as --tokenizer the tokenizer.json that made the ids"
+        )
+    others = np.flatnonzero(~np.isin(text.ids, list(tokenizer.end_ids)))
+    return text.ids[: others[-1] + 1 if len(others) else 0].astype(tokenizer.dtype)
 
 
 def _encode_pair(tokenizer: Tokenizer, pair: Pair, tick: Callable[[float], None]) -> Document:
@@ -149,12 +166,13 @@ def _encode_ahead(
 ) -> Iterator[tuple[T, Document | None]]:
     """Send batches of texts to the workers, and yield the results in the order in which they were sent.
 
-    A long text is tokenized in this process, when all texts before it are done, so that it exists only once.
+    A long text is tokenized in this process, when all texts before it are done, so that it exists only once. So are
+    ids, with which there is little to do.
     """
     ahead: deque[tuple[list[T], Future[list[Document | None]]]] = deque()
     try:
         for batch in _batches(pairs):
-            if _is_long(batch[0][1]):
+            if _is_alone(batch[0][1]):
                 while ahead:
                     items, answer = ahead.popleft()
                     yield from zip(items, answer.result(), strict=True)
@@ -174,16 +192,17 @@ def _encode_ahead(
         ) from None
 
 
-def _is_long(text: Text | None) -> bool:
-    return text.is_long if isinstance(text, Pair) else isinstance(text, bytes)
+def _is_alone(text: Text | None) -> bool:
+    """Whether a text is a batch of its own."""
+    return text.is_long if isinstance(text, Pair) else isinstance(text, bytes | TokenIds)
 
 
 def _batches(pairs: Iterable[tuple[T, Text | None]]) -> Iterator[list[tuple[T, Text | None]]]:
-    """Batches of texts; a long text is a batch of its own."""
+    """Batches of texts; a long text, and one that is ids already, is a batch of its own."""
     batch: list[tuple[T, Text | None]] = []
     size = 0
     for item, text in pairs:
-        if _is_long(text):
+        if _is_alone(text):
             if batch:
                 yield batch
             yield [(item, text)]

@@ -66,6 +66,9 @@ class TrainConfig:
     heartbeat_port: int = keeps_result(0)
     """Port of rank 0's host on which the ranks tell each other that they are alive; 0: any free one. Set it where a
     firewall lets only some ports through between the hosts."""
+    preflight: bool = keeps_result(False)
+    """Before the first step of a start, check for a few seconds that each device multiplies matrices and sums over the
+    ranks rightly, which ends the start otherwise, and name devices and links that are slower than the others."""
     deterministic: bool = False
     """Use deterministic algorithms only: slower, but equal runs on one kind of device are equal to the bit."""
 

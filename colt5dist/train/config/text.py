@@ -132,6 +132,8 @@ def expand_home(config: RunConfig) -> None:
     config.data.shards = os.path.expanduser(config.data.shards)
     for source in config.data.sources:
         source.shards = os.path.expanduser(source.shards)
+    for entry in config.data.validation:
+        entry.shards = os.path.expanduser(entry.shards)
 
 
 def _restore(key: str, value: Any, node: yaml.Node | None) -> Any:

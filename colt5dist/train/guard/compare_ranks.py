@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import socket
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,13 @@ FIXES = {
 """What to do, by the kind of what differs."""
 
 
-def check_ranks_alike(config: RunConfig, shards: Sources, ranks: Ranks, meeting: Meeting) -> None:
+def check_ranks_alike(
+    config: RunConfig,
+    shards: Sources,
+    ranks: Ranks,
+    meeting: Meeting,
+    validation: Mapping[str, Sources] | None = None,
+) -> None:
     """Compare what decides a step on all ranks; every rank calls this.
 
     Args:
@@ -58,11 +65,12 @@ def check_ranks_alike(config: RunConfig, shards: Sources, ranks: Ranks, meeting:
         shards: the shard sets that this rank has opened.
         ranks: place of this rank.
         meeting: exchanges the texts.
+        validation: the validation sets that it has opened, by name.
 
     Raises:
         ConfigError: on all ranks, if anything differs; one line each: what, its values, and their ranks and hosts.
     """
-    mine = what_decides_a_step(config, shards, ranks.world_size)
+    mine = what_decides_a_step(config, shards, ranks.world_size, validation)
     text = json.dumps(mine, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
     first_digest = meeting.tell("digest of rank 0", digest)
@@ -79,19 +87,24 @@ def check_ranks_alike(config: RunConfig, shards: Sources, ranks: Ranks, meeting:
     raise error
 
 
-def what_decides_a_step(config: RunConfig, shards: Sources, world_size: int) -> dict[str, list[Any]]:
+def what_decides_a_step(
+    config: RunConfig, shards: Sources, world_size: int, validation: Mapping[str, Sources] | None = None
+) -> dict[str, list[Any]]:
     """Return by name the kind (a key of FIXES) and the value of everything that decides a step of this rank.
 
     Args:
         config: the run.
         shards: its shard sets.
         world_size: number of processes.
+        validation: its validation sets by name.
     """
     settings = settings_that_must_be_alike(config_leaves(config), OF_A_HOST)
     found = {key: ["setting", value] for key, value in settings.items()}
     for number, part in enumerate(shards.parts):
         name = f"data.sources[{number}].shards" if config.data.sources else "data.shards"
         found[name] = ["data", f"text {part.fingerprint[:16]}"]
+    for name, sources in (validation or {}).items():
+        found[f"shards of the validation set {name}"] = ["data", f"text {sources.fingerprint[:16]}"]
     found["tokenizer of the shards"] = ["data", shards.tokenizer.fingerprint[:16]]
     named = [source.shards for source in config.data.sources] or [config.data.shards]
     if any(name in STANDARD_LIBRARIES for name in named):

@@ -1,5 +1,6 @@
 """The lines that a run prints at its end."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def summary(
                 "held-out bits per byte of target text: not measured, since the held-out targets hold no byte of text "
                 "(are most tokens unknown to the tokenizer? `prepare.py info` counts them)"
             )
+        sets = {key.split("/")[1]: last[key] for key in last if re.fullmatch("eval/[^/]+/loss", key)}
+        if sets:
+            losses = [f"{name} {'not finite' if loss is None else f'{loss:.4f}'}" for name, loss in sets.items()]
+            lines.append(f"held-out loss of each validation set: {', '.join(losses)}")
         if last.get("eval/loss_shuffled_inputs") is not None and last["eval/loss"]:
             change = last["eval/loss_shuffled_inputs"] / last["eval/loss"] - 1
             lines.append(

@@ -91,6 +91,7 @@ def _text(config: RunConfig) -> Unread:
     if data.sources:
         yield "data.shards", "data.sources are read instead"
     places = [source.shards for source in data.sources] or [data.shards]
+    places += [entry.shards for entry in data.validation]
     if not any("://" in place for place in places):
         yield "data.cache_gb", "no shards are at an address"
 

@@ -12,11 +12,12 @@ import pytest
 import zstandard
 
 from colt5dist.data.inputs.pairs import PairKeys
+from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.pair_lengths import PairLengths
 from colt5dist.data.prepare.prepare import Prepared, prepare
 from colt5dist.data.prepare.report import info_lines, summary_lines, warning_lines
 from colt5dist.data.prepare.settings import PrepareConfig
-from colt5dist.data.prepare.tokenize_texts import hash_text
+from colt5dist.data.prepare.tokenize_texts import Document, hash_text
 from colt5dist.data.read.shards import ShardSet, open_shards
 from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.data.verify import verify
@@ -126,7 +127,9 @@ def test_an_archive_of_scrolls_keeps_its_own_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_interrupted_anywhere_it_gives_the_same_bytes(tmp_path: Path, workers: int) -> None:
+def test_interrupted_anywhere_it_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     """The state is saved after every pair, and the work is interrupted after every few."""
     with zipfile.ZipFile(tmp_path / "task.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("task/train.jsonl", lines([*PAIRS[:40], *SEVERAL[:14], (PAIRS[0][0], None)]))
@@ -139,16 +142,18 @@ def test_interrupted_anywhere_it_gives_the_same_bytes(tmp_path: Path, workers: i
         workers=workers,
         commit_seconds=0,
     )
-    starts = 0
+    starts, add_document = 0, CorpusWriter.add_document
 
-    def interrupt(done: int, total: int, writer: object) -> None:
-        if writer.num_documents >= 10 * starts:  # type: ignore[attr-defined]
+    def add_or_interrupt(self: CorpusWriter, document: Document) -> None:
+        add_document(self, document)
+        if starts < 5 and self.num_documents >= 10 * starts:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(CorpusWriter, "add_document", add_or_interrupt)
     while True:
         starts += 1
         try:
-            prepare(config, interrupt if starts < 5 else None)
+            prepare(config)
             break
         except KeyboardInterrupt:
             assert not config.output.exists()

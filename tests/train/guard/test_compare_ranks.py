@@ -99,6 +99,8 @@ def test_versions_code_and_variables(short_texts: Path, monkeypatch: pytest.Monk
     usual = what_decides_a_step(config, shards, 4)
     assert {"package triton", "package torch", "code of colt5dist: train/step.py", "device"} <= usual.keys()
     assert "Python" not in usual
+    named = what_decides_a_step(config, shards, 4, {"books": shards})
+    assert {*named} - {*usual} == {"shards of the validation set books"}
     monkeypatch.setattr(compare_ranks, "package_versions", lambda: {"torch": "2.11.0", "triton": "3.7.1"})
     digests = {**compare_ranks.code_digests(), "train/step.py": "0", "train/new.py": "1"}
     monkeypatch.setattr(compare_ranks, "code_digests", lambda: digests)
