@@ -34,6 +34,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--pairs", type=Path, metavar="JSONL", help="inputs with their targets, an object a line")
     add("--samples", type=positive, help="samples of each set (default: train.eval_samples; of pairs: all)")
     add("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
+    add("--ema", action="store_true", help="take the moving average of the weights (train.ema)")
     add("--json", action="store_true", help="print one JSON object")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     add = parser.add_argument_group("with --pairs", argument_default=argparse.SUPPRESS).add_argument
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
     report: Any
     try:
         ranks = ranks_from_environment()
-        common = {"step": options.step, "num_samples": options.samples}
+        common: dict[str, Any] = {"step": options.step, "ema": options.ema, "num_samples": options.samples}
         common |= {"rank": ranks.rank, "world_size": ranks.world_size}
         with joined_processes(ranks.world_size, ranks.local_rank) as device:
             if options.pairs is not None:

@@ -22,6 +22,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write, which must not exist")
     parser.add_argument("--dtype", choices=TYPES, help="type of the weights (default: as stored, fp32 in checkpoints)")
     parser.add_argument("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="take the moving average of the weights (train.ema)")
     return parser.parse_args(arguments)
 
 
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
     dtype = getattr(torch, TYPES[options.dtype]) if options.dtype else None
     try:
-        exported = export(options.path, options.output, dtype=dtype, step=options.step)
+        exported = export(options.path, options.output, dtype=dtype, step=options.step, ema=options.ema)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -42,6 +42,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--dtype", choices=TYPES, help="type of the weights (default: bf16 on a GPU, else fp32)")
     add("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
+    add("--ema", action="store_true", help="take the moving average of the weights (train.ema)")
     options = parser.parse_args(arguments)
     if (options.input is None) != (options.output is None):
         parser.error("--input and --output go together")
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
     names = "temperature top_k top_p num_beams length_penalty num_return_sequences seed".split()
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings["max_answer_tokens" if options.fill else "max_new_tokens"] = options.max_new_tokens
-    place = {"device": options.device, "dtype": TYPES.get(options.dtype), "step": options.step}
+    place = {"device": options.device, "dtype": TYPES.get(options.dtype), "step": options.step, "ema": options.ema}
     try:
         if options.text is not None:
             print("\n".join(generate_text(options.path, options.text, fills=options.fill, place=place, **settings)))

@@ -16,7 +16,7 @@ MODULES = {
 }
 FLOORS = ["benchmark", "train", "pretrained", "model", "storage", "nn", "ops"]
 """Rooms from the top down: a room imports from those after it only; `data` imports from none of them."""
-TRAIN_FLOORS = ["guard", "report", "checkpoint", "engine", "config"]
+TRAIN_FLOORS = ["guard", "report", "checkpoint", "engine", "optimizer", "config"]
 """The same inside `train`; what lies beside the rooms is ordered by the modules' own imports."""
 DATA_FLOORS = ["prepare", "inputs", "read", "order"]
 MOST_FILES = 14

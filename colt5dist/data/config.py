@@ -20,7 +20,7 @@ SMALLEST = {"input_length": 16, "target_length": 4}
 """Smallest lengths in tokens."""
 SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 """How the name of a validation set may be written: it is a part of the names of metrics."""
-NAMES_OF_METRICS = ("loss", "loss_shuffled_inputs", "bits_per_byte")
+NAMES_OF_METRICS = ("loss", "loss_shuffled_inputs", "bits_per_byte", "ema")
 """Names that metrics below eval/ have, so that no set can have them."""
 
 

@@ -80,6 +80,7 @@ class PretrainedForm(nn.Module):
         path: str | Path,
         *,
         step: int | str | None = None,
+        ema: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
@@ -90,6 +91,7 @@ class PretrainedForm(nn.Module):
                 `save_pretrained` or launch/export.py wrote.
             step: of a run folder, the step of the checkpoint to take instead, or "best": the one that
                 `checkpoint.keep_best` has kept.
+            ema: whether to take the moving average of the weights, which a checkpoint holds if `train.ema` was set.
             dtype: floating-point type of the weights; None: as they are stored (checkpoints: float32).
             device: where to put it; None: the CPU.
 
@@ -97,11 +99,12 @@ class PretrainedForm(nn.Module):
             The model, in evaluation mode.
 
         Raises:
-            TypeError: step is no whole number, or dtype no floating-point type.
-            ValueError: there is no such model, it is not whole, or it is of another class; one line that names it.
+            TypeError: step is no whole number, ema no bool, or dtype no floating-point type.
+            ValueError: there is no such model, it is not whole, has no average, or is of another class; one line that
+                names it.
         """
-        check_arguments(step, dtype)
-        return cls.from_stored(open_stored(path, step), dtype=dtype, device=device)
+        check_arguments(step, dtype, ema)
+        return cls.from_stored(open_stored(path, step, ema=ema), dtype=dtype, device=device)
 
     @classmethod
     def from_stored(
@@ -194,14 +197,16 @@ class PretrainedForm(nn.Module):
         }
 
 
-def check_arguments(step: Any, dtype: Any) -> None:
+def check_arguments(step: Any, dtype: Any, ema: Any = False) -> None:
     """Raise where arguments of `from_pretrained` have a wrong type.
 
     Raises:
-        TypeError: step is no whole number and not "best", or dtype no floating-point type.
+        TypeError: step is no whole number and not "best", ema no bool, or dtype no floating-point type.
     """
     if step is not None and step != "best":
         check_whole(step=step)
+    if not isinstance(ema, bool):
+        raise TypeError(f"ema: {ema!r} is no bool; use True or False")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: {dtype!r} is no floating-point type of torch; use for instance torch.bfloat16")
 

@@ -15,7 +15,7 @@ from colt5dist.data.model_tokenizer import TOKENIZER_FOLDER, ModelTokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5
-from colt5dist.pretrained.load import model_class
+from colt5dist.pretrained.load import AVERAGED, model_class
 from colt5dist.pretrained.metrics import METRICS, check_metrics, mean_scores, score_text
 from colt5dist.pretrained.pairs import PairSample, read_pairs
 from colt5dist.pretrained.processes import gather_over_processes
@@ -49,6 +49,8 @@ class PairsReport:
     """The checkpoint or the exported folder."""
     step: int
     """Steps that the model was trained for."""
+    ema: bool
+    """Whether its weights are the moving average."""
     pairs: str
     """The file."""
     predictions: list[Prediction]
@@ -59,7 +61,7 @@ class PairsReport:
         means = mean_scores([prediction.scores for prediction in self.predictions])
         num_references = sum(len(prediction.sample.references) for prediction in self.predictions)
         counts = {"num_samples": len(self.predictions), "num_references": num_references}
-        return {"path": self.path, "step": self.step, "pairs": self.pairs, **means, **counts}
+        return {"path": self.path, "step": self.step, "ema": self.ema, "pairs": self.pairs, **means, **counts}
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -68,7 +70,11 @@ class PairsReport:
         scores = [name for name in found if isinstance(found[name], float)]
         width = max(map(len, scores))
         table = [f"  {name:{width}}  {found[name]:.4f}" for name in scores]
-        return [f"{self.path}, step {self.step}", f"{self.pairs}: {counts}; scores from 0 to 1", *table]
+        return [
+            f"{self.path}, step {self.step}{AVERAGED * self.ema}",
+            f"{self.pairs}: {counts}; scores from 0 to 1",
+            *table,
+        ]
 
 
 def evaluate_stored_pairs(
@@ -77,6 +83,7 @@ def evaluate_stored_pairs(
     *,
     device: torch.device,
     step: int | str | None = None,
+    ema: bool = False,
     num_samples: int | None = None,
     predictions: Path | None = None,
     input_key: str = "input",
@@ -94,6 +101,7 @@ def evaluate_stored_pairs(
         pairs: the file, as `read_pairs` takes it.
         device: where to evaluate: in bf16 on a GPU, in fp32 on the CPU.
         step: of a run folder, the step of the checkpoint, or "best".
+        ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
         num_samples: only so many samples, the first ones; None: all.
         predictions: file for what was written, which process 0 writes; None: none.
         input_key: key of the input.
@@ -111,7 +119,7 @@ def evaluate_stored_pairs(
     if predictions and not predictions.absolute().parent.is_dir():
         raise ConfigError(f"{predictions}: its folder does not exist; make it first")
     samples = read_pairs(pairs, input_key=input_key, target_key=target_key, id_key=id_key)[:num_samples]
-    stored = open_stored(path, step)
+    stored = open_stored(path, step, ema=ema)
     tokenizer = ModelTokenizer.open(stored.root / TOKENIZER_FOLDER)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = model_class(stored).from_stored(stored, dtype=dtype, device=device)
@@ -119,7 +127,7 @@ def evaluate_stored_pairs(
     found = evaluate_pairs(model, tokenizer, samples, rank=rank, world_size=world_size, **settings)
     if predictions and rank == 0:
         write_objects(predictions, [prediction.as_json() for prediction in found])
-    return PairsReport(path=str(stored.folder), step=stored.step, pairs=str(pairs), predictions=found)
+    return PairsReport(path=str(stored.folder), step=stored.step, ema=ema, pairs=str(pairs), predictions=found)
 
 
 def evaluate_pairs(

@@ -13,7 +13,7 @@ from colt5dist.errors import ConfigError
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5
 from colt5dist.pretrained.evaluation import HeldOutLoss, Part, data_config, evaluate
-from colt5dist.pretrained.load import model_class
+from colt5dist.pretrained.load import AVERAGED, model_class
 from colt5dist.storage.stored_model import open_stored
 
 
@@ -25,6 +25,8 @@ class Report:
     """The checkpoint or the exported folder."""
     step: int
     """Steps that the model was trained for."""
+    ema: bool
+    """Whether its weights are the moving average."""
     sets: dict[str, HeldOutLoss]
     """The loss on each shard set by its name."""
 
@@ -36,11 +38,11 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """One object: the figures of all sets together, and those of each."""
         sets = {name: loss.as_json() for name, loss in self.sets.items()}
-        return {"path": self.path, "step": self.step, **self.total.as_json(), "sets": sets}
+        return {"path": self.path, "step": self.step, "ema": self.ema, **self.total.as_json(), "sets": sets}
 
     def lines(self) -> list[str]:
         """For a person."""
-        found = [f"{self.path}, step {self.step}"]
+        found = [f"{self.path}, step {self.step}{AVERAGED * self.ema}"]
         for name, loss in self.sets.items() if len(self.sets) > 1 else []:
             found.append(f"{name}: {loss.total.loss:.4f} nats per token, {_bits(loss)}")
         total = self.total
@@ -61,6 +63,7 @@ def evaluate_stored(
     *,
     device: torch.device,
     step: int | str | None = None,
+    ema: bool = False,
     num_samples: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -72,6 +75,7 @@ def evaluate_stored(
         names: folders or addresses of shard sets, or "python-stdlib"; none: the shards that the run was trained on.
         device: where to evaluate.
         step: of a run folder, the step of the checkpoint, or "best".
+        ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
         num_samples: samples of each set; None: train.eval_samples of the run.
         rank: number of this process.
         world_size: number of processes.
@@ -79,7 +83,7 @@ def evaluate_stored(
     Raises:
         ConfigError: the model or a shard set cannot be read, or they do not fit together.
     """
-    stored = open_stored(path, step)
+    stored = open_stored(path, step, ema=ema)
     config = data_config(stored.settings["data"], str(stored.root))
     tokenizer = ModelTokenizer.open(stored.root / TOKENIZER_FOLDER)
     if not names and not stored.is_checkpoint:
@@ -111,7 +115,7 @@ def evaluate_stored(
         )
         for name, shards in sets.items()
     }
-    return Report(path=str(stored.folder), step=stored.step, sets=losses)
+    return Report(path=str(stored.folder), step=stored.step, ema=ema, sets=losses)
 
 
 def _bits(loss: HeldOutLoss) -> str:

@@ -32,7 +32,12 @@ class Exported:
 
 
 def export(
-    path: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, step: int | str | None = None
+    path: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    step: int | str | None = None,
+    ema: bool = False,
 ) -> Exported:
     """Write a trained model and its tokenizer into a new folder, which appears when it is whole.
 
@@ -41,6 +46,7 @@ def export(
         output: the new folder.
         dtype: type of the weights; None: as they are stored (checkpoints: float32).
         step: of a run folder, the step of the checkpoint to take instead, or "best".
+        ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
 
     Raises:
         ConfigError: there is no such model, it is damaged, or the folder cannot be written or is there already.
@@ -48,7 +54,7 @@ def export(
     output = Path(os.path.abspath(output))
     if os.path.lexists(output):
         raise ConfigError(f"--output: {output} is there already; name a new folder")
-    stored = open_stored(path, step)
+    stored = open_stored(path, step, ema=ema)
     tokenizer = ModelTokenizer.open(stored.root / TOKENIZER_FOLDER)
     model = model_class(stored).from_stored(stored, dtype=dtype)
     partial = output.with_name(f".{output.name}.tmp")

@@ -23,7 +23,7 @@ def generate_text(path: str, text: str, *, fills: bool, place: dict[str, Any], *
         path: of the stored model.
         text: the text.
         fills: whether its blanks are filled.
-        place: `device`, `dtype` and `step`; None: the default of each.
+        place: `device`, `dtype`, `step` and `ema`; None: the default of each.
         settings: those of `write_texts`, or of `fill_texts`.
 
     Returns:
@@ -57,7 +57,7 @@ def generate_file(
         output_key: key that what is written gets: a text, or a list of num_return_sequences.
         batch_size: texts at a time.
         fills: whether blanks are filled.
-        place: `device`, `dtype` and `step`; None: the default of each.
+        place: `device`, `dtype`, `step` and `ema`; None: the default of each.
         settings: those of `write_texts`, or of `fill_texts`.
 
     Returns:
@@ -80,14 +80,14 @@ def generate_file(
 
 
 def _loaded(
-    path: str, device: str | None = None, dtype: str | None = None, step: int | str | None = None
+    path: str, device: str | None = None, dtype: str | None = None, step: int | str | None = None, ema: bool = False
 ) -> tuple[CoLT5 | CausalCoLT5, ModelTokenizer]:
     """The model and its tokenizer, on a GPU if there is one and nothing else is said."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: cuda, but PyTorch finds no GPU; use cpu")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = dtype or ("bfloat16" if place == "cuda" else "float32")
-    return load(path, step=step, device=place, dtype=getattr(torch, name))
+    return load(path, step=step, ema=ema, device=place, dtype=getattr(torch, name))
 
 
 def _write(

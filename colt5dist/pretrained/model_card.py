@@ -19,6 +19,8 @@ HELD_OUT = {
     "eval/loss_shuffled_inputs": "held-out loss with another sample's input",
 }
 """Figures of the card, by their keys in metrics.jsonl."""
+HELD_OUT_OF_AVERAGE = {"eval/ema/loss": HELD_OUT["eval/loss"]}
+"""The same, where the weights are the moving average."""
 
 
 def model_card(stored: StoredModel, model: CoLT5 | CausalCoLT5) -> str:
@@ -32,6 +34,8 @@ def model_card(stored: StoredModel, model: CoLT5 | CausalCoLT5) -> str:
     data = stored.settings["data"]
     number = sum(p.numel() for p in model.parameters())
     rows = [("parameters", f"{number:,}"), ("optimizer steps", f"{stored.step:,}")]
+    if stored.is_average:
+        rows.append(("weights", "their exponential moving average"))
     try:
         state = read_json(stored.folder / STATE, fix="use another checkpoint").get("state", {})
     except ConfigError:
@@ -43,7 +47,8 @@ def model_card(stored: StoredModel, model: CoLT5 | CausalCoLT5) -> str:
     if state.get("data_fingerprint"):
         rows.append(("fingerprint of the training text", f"`{state['data_fingerprint']}`"))
     record = last_evaluation(stored.root / "metrics.jsonl", stored.step)
-    rows += [(label, f"{record[key]:.4f}") for key, label in HELD_OUT.items() if record.get(key) is not None]
+    figures = HELD_OUT_OF_AVERAGE if stored.is_average else HELD_OUT
+    rows += [(label, f"{record[key]:.4f}") for key, label in figures.items() if record.get(key) is not None]
     rows += [(name, str(version)) for name, version in _versions(stored.root / "environment.json").items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     kind = "decoder-only CausalCoLT5" if model.architecture == "causal" else "CoLT5 encoder-decoder"

@@ -16,7 +16,9 @@ CHECKPOINTS = "checkpoints"
 BEST = "best.json"
 """File beside the checkpoints that names the one with the best evaluation: its step, the key and its value there."""
 WEIGHT = "weight"
-"""Key of the float32 master weights; the other keys are the optimizer's own (exp_avg, exp_avg_sq, ...)."""
+"""Key of the float32 master weights; keys other than this and the next are the optimizer's own (exp_avg, ...)."""
+AVERAGE = "ema"
+"""Key of the exponential moving average of the weights, which a checkpoint has if `train.ema` was set."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -152,7 +154,7 @@ class FragmentReader:
 
         Args:
             name: name of the parameter.
-            key: `WEIGHT`, or a key of the optimizer's.
+            key: `WEIGHT`, `AVERAGE`, or a key of the optimizer's.
             shape: shape that the parameter must have.
             offset: first element to read, counted in the flattened parameter.
             target: flat, of any type; as many elements are read as it has.

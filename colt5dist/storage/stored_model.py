@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from colt5dist.errors import ConfigError
 from colt5dist.storage.checkpoints import (
+    AVERAGE,
     BEST,
     CHECKPOINTS,
     WEIGHT,
@@ -52,6 +53,8 @@ class StoredModel:
     """Whether `folder` is a checkpoint."""
     shapes: dict[str, tuple[int, ...]]
     """Name and shape of every parameter."""
+    is_average: bool = False
+    """Whether the weights are the moving average of a checkpoint's (`train.ema`)."""
 
     def check_hashes(self) -> None:
         """Compare the files with their hashes, where the form has some: checkpoints do.
@@ -78,7 +81,8 @@ class StoredModel:
         """
         if name not in self.shapes:
             raise ConfigError(f"{self.folder}: has no parameter {name}")
-        self._reader.fill(name, WEIGHT, self.shapes[name], offset, target)
+        key = AVERAGE if self.is_average else WEIGHT
+        self._reader.fill(name, key, self.shapes[name], offset, target)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,20 +113,23 @@ class StoredModel:
         return ExportedReader(self.folder)
 
 
-def open_stored(path: str | Path, step: int | str | None = None) -> StoredModel:
+def open_stored(path: str | Path, step: int | str | None = None, *, ema: bool = False) -> StoredModel:
     """Find a trained model.
 
     Args:
         path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or an exported folder.
-        step: of a run folder, the step of the checkpoint to take instead, or "best": that of the best evaluation.
+        step: of a run folder, the step of the checkpoint to take instead, or "best".
+        ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
 
     Raises:
-        ConfigError: there is none, or it is not whole.
+        ConfigError: there is none, it is not whole, or it has no average.
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; {WHAT_TO_NAME}")
     if is_exported(path):
+        if ema:
+            raise ConfigError(f"ema: {path} is an exported folder, which holds one kind of weights; leave it out")
         if step is not None:
             raise ConfigError(f"step: {step}, but {path} is an exported folder, which holds one step; leave it out")
         content = read_exported_config(path)
@@ -136,6 +143,8 @@ def open_stored(path: str | Path, step: int | str | None = None) -> StoredModel:
         )
     folder = _find_checkpoint(path, step)
     root = folder.parent.parent
+    if ema and not any(key == AVERAGE for _, key in read_index(folder)):
+        raise ConfigError(f"ema: {folder} holds no average of the weights; leave it out, or train with train.ema set")
     found = read_complete(folder).step
     return StoredModel(
         folder=folder,
@@ -144,6 +153,7 @@ def open_stored(path: str | Path, step: int | str | None = None) -> StoredModel:
         step=found,
         is_checkpoint=True,
         shapes=parameter_shapes_of(folder),
+        is_average=ema,
     )
 
 

@@ -48,7 +48,8 @@ def evaluate(
 
     Returns:
         The loss in nats per token, in all and by objective, and in bits per byte of the target text: `eval/...` of the
-        held-out samples, and `eval/NAME/...` of each further set.
+        held-out samples, and `eval/NAME/...` of each further set; and
+        `eval/ema/loss` of the averaged weights (`train.ema`), once they have taken in a step.
 
     Raises:
         CutShortError: on all ranks, if `stop_wanted` returns True.
@@ -64,6 +65,9 @@ def evaluate(
     if shuffled_inputs and held_out.with_other_inputs is not None:
         others = held_out.with_other_inputs
         record["eval/loss_shuffled_inputs"] = _measure(engine, others, objectives, stop_wanted).loss
+    if engine.average is not None and engine.average.num_updates:
+        with engine.averaged_weights():
+            record["eval/ema/loss"] = _measure(engine, held_out.batches, objectives, stop_wanted).loss
     return record
 
 

@@ -100,6 +100,7 @@ def train_steps(run: Run, profile: Profile) -> StopReason | None:
 def account(run: Run, agreement: Agreement, applied: bool) -> None:
     """Count a finished step: its samples, its tokens, and what the ranks said of it."""
     advance(run.state, applied, run.config)
+    run.state.averaged_steps = run.engine.average.num_updates if run.engine.average else 0
     run.state.bad_records += agreement.bad_records
     run.meter.count(agreement.means)
     run.heartbeat.step_is_done()

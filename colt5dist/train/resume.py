@@ -22,6 +22,7 @@ from colt5dist.train.checkpoint import (
     early_stop,
     find_checkpoints,
     find_damage,
+    has_average,
     json_problem,
     model_problems,
     optimizer_problems,
@@ -35,7 +36,6 @@ from colt5dist.train.checkpoint import (
 from colt5dist.train.config.differences import settings_that_must_be_alike
 from colt5dist.train.config.load import ALLOW_FROM_ZERO, config_leaves, saved_leaves
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.engine import num_elements
 from colt5dist.train.ranks import Ranks, broadcast_from_first, errors_on_all_ranks, raise_together
 from colt5dist.train.report.monitor import METRICS, TENSORBOARD, read_metrics
 from colt5dist.train.run_directory import RUN_ID, read_run_id
@@ -106,7 +106,7 @@ def plan_start(
             f"resume: no whole checkpoint in {root}{_reasons(passed_over)}; put a whole one there, choose another "
             f"run_dir, or start at step 0 beside them with {shlex.quote(f'resume_allow=[{ALLOW_FROM_ZERO}]')}"
         )
-    needed = checkpoint_bytes(sum(num_elements(shape) for shape in shapes.values()))
+    needed = checkpoint_bytes(shapes, config)
     saves_often = config.checkpoint.every_steps or config.checkpoint.every_minutes
     most = (config.checkpoint.keep_last + 1 if saves_often else 1) + (config.checkpoint.keep_best is not None)
     problems = space_problems(run_dir, needed, most - len(whole))
@@ -116,8 +116,12 @@ def plan_start(
                 f"{run_dir / RUN_ID}: missing beside checkpoints; put it back, or write into it the run_id of "
                 f"{whole[-1] / COMPLETE}: {read_complete(whole[-1]).run_id}"
             )
-        problems += _difference_problems(config, run_dir)
-        problems += model_problems(whole[-1], shapes) + optimizer_problems(whole[-1], config.optimizer)
+        of_states = optimizer_problems(whole[-1], config.optimizer)
+        of_settings = _difference_problems(config, run_dir)
+        if of_states:  # no resume_allow helps against these
+            of_settings = [line for line in of_settings if not line.startswith("optimizer.name:")]
+        problems += of_settings
+        problems += model_problems(whole[-1], shapes) + of_states
         state = read_state(whole[-1])
         if state.data_fingerprint != fingerprint:
             problems.append(
@@ -125,7 +129,7 @@ def plan_start(
             )
         state.tokenizer_fingerprint = tokenizer_fingerprint  # older checkpoints do not name it
         if not problems:
-            notes += [f"resuming from {whole[-1]}", *_notes_on_settings(config, run_dir)]
+            notes += [f"resuming from {whole[-1]}", *_notes_on_settings(config, run_dir, whole[-1])]
             return StartPlan(whole[-1], None, state, tuple(notes))
     init_from = None
     if config.init_from and not whole:
@@ -305,7 +309,7 @@ def _newest(path: Path) -> tuple[Path, list[Path]]:
     )
 
 
-def _notes_on_settings(config: RunConfig, run_dir: Path) -> list[str]:
+def _notes_on_settings(config: RunConfig, run_dir: Path, checkpoint: Path) -> list[str]:
     """What a resumed run says of settings that it may change, or does not read."""
     notes = []
     samples = saved_leaves(run_dir / CONFIG).get("train.eval_samples", config.train.eval_samples)
@@ -313,6 +317,12 @@ def _notes_on_settings(config: RunConfig, run_dir: Path) -> list[str]:
         notes.append(
             f"note: train.eval_samples: {config.train.eval_samples} here, {samples} before; earlier held-out losses "
             "are of other samples"
+        )
+    if (config.train.ema is not None) != has_average(checkpoint):
+        notes.append(
+            f"note: train.ema: {checkpoint} holds no average; it begins at the weights of this checkpoint"
+            if config.train.ema is not None
+            else f"note: train.ema: null here; the average that {checkpoint} holds does not go on"
         )
     if config.init_from:
         notes.append(f"note: init_from: {config.init_from} has no effect; the run continues from its own checkpoint")

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Fork, Pretrain, load_script, write_short_texts
 
-from colt5dist import CoLT5
+from colt5dist import CoLT5, load
+from colt5dist.errors import ConfigError
 from colt5dist.pretrained.export import export
 from colt5dist.train.report.monitor import read_metrics
 
@@ -21,6 +23,7 @@ SETTINGS = (
     "checkpoint.every_steps=2",
     "train.eval_shuffled_inputs=true",
     "train.eval_samples=7",
+    "train.ema=0.15",
     SCHEDULE,
 )
 
@@ -66,6 +69,29 @@ def test_the_loss_is_that_of_the_run(main: Main, run_dir: Path, step: int, capsy
     found = json.loads(capsys.readouterr().out)
     assert found["num_samples"] == 7 and found["step"] == step
     check(found, evaluations(run_dir)[step])
+
+
+def test_the_loss_of_the_average_is_that_of_the_run(
+    main: Main, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a folder that was exported with --ema, which says so in its card."""
+    record = evaluations(run_dir)[4]
+    assert main([str(run_dir), "--ema", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ema"] and found["loss"] == pytest.approx(record["eval/ema/loss"], rel=1e-6)
+    assert record["eval/ema/loss"] != pytest.approx(record["eval/loss"], rel=1e-5)
+    exported = export(run_dir, tmp_path / "averaged", ema=True).folder
+    assert main([str(exported), "--json", "--shards", "python-stdlib"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(record["eval/ema/loss"], rel=1e-6)
+    card = (exported / "README.md").read_text()
+    assert "exponential moving average" in card and f"{record['eval/ema/loss']:.4f}" in card
+    average, _ = load(run_dir, ema=True)
+    again, _ = load(exported)
+    assert all(map(torch.equal, average.parameters(), again.parameters()))
+    with pytest.raises(ConfigError, match="is an exported folder, which holds one kind of weights"):
+        load(exported, ema=True)
+    with pytest.raises(TypeError, match="ema: 'yes' is no bool"):
+        load(run_dir, ema="yes")  # type: ignore[arg-type]
 
 
 def test_two_processes_give_the_same(fork: Fork, run_dir: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, trainer_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from colt5dist.train.checkpoint import find_checkpoints
+from colt5dist.train.checkpoint import find_checkpoints, read_index
 from colt5dist.train.report.monitor import read_metrics
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
@@ -154,9 +154,17 @@ def test_it_resumes_with_another_number_of_processes_and_stage(
     reference: tuple[Path, str], half: Path, run_pretrain: Pretrain
 ) -> None:
     """And with other settings that keep the result, without a word in `resume_allow`."""
-    other = ("train.activation_checkpointing=full", "model.router_implementation=reference", "train.eval_samples=4")
+    assert "ema" not in {key for _, key in read_index(half / "checkpoints" / "step_00000004")}
+    other = (
+        "train.ema=0.5",
+        "train.activation_checkpointing=full",
+        "model.router_implementation=reference",
+        "train.eval_samples=4",
+    )
     done = run_pretrain(half, *SAME, "zero.stage=3", "train.micro_batch_size=2", *other, processes=2)
     assert "note: train.eval_samples: 4 here, 8 before; earlier held-out losses are of other samples" in done.stdout
+    assert "step_00000004 holds no average; it begins at the weights of this checkpoint" in done.stdout
+    assert read_metrics(half)[-1]["eval/ema/loss"] > 0
     assert losses(half)[:4] == losses(reference[0])[:4]
     assert losses(half)[4:] == pytest.approx(losses(reference[0])[4:], rel=2e-5)
 
@@ -184,9 +192,11 @@ def test_another_optimizer_is_refused_and_changes_nothing(
     half: Path, pretrain_main: Main, micro_settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (half / "config.yaml").read_text()
-    other = ["optimizer.name=adafactor", "zero.stage=0", "resume_allow=[optimizer.name]"]
-    line = refusal(pretrain_main, [*micro_settings, *SAME, f"run_dir={half}", *other], capsys)
-    assert "optimizer.name: adafactor cannot continue from the states of another optimizer" in line
+    for name, stage in (("adafactor", 0), ("muon", 1)):
+        other = [f"optimizer.name={name}", f"zero.stage={stage}"]
+        for allowed in ([], ["resume_allow=[optimizer.name]"]):
+            line = refusal(pretrain_main, [*micro_settings, *SAME, f"run_dir={half}", *other, *allowed], capsys)
+            assert f"optimizer.name: {name} cannot continue from the states of another optimizer" in line
     assert (half / "config.yaml").read_text() == before
 
 
@@ -226,6 +236,28 @@ def test_adafactor_resumes_to_the_bit(run_pretrain: Pretrain, tmp_path: Path) ->
     run_pretrain(tmp_path / "two", *settings, "train.steps=2")
     run_pretrain(tmp_path / "two", *settings)
     assert losses(tmp_path / "two") == losses(tmp_path / "four")
+
+
+def test_muon_and_the_average_resume_to_the_bit(
+    run_pretrain: Pretrain,
+    pretrain_main: Main,
+    micro_settings: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Weights, momentum and average; an average that a start would not continue is named."""
+    settings = ("optimizer.name=muon", "zero.stage=2", "train.ema=0.9")
+    four, two = tmp_path / "four", tmp_path / "two"
+    run_pretrain(four, *settings)
+    run_pretrain(two, *settings, "train.steps=2")
+    arguments = [*micro_settings, *settings[:2], f"run_dir={two}", "--dry-run"]
+    assert pretrain_main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "step_00000002 holds does not go on" in printed and "muon   2 times encoder.layers.*.attention" in printed
+    run_pretrain(two, *settings)
+    assert losses(two) == losses(four)
+    files = [d / "checkpoints" / "step_00000004" / "rank_00000.safetensors" for d in (two, four)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:

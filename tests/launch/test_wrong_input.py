@@ -34,6 +34,8 @@ CASES = {
     "too few sentinels": (["data.num_sentinels=2"], "data.num_sentinels: 2"),
     "offload without stage 3": (["zero.offload=parameters", "zero.stage=2"], "zero.offload: parameters needs"),
     "offload at stage 0": (["zero.offload=optimizer", "zero.stage=0"], "zero.offload: optimizer needs"),
+    "muon with offload": (["optimizer.name=muon", "zero.offload=optimizer"], "optimizer.name: muon cannot work on"),
+    "an average of one weight": (["train.ema=1"], "train.ema: 1.0 is outside (0, 1)"),
     "adafactor under ZeRO": (["optimizer.name=adafactor", "zero.stage=2"], "optimizer.name: adafactor"),
     "cosine without horizon": (["schedule.name=cosine"], "schedule.total_steps: cosine needs a horizon"),
     "missing shards": (["data.shards=nowhere"], "nowhere"),

@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 from colt5dist.train import text_evaluation
-from colt5dist.train.engine.engine import Engine
 from colt5dist.train.run import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
@@ -18,7 +17,7 @@ from pretrain import main
 
 def stopping_at(step: int) -> Any:
     """`evaluate_texts` which asks for a stop once the first answers of a step are generated."""
-    evaluate, generate = text_evaluation.evaluate_texts, Engine.generate
+    evaluate, generate = text_evaluation.evaluate_texts, text_evaluation.generate
 
     def evaluated(run: Run, *arguments: Any) -> Any:
         def generated(*inputs: Any, **options: Any) -> Any:
@@ -26,7 +25,7 @@ def stopping_at(step: int) -> Any:
                 (run.run_dir / "STOP").touch()
             return generate(*inputs, **options)
 
-        with patch.object(Engine, "generate", generated):
+        with patch.object(text_evaluation, "generate", generated):
             return evaluate(run, *arguments)
 
     return evaluated

@@ -23,6 +23,7 @@ from colt5dist.train.checkpoint.best import early_stop, is_best, judge, name_bes
 from colt5dist.train.checkpoint.commit import rename_damaged
 from colt5dist.train.checkpoint.folders import (
     checkpoint_bytes,
+    has_average,
     model_problems,
     optimizer_problems,
     read_state,
@@ -44,6 +45,7 @@ __all__ = [
     "find_checkpoints",
     "find_damage",
     "folder_step",
+    "has_average",
     "is_best",
     "is_whole",
     "json_problem",

@@ -28,12 +28,12 @@ def judge(state: TrainerState, config: RunConfig, record: Mapping[str, float | i
     key = best_key(config)
     if key is None:
         return
-    state.evaluation_left_out = key not in record
+    state.evaluation_left_out = not record
     if state.evaluation_left_out:
         return
     if state.best_key != key:  # a resumed run may choose another one
         state.best_key, state.best_value, state.best_step, state.evaluations_since_best = key, None, 0, 0
-    value, best = record[key], state.best_value
+    value, best = record.get(key), state.best_value
     if value is None or not math.isfinite(value):
         state.evaluations_since_best += 1
     elif best is None or (value < best if smaller_is_better(key) else value > best):

@@ -1,16 +1,19 @@
 """Folders beside the checkpoints, and what the trainer asks of a checkpoint: its state, model and optimizer."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from colt5dist.errors import ConfigError
-from colt5dist.storage.checkpoints import WEIGHT, parameter_shapes_of, read_index, read_json
+from colt5dist.storage.checkpoints import AVERAGE, WEIGHT, parameter_shapes_of, read_index, read_json
 from colt5dist.storage.complete_file import FOLDER_NAME, FORMAT_VERSION, STATE, folder_name
 from colt5dist.storage.exported import ExportedReader, is_exported
 from colt5dist.train.checkpoint.trainer_state import TrainerState
-from colt5dist.train.config.schema import OptimizerConfig
+from colt5dist.train.config.schema import OptimizerConfig, RunConfig
+from colt5dist.train.optimizer.groups import ADAMW_MOMENTS, num_moments
+from colt5dist.train.optimizer.muon import MOMENTUM
 
 DAMAGED, UNREADABLE, REPLACED = "damaged", "unread", "replaced"
 """Endings of renamed checkpoints: changed after they were written, not readable, replaced by a new checkpoint."""
@@ -79,8 +82,9 @@ def model_problems(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str
 
 def optimizer_problems(folder: Path, config: OptimizerConfig) -> list[str]:
     """Check that a checkpoint's optimizer states are those of the configured optimizer; returns at most one line."""
-    keys = {key for _, key in read_index(folder)} - {WEIGHT}
-    if not keys or ("exp_avg" in keys) == (config.name == "adamw"):
+    keys = {key for _, key in read_index(folder)} - {WEIGHT, AVERAGE}
+    written_by = "muon" if MOMENTUM in keys else "adamw" if keys & set(ADAMW_MOMENTS) else "adafactor"
+    if not keys or written_by == config.name:
         return []
     return [
         f"optimizer.name: {config.name} cannot continue from the states of another optimizer in {folder}; set it "
@@ -88,9 +92,21 @@ def optimizer_problems(folder: Path, config: OptimizerConfig) -> list[str]:
     ]
 
 
-def checkpoint_bytes(num_parameters: int) -> int:
-    """Size of a checkpoint with AdamW's two moments, without its JSON: three float32 numbers per parameter."""
-    return 12 * num_parameters
+def has_average(folder: Path) -> bool:
+    """Whether a checkpoint holds a moving average of the weights."""
+    return any(key == AVERAGE for _, key in read_index(folder))
+
+
+def checkpoint_bytes(shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> int:
+    """Size of a checkpoint without its JSON: weights, moments, and the average of the weights, all float32.
+
+    Args:
+        shapes: name and shape of every parameter.
+        config: the run.
+    """
+    num_parameters = sum(map(math.prod, shapes.values()))
+    averages = 0 if config.train.ema is None else num_parameters
+    return 4 * (num_parameters + num_moments(shapes, config.optimizer) + averages)
 
 
 def index_content(shapes: dict[str, list[int]], parts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from colt5dist.storage.checkpoints import WEIGHT, FragmentReader, read_index
+from colt5dist.storage.checkpoints import AVERAGE, WEIGHT, FragmentReader, read_index
 from colt5dist.storage.complete_file import Damage, find_difference
 from colt5dist.storage.exported import ExportedReader, is_exported
 from colt5dist.train.checkpoint.folders import read_state
@@ -33,14 +33,16 @@ def find_damage(folder: Path, ranks: Ranks) -> Damage | None:
 
 
 def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False) -> TrainerState:
-    """Load the float32 weights and the moments from a checkpoint, in place; each rank reads only what it needs.
+    """Load float32 weights, moments and average from a checkpoint, in place; each rank reads only what it needs.
+
+    The moving average of the weights (`train.ema`) begins at the weights where the checkpoint has none.
 
     Call `fragments.refresh_parameters` afterwards on all ranks, once all have read their part.
 
     Args:
         folder: a whole checkpoint.
         engine: an engine of the same model; what it has trained is written over.
-        weights_only: leave the optimizer as new.
+        weights_only: leave the optimizer and the average as new.
 
     Returns:
         The trainer's integers.
@@ -56,6 +58,11 @@ def load_checkpoint(folder: Path, engine: Engine, *, weights_only: bool = False)
         shapes = {key: tuple(entry["shape"]) for key, entry in index.items()}
         fragments.create_optimizer_state(engine, state.optimizer_step, shapes)
     read_fragments(folder, index, engine, weights_only=weights_only)
+    if engine.average is not None:
+        if weights_only or not any(key == AVERAGE for _, key in index):
+            engine.average.begin()
+        else:
+            engine.average.num_updates = state.averaged_steps
     return state
 
 
@@ -78,18 +85,20 @@ def load_weights(folder: Path, engine: Engine) -> None:
     for fragment in fragments.needed_fragments(engine):
         if fragment.key == WEIGHT:
             reader.fill(fragment.name, WEIGHT, fragment.shape, fragment.offset, fragment.tensor)
+    if engine.average is not None:
+        engine.average.begin()
 
 
 def read_fragments(
     folder: Path, index: dict[tuple[str, str], dict[str, Any]], engine: Engine, *, weights_only: bool = False
 ) -> int:
-    """Fill the float32 weights and the moments that this rank holds.
+    """Fill the float32 weights, the moments and the average that this rank holds; the last as far as it is stored.
 
     Args:
         folder: a checkpoint.
         index: its content, from `read_index`.
         engine: an engine of the same model.
-        weights_only: leave the moments as they are.
+        weights_only: leave the moments and the average as they are.
 
     Returns:
         Number of bytes read.
@@ -98,6 +107,8 @@ def read_fragments(
     with FragmentReader(folder, index) as reader:
         for fragment in fragments.needed_fragments(engine):
             if weights_only and fragment.key != WEIGHT:
+                continue
+            if fragment.key == AVERAGE and (fragment.name, AVERAGE) not in index:
                 continue
             reader.fill(fragment.name, fragment.key, fragment.shape, fragment.offset, fragment.tensor)
             num_bytes += fragment.tensor.numel() * fragment.tensor.element_size()

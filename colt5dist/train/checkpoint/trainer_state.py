@@ -13,6 +13,8 @@ class TrainerState:
     """Number of the next sample in the run's order: the position in the data. Samples in data.skip count as read."""
     optimizer_step: int = 0
     """Optimizer steps that were applied."""
+    averaged_steps: int = 0
+    """Steps that the moving average of the weights has taken in since it began."""
     skipped_steps: int = 0
     """Steps that were skipped because a loss or gradient was not finite."""
     skipped_in_a_row: int = 0

@@ -23,12 +23,16 @@ def evaluation_keys(config: Any) -> list[str]:
     Args:
         config: the `RunConfig`.
     """
-    keys = [DEFAULT_KEY, "eval/bits_per_byte"]
-    names = parse_mixture(config.data.mixture).names
-    if config.train.eval_samples >= len(names):
-        keys += [f"eval/loss/{name}" for name in names]
+    objectives = parse_mixture(config.data.mixture).names
+    measured = ["loss", "bits_per_byte"]
+    if config.train.eval_samples >= len(objectives):  # they take turns
+        measured += [f"loss/{name}" for name in objectives]
+    sets = [entry.name for entry in (*config.data.validation, *config.data.sources) if entry.name]
+    keys = [f"{prefix}/{name}" for prefix in ("eval", *(f"eval/{name}" for name in sets)) for name in measured]
     if config.train.eval_shuffled_inputs:
         keys.append("eval/loss_shuffled_inputs")
+    if config.train.ema:
+        keys.append("eval/ema/loss")
     return [*keys, *(TEXT_KEYS if config.train.eval_generate_samples else ())]
 
 

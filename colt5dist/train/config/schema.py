@@ -66,6 +66,9 @@ class TrainConfig:
     heartbeat_port: int = keeps_result(0)
     """Port of rank 0's host on which the ranks tell each other that they are alive; 0: any free one. Set it where a
     firewall lets only some ports through between the hosts."""
+    ema: float | None = keeps_result(None)
+    """Decay rate of an exponential moving average of the weights, in (0, 1), for instance 0.999; null: none. It changes
+    no loss of the run; checkpoints hold it, evaluations measure it, and `--ema` takes it."""
     preflight: bool = keeps_result(False)
     """Before the first step of a start, check for a few seconds that each device multiplies matrices and sums over the
     ranks rightly, which ends the start otherwise, and name devices and links that are slower than the others."""
@@ -95,6 +98,8 @@ class TrainConfig:
             found.append(f"train.timeout_seconds: {self.timeout_seconds} is outside [2, 86400]; use for instance 600")
         if not 0 <= self.heartbeat_port <= 65_535:
             found.append(f"train.heartbeat_port: {self.heartbeat_port} is not a port; use 0 to 65535 (0: any free one)")
+        if self.ema is not None and not 0 < self.ema < 1:
+            found.append(f"train.ema: {self.ema} is outside (0, 1); use for instance 0.999, or null for no average")
         if (
             self.global_batch_size >= 1
             and self.micro_batch_size >= 1
@@ -111,9 +116,10 @@ class TrainConfig:
 class OptimizerConfig:
     """The optimizer. Weight decay is never applied to norms, routing vectors, biases (of positions) and embeddings."""
 
-    name: Literal["adamw", "adafactor"] = "adamw"
-    """adamw: any ZeRO stage. adafactor: only zero.stage 0 in fp32 (ZeRO's flat shards change what it computes); it is
-    PyTorch's, which uses the smaller of lr and 1 / sqrt(step), and no betas and eps."""
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """adamw: any ZeRO stage. muon: Muon for the matrices of attention and feed-forward layers, AdamW with the same rate
+    for all else; any ZeRO stage, without zero.offload. adafactor: only zero.stage 0 in fp32 (ZeRO's flat shards change
+    what it computes); it is PyTorch's, which uses the smaller of lr and 1 / sqrt(step), and no betas and eps."""
     lr: float = 1e-3
     """Largest learning rate, reached at the end of the warm-up."""
     beta1: float = 0.9
@@ -122,6 +128,8 @@ class OptimizerConfig:
     """Decay rate of AdamW's second moment, in [0, 1)."""
     eps: float = 1e-8
     """AdamW's epsilon, above 0."""
+    momentum: float = 0.95
+    """Decay rate of Muon's momentum, in [0, 1)."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices; 0: none."""
     gradient_clipping: float = 1.0
@@ -133,7 +141,7 @@ class OptimizerConfig:
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 found.append(f"optimizer.{name}: {getattr(self, name)} is not positive; use a number above 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1); use for instance 0.9")
         for name in ("weight_decay", "gradient_clipping"):
@@ -236,7 +244,8 @@ class CheckpointConfig:
     """What happens if a checkpoint cannot be written. The last one of a run, or before a stop, always ends the run with
     status 74. Older checkpoints are not changed in any case."""
     asynchronous: bool = keeps_result(False)
-    """Copy to host memory and write while training continues; needs 12 bytes of it per parameter, over all ranks."""
+    """Copy to host memory and write while training continues; needs host memory of the size of a checkpoint,
+    over all ranks."""
 
     def problems(self) -> list[str]:
         """Check these fields; returns what is wrong, one line per problem."""
@@ -369,6 +378,11 @@ class RunConfig:
             found.append(
                 f"optimizer.name: adafactor cannot work on the flat shards of zero.stage {self.zero.stage}; "
                 "set zero.stage=0 or optimizer.name=adamw"
+            )
+        if self.optimizer.name == "muon" and self.zero.offload != "none":
+            found.append(
+                f"optimizer.name: muon cannot work on what zero.offload {self.zero.offload} keeps in host memory; "
+                "set zero.offload=none or optimizer.name=adamw"
             )
         return found
 

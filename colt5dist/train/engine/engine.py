@@ -34,6 +34,7 @@ from colt5dist.train.engine.deepspeed_json import (
     uses_bf16,
 )
 from colt5dist.train.engine.flat_gradients import FlatGradients
+from colt5dist.train.engine.fragments import flat_weights, place_matrices, refresh_parameters
 from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.engine.gradients import DeepSpeedGradients
 from colt5dist.train.engine.micro_batch_graph import (
@@ -45,9 +46,11 @@ from colt5dist.train.engine.micro_batch_graph import (
     with_other_padding,
     without_needless_mask,
 )
-from colt5dist.train.engine.optimizer import build_optimizer
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import training_loss
+from colt5dist.train.optimizer.groups import build_optimizer
+from colt5dist.train.optimizer.muon import Muon
+from colt5dist.train.optimizer.weight_average import WeightAverage
 from colt5dist.train.ranks import sum_over_ranks
 
 
@@ -81,7 +84,10 @@ class Engine:
         self, config: RunConfig, world_size: int, device: torch.device, *, flat_gradients: bool | None = None
     ) -> None:
         import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        if Muon not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # tests hold it to a reference at every stage
         on_gpu = device.type == "cuda"
         self.device = device
         self.stage = engine_stage(config, on_gpu)
@@ -109,6 +115,9 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optimizer), config=settings
         )
+        place_matrices(self)
+        self.average = WeightAverage(flat_weights(self), config.train.ema) if config.train.ema else None
+        """The moving average of the weights (`train.ema`), if there is one."""
         self.news: list[str] = []
         """Lines for the log about what has been compiled; whoever prints them clears the list."""
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
@@ -388,37 +397,9 @@ class Engine:
             collect_routing=collect_routing,
         )
 
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        input_mask: torch.Tensor,
-        *,
-        sample_index: torch.Tensor,
-        max_new_tokens: int,
-        pad_id: int,
-        eos_id: int,
-    ) -> torch.Tensor:
-        """Write the targets of inputs that are on the host, greedily, with layers as they are written.
-
-        Not at ZeRO stage 3, where no rank has whole weights. No collective: ranks may call it differently often.
-
-        Args:
-            input_ids: (b, n) int64.
-            input_mask: (b, n) bool.
-            sample_index: (b,) int64, the samples' numbers.
-            max_new_tokens: most tokens, the end token included.
-            pad_id: the tokenizer's pad token.
-            eos_id: its end token.
-
-        Returns:
-            (b, new tokens) int64, as `CoLT5.generate` gives them.
-        """
-        assert self.stage != 3
-        model: Any = self.module
-        model.pad_id, model.eos_id = pad_id, eos_id
-        ids, mask, numbers = (tensor.to(self.device) for tensor in (input_ids, input_mask, sample_index))
-        with self._code(compiled=False):
-            return model.generate(ids, input_mask=mask, sample_index=numbers, max_new_tokens=max_new_tokens)
+    def as_written(self) -> AbstractContextManager[None]:
+        """A context in which layers run as they are written, not compiled."""
+        return self._code(compiled=False)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the global loss to those of its other micro-batches."""
@@ -436,7 +417,26 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         applied, norm = self.gradients.step()
+        if applied and self.average is not None:
+            self.average.update()
         return applied, norm if applied else math.nan
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights (`train.ema`), for evaluation; afterwards its own, to the bit.
+
+        Collective.
+        """
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        assert self.average is not None
+        self.average.swap()
+        refresh_parameters(self)
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""

@@ -1,5 +1,7 @@
 """Where DeepSpeed keeps the float32 weights and the optimizer's moments, as flat fragments of named parameters.
 
+The moving average of the weights, where there is one, has the layout of the weights.
+
 Every ZeRO stage holds the same numbers in other places. This file is the only one that knows them; it touches
 semi-private parts of DeepSpeed 0.19.8 (tests/train/engine/test_zero_stages.py probes them, run it again at each new
 version):
@@ -12,12 +14,34 @@ version):
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from colt5dist.storage.checkpoints import WEIGHT
-from colt5dist.train.engine.engine import Engine
+from colt5dist.storage.checkpoints import AVERAGE, WEIGHT
+from colt5dist.train.engine.gradient_sums import GradientSums
+from colt5dist.train.optimizer.groups import moment_keys, muon_matrices
+from colt5dist.train.optimizer.muon import Muon, Part
+from colt5dist.train.optimizer.weight_average import WeightAverage
+from colt5dist.train.ranks import gather_objects
+
+
+class Engine(Protocol):
+    """What is asked of the engine (`colt5dist.train.engine.engine.Engine`) here."""
+
+    deepspeed: Any
+    stage: int
+    average: WeightAverage | None
+    gradients: Any
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed wraps."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +91,18 @@ def create_optimizer_state(engine: Engine, optimizer_step: int, shapes: dict[tup
         optimizer_step: steps that the optimizer has applied.
         shapes: shape of the state by (parameter name, key), as the checkpoint's index has it.
     """
-    keys = sorted({key for _, key in shapes if key != WEIGHT})
-    for name, tensor in _state_owners(engine):
-        state = engine.torch_optimizer.state[tensor]
-        state["step"] = torch.tensor(float(optimizer_step), device=tensor.device)
-        for key in keys:
-            if name is None:
+    if engine.stage:
+        for number, flat in enumerate(flat_weights(engine)):
+            state = _state_at(engine, flat, optimizer_step)
+            for key in moment_keys(_parameter_group(engine, number)):
                 if key not in state:
-                    state[key] = torch.zeros_like(tensor)
-            elif (name, key) in shapes and key not in state:
-                state[key] = torch.zeros(shapes[name, key], dtype=torch.float32, device=tensor.device)
+                    state[key] = torch.zeros_like(flat)
+        return
+    for name, p in engine.module.named_parameters():
+        state = _state_at(engine, p, optimizer_step)
+        for key in sorted({key for _, key in shapes} - {WEIGHT, AVERAGE}):
+            if (name, key) in shapes and key not in state:
+                state[key] = torch.zeros(shapes[name, key], dtype=torch.float32, device=p.device)
 
 
 def forget_optimizer_state(engine: Engine) -> None:
@@ -93,7 +119,7 @@ def forget_optimizer_state(engine: Engine) -> None:
 
 def optimizer_step(engine: Engine) -> int:
     """Steps that the optimizer has applied (skipped ones not counted)."""
-    for _, tensor in _state_owners(engine):
+    for tensor in flat_weights(engine):
         state = engine.torch_optimizer.state.get(tensor)
         if state:
             return int(state["step"])
@@ -106,14 +132,18 @@ def refresh_parameters(engine: Engine) -> None:
         engine.deepspeed.optimizer.update_lp_params()
     elif engine.stage == 3:
         optimizer = engine.deepspeed.optimizer
+        if not isinstance(engine.gradients, GradientSums):
+            optimizer._partition_all_parameters()  # what it keeps gathered would stay as it is
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _flat_partitions(engine: Engine) -> list[torch.Tensor]:
-    """Stages 1-3: the flat float32 tensors that the optimizer steps on, one a parameter group (or sub-group)."""
+def flat_weights(engine: Engine) -> list[torch.Tensor]:
+    """The float32 tensors that the optimizer steps on: at stage 0 the parameters, else one a group (or sub-group)."""
+    if engine.stage == 0:
+        return list(engine.module.parameters())
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
@@ -122,12 +152,38 @@ def _flat_partitions(engine: Engine) -> list[torch.Tensor]:
     return list(optimizer.fp32_groups_flat_partition)
 
 
-def _state_owners(engine: Engine) -> Iterator[tuple[str | None, torch.Tensor]]:
-    """The tensors that key the optimizer's state; named at stage 0, where they are the parameters."""
-    if engine.stage:
-        yield from ((None, flat) for flat in _flat_partitions(engine))
-    else:
-        yield from engine.module.named_parameters()
+def place_matrices(engine: Engine) -> None:
+    """Tell Muon, if it is the optimizer, which part of which matrix each tensor holds; collective."""
+    optimizer = engine.torch_optimizer
+    if not isinstance(optimizer, Muon):
+        return
+    matrices = muon_matrices(engine.module)
+    parameters = {name: p for name, p in engine.module.named_parameters() if name in matrices}
+    if engine.stage == 0:
+        for name, p in parameters.items():
+            optimizer.place(p, [matrices[name]], [[Part(0, 0, 0, p.numel())]], rank=0)
+        return
+    places = {name: place for name, p in parameters.items() if (place := _place(engine, p))}
+    of_ranks = gather_objects(places)
+    for number, flat in enumerate(flat_weights(engine)):
+        names = [name for name in matrices if any(name in of and of[name][0] == number for of in of_ranks)]
+        parts = [[Part(names.index(name), *of[name][1:]) for name in names if name in of] for of in of_ranks]
+        if names:
+            optimizer.place(flat, [matrices[name] for name in names], parts, engine.deepspeed.global_rank)
+
+
+def _parameter_group(engine: Engine, number: int) -> dict[str, Any]:
+    """Stages 1-3: the optimizer's parameter group that a flat tensor belongs to."""
+    if engine.stage == 3:
+        number = engine.deepspeed.optimizer.sub_group_to_group_id[number]
+    return engine.torch_optimizer.param_groups[number]
+
+
+def _state_at(engine: Engine, tensor: torch.Tensor, optimizer_step: int) -> dict[str, Any]:
+    """The optimizer's state of a tensor, at a step."""
+    state = engine.torch_optimizer.state[tensor]
+    state["step"] = torch.tensor(float(optimizer_step), device=tensor.device)
+    return state
 
 
 def _states(engine: Engine, owner: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -138,14 +194,18 @@ def _states(engine: Engine, owner: torch.Tensor) -> Iterator[tuple[str, torch.Te
 
 
 def _whole_fragments(engine: Engine) -> Iterator[Fragment]:
-    for name, p in engine.module.named_parameters():
+    averages = engine.average.averages if engine.average else []
+    for number, (name, p) in enumerate(engine.module.named_parameters()):
         yield Fragment(name, WEIGHT, 0, tuple(p.shape), p.detach().view(-1))
         for key, state in _states(engine, p):
             yield Fragment(name, key, 0, tuple(state.shape), state.view(-1))
+        if averages:
+            yield Fragment(name, AVERAGE, 0, tuple(p.shape), averages[number].view(-1))
 
 
 def _sharded_fragments(engine: Engine) -> Iterator[Fragment]:
-    flats = _flat_partitions(engine)
+    flats = flat_weights(engine)
+    averages = engine.average.averages if engine.average else []
     for name, p in engine.module.named_parameters():
         place = _place(engine, p)
         if place is None:
@@ -155,6 +215,8 @@ def _sharded_fragments(engine: Engine) -> Iterator[Fragment]:
         yield Fragment(name, WEIGHT, offset, shape, flats[group].detach()[start : start + count])
         for key, state in _states(engine, flats[group]):
             yield Fragment(name, key, offset, shape, state[start : start + count])
+        if averages:
+            yield Fragment(name, AVERAGE, offset, shape, averages[group][start : start + count])
 
 
 def _place(engine: Engine, p: Any) -> tuple[int, int, int, int] | None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from colt5dist.errors import TrainingFault
 from colt5dist.train.ranks import Ranks, barrier, describe_ranks, gather_rows
+from colt5dist.wording import count
 
 SLOW = 0.8
 """Share of the median rate below which a device or a link is named."""
@@ -271,8 +272,8 @@ def wrong_results(rows: list[Measured], places: list[str]) -> list[str]:
     """
     advice = "leave this device out, or start without this check (train.preflight=false)"
     lines = [
-        f"train.preflight: {place} computes wrongly: {int(row.wrong_products):,} elements of a matrix product are not "
-        f"what they must be; {advice}"
+        f"train.preflight: {place} computes wrongly: {count(int(row.wrong_products), 'wrong element')} in a matrix "
+        f"product; {advice}"
         for place, row in zip(places, rows, strict=True)
         if row.wrong_products
     ]
@@ -287,7 +288,7 @@ def wrong_results(rows: list[Measured], places: list[str]) -> list[str]:
 def _line(rows: list[Measured], summed: int, seconds: float) -> str:
     """The line of rates; that of the all-reduce is the bytes that each rank sends, per second."""
     rates = sorted(row.product_rate for row in rows)
-    parts = [f"preflight: {len(rows)} rank{'s' if len(rows) > 1 else ''}", f"products {_span(rates)}"]
+    parts = [f"preflight: {count(len(rows), 'rank')}", f"products {_span(rates)}"]
     if len(rows) > 1:
         sent = 2 * (len(rows) - 1) / len(rows) * summed
         parts.append(f"all-reduce {_bytes(sent / max(row.sum_seconds for row in rows))}")

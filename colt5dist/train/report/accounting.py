@@ -164,14 +164,21 @@ def gathered_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def state_memory(
-    config: RunConfig, num_parameters: int, world_size: int, on_gpu: bool, *, num_gathered: int = 0
+    config: RunConfig,
+    num_parameters: int,
+    world_size: int,
+    on_gpu: bool,
+    *,
+    num_gathered: int = 0,
+    num_moments: int | None = None,
 ) -> list[StateMemory]:
     """Memory of the model states per device at each ZeRO stage, without offload and communication buckets.
 
-    Bytes per parameter in bf16: weights 2; float32 copy and AdamW's moments 12; gradients where we sum them (on GPUs
+    Bytes per parameter in bf16: weights 2; float32 copy 4 and AdamW's moments 8; gradients where we sum them (on GPUs
     without offload) 4 for the float32 sums, and at stage 2 on several devices 2 for one micro-batch's whole gradient;
     where DeepSpeed does 2 when computed and 4 summed. In fp32: weights 4, gradients 4 (and 4 for stage 2's whole
-    gradient), moments 8, and from stage 1 on a copy of the device's own share, 4.
+    gradient), moments 8, and from stage 1 on a copy of the device's own share, 4. An average of the weights
+    (`train.ema`) takes 4, shared out as moments are. Muon's matrices have moments of 4.
 
     Args:
         config: the run.
@@ -179,6 +186,8 @@ def state_memory(
         world_size: number of devices.
         on_gpu: whether the devices are GPUs, which decides the precision `auto`.
         num_gathered: parameters that stage 3 holds whole at once (`gathered_elements`).
+        num_moments: float32 numbers that the optimizer keeps besides the weights (`num_moments` in
+            colt5dist/train/optimizer/groups.py); None: two a parameter.
 
     Returns:
         One entry per ZeRO stage, 0 to 3.
@@ -186,6 +195,8 @@ def state_memory(
     w = world_size
     bf16 = uses_bf16(config, on_gpu)
     whole = 2 if bf16 else 4
+    kept = 2 * num_parameters if num_moments is None else num_moments
+    kept += 0 if config.train.ema is None else num_parameters
     rows = []
     for stage in (0, 1, 2, 3):
         flat = sums_flat(replace(config, zero=replace(config.zero, stage=stage)), on_gpu)
@@ -195,9 +206,10 @@ def state_memory(
             gradients += whole if stage == 2 and w > 1 else 0
         else:
             gradients = (6 if bf16 else 4) / (w if stage >= 2 else 1)
-        states: float = 12 / w if bf16 or stage else 8  # in bf16 stage 0 runs as stage 1
+        # in bf16 stage 0 runs as stage 1
+        states = 4 * (num_parameters + kept) / w if bf16 or stage else 4 * kept
         weights = whole / (w if stage == 3 else 1)
         gathered = whole * num_gathered if flat and stage == 3 and w > 1 else 0
-        total = num_parameters * (weights + gradients + states) + gathered
+        total = num_parameters * (weights + gradients) + states + gathered
         rows.append(StateMemory(stage, round(total), round(num_parameters * gradients)))
     return rows

@@ -1,7 +1,11 @@
 """The report of `--dry-run`: what a run would do and need, without GPUs, shards or other processes."""
 
+import re
+from collections import Counter
 from dataclasses import replace
 from operator import attrgetter
+
+import torch
 
 from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 from colt5dist.data.sample_lengths import length_notes, required_sentinels, text_tokens_of_sample
@@ -10,7 +14,8 @@ from colt5dist.train.checkpoint import checkpoint_bytes
 from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import engine_stage, library_problems
-from colt5dist.train.engine.engine import num_elements, parameter_shapes
+from colt5dist.train.engine.engine import build_model, num_elements, parameter_shapes
+from colt5dist.train.optimizer.groups import muon_matrices, num_moments
 from colt5dist.train.report.accounting import (
     describe_batch,
     gathered_elements,
@@ -49,7 +54,8 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         config_to_yaml(config).rstrip(),
         "",
         f"parameters: {num_parameters:,}",
-        f"checkpoint: {checkpoint_bytes(num_parameters) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, plus "
+        *optimizer_lines(config),
+        f"checkpoint: {checkpoint_bytes(shapes, config) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, plus "
         "one while it is written",
         f"sentinels needed: {0 if config.data.is_pairs else required_sentinels(config.data)}",
         f"tokens of the run: {input_and_target(*run_tokens)}, in {count(train.steps, 'step')}",
@@ -67,7 +73,11 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     sizes = sorted({world_size, *WORLD_SIZES})
     lines.append("  ZeRO stage " + "".join(f"{count(size, 'GPU'):>12}" for size in sizes))
     gathered = gathered_elements(shapes)
-    tables = [state_memory(config, num_parameters, size, on_gpu=True, num_gathered=gathered) for size in sizes]
+    kept = num_moments(shapes, config.optimizer)
+    tables = [
+        state_memory(config, num_parameters, size, on_gpu=True, num_gathered=gathered, num_moments=kept)
+        for size in sizes
+    ]
     for row in zip(*tables, strict=True):
         lines.append(f"  {row[0].stage:<10} " + "".join(f"{cell.device_bytes / 1e9:>12.2f}" for cell in row))
     if engine_stage(replace(config, zero=replace(config.zero, stage=0)), on_gpu=True) == 1:
@@ -76,6 +86,31 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         )
     lines += [f"note: {line}" for line in settings_without_effect(config, on_gpu=True)]
     return "\n".join(lines)
+
+
+def optimizer_lines(config: RunConfig) -> list[str]:
+    """Which parameters are Muon's and which are AdamW's; nothing where one optimizer has all.
+
+    Args:
+        config: the run.
+    """
+    if config.optimizer.name != "muon":
+        return []
+    with torch.device("meta"):
+        model = build_model(config)
+    matrices = muon_matrices(model)
+    found: Counter[tuple[str, str]] = Counter()
+    num_elements_of: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        optimizer = "muon" if name in matrices else "adamw"
+        text = f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {' x '.join(map(str, p.shape))}"
+        if name in matrices and matrices[name].num_maps > 1:
+            text += f", as {matrices[name].num_maps} of {p.shape[0] // matrices[name].num_maps} x {p.shape[1]}"
+        found[optimizer, text] += 1
+        num_elements_of[optimizer] += p.numel()
+    heading = f"muon for {num_elements_of['muon']:,} parameters, adamw for {num_elements_of['adamw']:,}"
+    rows = sorted(found.items(), key=lambda row: row[0][0] != "muon")  # otherwise in the model's order
+    return [f"optimizer: {heading}:", *(f"  {of:<6} {count(number, 'time')} {text}" for (of, text), number in rows)]
 
 
 def input_and_target(num_input: int, num_target: int) -> str:

@@ -19,6 +19,7 @@ from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import engine_stage, sums_flat, uses_bf16
 from colt5dist.train.engine.engine import num_elements, parameter_shapes
+from colt5dist.train.optimizer.groups import num_moments
 from colt5dist.train.report.accounting import (
     StateMemory,
     gathered_elements,
@@ -166,8 +167,8 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
     config = load_config(config_file, list(settings))
     if config.train.global_batch_size % gpus.num_gpus:
         raise ConfigError("\n".join(config.batch_problems(gpus.num_gpus)))
-    if config.optimizer.name != "adamw":
-        raise ConfigError(f"optimizer.name: a plan is for adamw, not {config.optimizer.name}; leave it out")
+    if config.optimizer.name == "adafactor":
+        raise ConfigError("optimizer.name: a plan is for adamw or muon, not adafactor; leave it out")
     if tokens is not None and not (math.isfinite(tokens) and tokens >= 1):
         raise ConfigError(f"--tokens: {tokens} is not positive; use for instance 1e11")
     given = {key for key in PLANNED_KEYS if any(setting.split("=")[0].strip() == key for setting in settings)}
@@ -178,7 +179,8 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
     if tokens is None:
         tokens = sum(tokens_of_run(config, attrgetter(f"{side}_length")) for side in ("input", "target"))
     steps = math.ceil(tokens / per_step)
-    num_parameters = sum(map(num_elements, parameter_shapes(config).values()))
+    shapes = parameter_shapes(config)
+    num_parameters = sum(map(num_elements, shapes.values()))
     lines = [
         f"plan: {count(gpus.num_gpus, 'GPU')} ({gpus.name}, {gpus.memory_bytes / GIB:g} GiB each) on "
         f"{count(gpus.num_hosts, 'host')}, {num_parameters:,} parameters",
@@ -188,7 +190,7 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
         f"  {'stage':>5} {'checkpointing':<17} {'micro-batch':>11} {'states':>7} {'gradients':>9} {'activations':>11} "
         f"{'buckets':>7} {'graphs':>7} {'CUDA':>5} {'total':>7}  {'fits':<5} {'s/step':>8} {'days':>8}",
         *(_row(option, steps, "*" if option is best else " ") for option in shown(options, best)),
-        *_checkpoint_lines(config, num_parameters, steps),
+        *_checkpoint_lines(config, checkpoint_bytes(shapes, config), steps),
         *_notes(config, gpus, num_parameters),
     ]
     if best is None:
@@ -237,7 +239,14 @@ def plan_options(config: RunConfig, gpus: Cluster, given: set[str]) -> list[Opti
         stages = [engine_stage(config, on_gpu=True)]
     shapes = parameter_shapes(config)
     num_parameters, gathered = sum(map(num_elements, shapes.values())), gathered_elements(shapes)
-    states = state_memory(config, num_parameters, gpus.num_gpus, on_gpu=True, num_gathered=gathered)
+    states = state_memory(
+        config,
+        num_parameters,
+        gpus.num_gpus,
+        on_gpu=True,
+        num_gathered=gathered,
+        num_moments=num_moments(shapes, config.optimizer),
+    )
     # of a micro-batch of one sample
     plain = kept_bytes(_with(config, 1, "none"), 1, on_gpu=True)
     kept = {way: plain if way == "none" else kept_bytes(_with(config, 1, way), 1, on_gpu=True) for way in ways}
@@ -392,9 +401,9 @@ def _row(option: Option, steps: int, mark: str) -> str:
     )
 
 
-def _checkpoint_lines(config: RunConfig, num_parameters: int, steps: int) -> list[str]:
+def _checkpoint_lines(config: RunConfig, size: int, steps: int) -> list[str]:
     """What checkpoints take on disk."""
-    size, kept = checkpoint_bytes(num_parameters), config.checkpoint.keep_last
+    kept = config.checkpoint.keep_last
     forever = steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
     extra = f", and {forever:,} that are never deleted" if forever else ""
     return [
@@ -414,6 +423,8 @@ def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
         lines.append("note: the model is smaller than any that was measured, and will be slower than this")
     if not config.data.input_length or not uses_bf16(config, on_gpu=True):
         lines.append("note: measured were encoder-decoders in bf16; for this run, memory and time are rough guesses")
+    if config.optimizer.name == "muon":
+        lines.append("note: times were measured with AdamW; what Muon computes and sends besides is left out")
     if gpus.num_gpus > 1:
         rate = BYTES_PER_SECOND_IN_HOST if gpus.num_hosts == 1 else BYTES_PER_SECOND_BETWEEN_HOSTS
         lines.append(f"note: links are assumed to carry {rate / 1e9:g} GB/s for each GPU")

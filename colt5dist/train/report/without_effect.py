@@ -98,6 +98,8 @@ def _text(config: RunConfig) -> Unread:
 
 def _optimizer(config: RunConfig) -> Unread:
     optimizer, schedule = config.optimizer, config.schedule
+    if optimizer.name != "muon":
+        yield "optimizer.momentum", f"optimizer.name={optimizer.name} does not read it"
     if optimizer.name == "adafactor":
         for key in ("beta1", "beta2", "eps"):
             yield f"optimizer.{key}", "optimizer.name=adafactor does not read it"

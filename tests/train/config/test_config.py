@@ -87,6 +87,9 @@ def test_settings_of_fine_tuning_that_do_not_fit(tmp_path: Path, settings: list[
 def test_every_score_of_texts_can_choose_the_best(tmp_path: Path) -> None:
     for key in ("eval/loss/pairs", "eval/rouge_geometric_mean", "eval/rouge2", "eval/f1", "eval/exact_match"):
         assert load(tmp_path, "", *PAIRS, f"checkpoint.keep_best={key}").checkpoint.keep_best == key
+    others = ("data.validation=[{name: books, shards: x}]", "train.ema=0.99")
+    for key in ("eval/books/loss", "eval/ema/loss"):
+        assert load(tmp_path, "", *others, f"checkpoint.keep_best={key}").checkpoint.keep_best == key
 
 
 def test_no_clipping_is_passed_to_deepspeed(tmp_path: Path) -> None:

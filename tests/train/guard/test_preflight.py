@@ -36,7 +36,9 @@ def test_a_slow_rank_is_named(found: list[dict[str, dict[str, str]]]) -> None:
 
 def test_a_rank_that_computes_wrongly_ends_the_start(found: list[dict[str, dict[str, str]]]) -> None:
     fault = found[0]["wrong"]["fault"]
-    assert re.match(r"train.preflight: rank 1 on \S+ \(cpu\) computes wrongly: 1 elements of a matrix product", fault)
+    assert re.match(
+        r"train.preflight: rank 1 on \S+ \(cpu\) computes wrongly: 1 wrong element in a matrix product", fault
+    )
     assert found[1]["wrong"]["fault"] == fault and f"error: {fault}\n" in found[0]["wrong"]["err"]
 
 

@@ -58,6 +58,11 @@ def test_memory_falls_with_the_stage_and_the_devices() -> None:
     assert by_deepspeed == [9_500_000, 9_500_000, 4_250_000, 2_500_000]
     cpu = [row.device_bytes for row in state_memory(config, 1_000_000, 2, on_gpu=False)]
     assert cpu == [16_000_000, 14_000_000, 12_000_000, 10_000_000]
+    averaged = load_config(CONFIGS / "base.yaml", ["train.ema=0.999"])  # 4 bytes a parameter; Muon: 4 fewer a matrix
+    muon = [row.device_bytes for row in state_memory(averaged, 1_000_000, 8, on_gpu=True, num_moments=1_200_000)]
+    assert muon == [bytes_of + 500_000 - 400_000 for bytes_of in eight]
+    cpu = [row.device_bytes for row in state_memory(averaged, 1_000_000, 2, on_gpu=False)]
+    assert cpu == [20_000_000, 16_000_000, 14_000_000, 12_000_000]
 
 
 def test_stage_3_holds_two_layers_and_the_rest_whole() -> None:

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "data.shards=somewhere": (("data.sources=[{shards: a}]",), ()),
     "data.cache_gb=3": ((), ("data.shards=https://host/shards",)),
     "optimizer.beta2=0.99": (("optimizer.name=adafactor", "zero.stage=0"), ()),
+    "optimizer.momentum=0.9": ((), ("optimizer.name=muon",)),
     "zero.reduce_dtype=bf16": ((), ("train.precision=bf16",)),
     "zero.persistence_threshold=5": ((), ("zero.stage=3",)),
     "health.skip_steps=3": ((), ROLLBACK),

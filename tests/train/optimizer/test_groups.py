@@ -1,4 +1,4 @@
-"""Which parameters are decayed, by their names and shapes in each kind of model."""
+"""Which parameters are decayed and are Muon's, by their names and shapes in each kind of model."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import OptimizerConfig
 from colt5dist.train.engine.engine import build_model
-from colt5dist.train.engine.optimizer import build_optimizer
+from colt5dist.train.optimizer.groups import build_optimizer, muon_matrices, num_moments
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MATRICES = ("to_qkv.weight", "to_q.weight", "to_kv.weight", "to_hidden.weight", "to_out.weight")
@@ -33,3 +33,18 @@ def test_only_the_projections_are_decayed(name: str, settings: list[str]) -> Non
     assert by_decay[0.3] == {parameter for parameter in names.values() if parameter.endswith(MATRICES)}
     assert by_decay[0.0] == set(names.values()) - by_decay[0.3]
     assert ("model.light_positions=relative" in settings) == any("relative_bias" in n for n in by_decay[0.0])
+    muon = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.3))
+    groups = {bool(group.get("is_muon")): {names[id(p)] for p in group["params"]} for group in muon.param_groups}
+    assert groups == {True: by_decay[0.3], False: by_decay[0.0]}
+    matrices = muon_matrices(model)
+    assert set(matrices) == by_decay[0.3]
+    for parameter, matrix in matrices.items():
+        part = parameter.split(".")[-2]
+        assert (matrix.rows, matrix.columns) == model.get_parameter(parameter).shape
+        assert matrix.num_maps == {"to_qkv": 3, "to_kv": 2, "to_hidden": 2}.get(part, 1)
+        heads = model.get_submodule(parameter.rsplit(".", 2)[0]).heads if "heavy_attn.to_kv" in parameter else 1
+        assert matrix.outer == heads
+    shapes = {parameter: tuple(p.shape) for parameter, p in model.named_parameters()}
+    total, of_muon = sum(p.numel() for p in model.parameters()), sum(m.num_elements for m in matrices.values())
+    assert num_moments(shapes, OptimizerConfig(name="muon")) == 2 * total - of_muon
+    assert num_moments(shapes, OptimizerConfig()) == 2 * total

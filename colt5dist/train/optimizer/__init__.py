@@ -1,0 +1,1 @@
+"""Optimizers: which parameter gets which, Muon, and the moving average of the weights."""

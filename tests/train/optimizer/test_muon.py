@@ -1,0 +1,96 @@
+"""Muon's parts in one process; at ZeRO stages it is tested in tests/train/engine/test_muon_and_average.py."""
+
+import pytest
+import torch
+
+from colt5dist.train.optimizer import muon
+from colt5dist.train.optimizer.muon import Exchange, Matrix, Muon, Part, orthogonalise, owners
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 48), (2, 16, 96), (2, 96, 16)], ids=str)
+def test_singular_values_come_near_1(shape: tuple[int, int, int]) -> None:
+    """Whatever the scale; directions stay, a matrix of a stack does not depend on the others, and zeros stay zeros."""
+    maps = 1e-4 * torch.randn(shape)
+    done = orthogonalise(maps)
+    values = torch.linalg.svdvals(done)
+    assert values.min() > 0.3 and values.max() < 1.3
+    torch.testing.assert_close(orthogonalise(maps[1:2] * 1e4), done[1:2], rtol=1e-3, atol=1e-3)
+    left, _, right = torch.linalg.svd(maps, full_matrices=False)
+    off_diagonal = left.mT @ done @ right.mT - torch.diag_embed((left.mT @ done @ right.mT).diagonal(dim1=-2, dim2=-1))
+    assert off_diagonal.abs().max() < 1e-2
+    assert not orthogonalise(torch.zeros(shape)).any()
+
+
+def test_a_step_is_that_of_pytorch() -> None:
+    """Two steps of torch.optim.Muon, which iterates in bf16 (8 bits), with the factor that fits AdamW's rate."""
+    start, gradients = torch.randn(24, 64), torch.randn(2, 24, 64)
+    settings = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
+    weight, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    other = torch.nn.Parameter(torch.zeros(3))
+    ours = Muon([weight], [other], betas=(0.9, 0.95), eps=1e-8, **settings)
+    ours.place(weight, [Matrix(24, 64)], [[Part(0, 0, 0, weight.numel())]], rank=0)
+    published = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
+    for gradient in gradients:
+        weight.grad, theirs.grad, other.grad = gradient.clone(), gradient.clone(), torch.ones(3)
+        ours.step()
+        published.step()
+    assert (weight - start).norm() > 0.1
+    assert (weight - theirs).norm() < 0.02 * (weight - start).norm()
+    assert other.tolist() == pytest.approx([-0.2] * 3)  # AdamW: the rate in each step
+
+
+def test_rows_of_maps_are_found_again() -> None:
+    """Keys and values of two heads alternate; queries, keys and values lie below each other."""
+    weight = torch.arange(8.0).repeat_interleave(3)
+    heads = Matrix(8, 3, outer=2, num_maps=2)
+    assert heads.split(weight)[:, :, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    stacked = Matrix(8, 3, num_maps=4)
+    assert stacked.split(weight)[:, :, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for matrix in (heads, stacked):
+        assert torch.equal(matrix.join(matrix.split(weight)), weight)
+
+
+def test_ranks_share_the_work() -> None:
+    matrices = [Matrix(64, 64)] * 6 + [Matrix(256, 64)] * 5 + [Matrix(16, 64)] * 9
+    owner = owners(matrices, 4)
+    load = [sum(m.cost for m, of in zip(matrices, owner, strict=True) if of == rank) for rank in range(4)]
+    assert max(load) <= 1.5 * sum(load) / 4
+    assert len(set(owners([Matrix(8, 8)] * 2, 3))) == 2  # a rank may have none
+
+
+def test_rounds_bound_the_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat tensor of five matrices and padding, in one round and in five."""
+    matrices = [Matrix(8, 4), Matrix(4, 4), Matrix(6, 4, num_maps=3), Matrix(8, 4, 2, 2), Matrix(4, 12)]
+    sizes = [matrix.num_elements for matrix in matrices]
+    parts = [Part(number, sum(sizes[:number]), 0, size) for number, size in enumerate(sizes)]
+    start, gradient = torch.randn(sum(sizes) + 3), torch.randn(sum(sizes) + 3)
+    found = []
+    for at_once, num_rounds in ((2**20, 1), (31, 5)):
+        monkeypatch.setattr(muon, "ELEMENTS_AT_ONCE", at_once)
+        flat = torch.nn.Parameter(start.clone())
+        optimizer = Muon(
+            [flat],
+            [torch.nn.Parameter(torch.zeros(1))],
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.0,
+            betas=(0.9, 0.9),
+            eps=1e-8,
+        )
+        optimizer.place(flat, matrices, [parts], rank=0)
+        assert len(optimizer._exchanges[flat]) == num_rounds
+        flat.grad = gradient.clone()
+        optimizer.step()
+        found.append(flat.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[0][-3:], start[-3:]) and not torch.isclose(found[0][:-3], start[:-3]).any()
+
+
+def test_parts_of_two_ranks_are_sent_to_the_owners() -> None:
+    """What each rank sends to and receives from each: a matrix that is cut, and one that lies on one rank."""
+    matrices = [Matrix(4, 4), Matrix(2, 4)]
+    parts = [[Part(0, 0, 0, 10)], [Part(0, 0, 10, 6), Part(1, 6, 0, 8)]]
+    first, second = (Exchange(matrices, parts, rank) for rank in (0, 1))
+    assert (first.mine, second.mine) == ([0], [1])
+    assert (first._num_sent, first._num_received) == ([10, 0], [10, 6])
+    assert (second._num_sent, second._num_received) == ([6, 8], [0, 8])
