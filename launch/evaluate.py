@@ -32,6 +32,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--shards", nargs="+", default=[], metavar="DIR", help="shard sets, each measured by itself")
     what.add_argument("--pairs", type=Path, metavar="JSONL", help="inputs with their targets, an object a line")
+    add("--routing-map", type=Path, metavar="PNG", help="instead draw what is routed in a held-out document")
     add("--samples", type=positive, help="samples of each set (default: train.eval_samples; of pairs: all)")
     add("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
     add("--ema", action="store_true", help="take the moving average of the weights (train.ema)")
@@ -53,6 +54,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     given = [action for action in of_pairs if hasattr(options, action.dest)]
     if given and options.pairs is None:
         parser.error(f"{', '.join(action.option_strings[0] for action in given)}: of no use without --pairs")
+    if options.routing_map and (options.pairs or options.samples):
+        parser.error("--routing-map: draws one document of --shards; leave --pairs and --samples out")
     options.of_pairs = {action.dest: getattr(options, action.dest) for action in given}
     return options
 
@@ -65,6 +68,7 @@ def main(arguments: list[str]) -> int:
     from colt5dist.pretrained.evaluate_pairs import evaluate_stored_pairs
     from colt5dist.pretrained.evaluate_shards import evaluate_stored
     from colt5dist.pretrained.processes import joined_processes
+    from colt5dist.pretrained.routing.of_trained_model import draw_trained
     from colt5dist.train.ranks import exit_for_wrong_input, ranks_from_environment
 
     report: Any
@@ -73,7 +77,10 @@ def main(arguments: list[str]) -> int:
         common: dict[str, Any] = {"step": options.step, "ema": options.ema, "num_samples": options.samples}
         common |= {"rank": ranks.rank, "world_size": ranks.world_size}
         with joined_processes(ranks.world_size, ranks.local_rank) as device:
-            if options.pairs is not None:
+            if options.routing_map is not None:
+                common = {"step": options.step, "device": device, "is_first": ranks.is_first}
+                report = draw_trained(options.path, options.routing_map, options.shards, **common)
+            elif options.pairs is not None:
                 of_pairs = options.of_pairs
                 report = evaluate_stored_pairs(options.path, options.pairs, device=device, **common, **of_pairs)
             else:

@@ -61,6 +61,7 @@ MICRO_SETTINGS = (
     "schedule.warmup_steps=4",
     "zero.persistence_threshold=0",
     "train.compile=off",
+    "monitor.held_out_sample=false",
 )
 """A complete CoLT5 of some ten thousand parameters; the threshold makes stage 3 shard even its smallest ones."""
 

@@ -23,8 +23,8 @@ PAGES = [
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
-OF_A_RUN = {"config.yaml"}
-"""Files that look like the repository's and are written by a run."""
+OF_A_RUN = {"config.yaml", "map.png", "map_kinds.png"}
+"""Files that look like the repository's and are written by a command."""
 OF_OTHERS = {
     "--num_gpus": "deepspeed",
     "--num_accelerators": "deepspeed",
@@ -39,6 +39,7 @@ OF_OTHERS = {
     "--ntasks-per-node": "srun",
     "--gpus-per-node": "srun",
     "--logdir": "tensorboard",
+    "--samples_per_plugin": "tensorboard",
     "--signal": "sbatch",
     "--container-image": "srun",
     "--container-mounts": "srun",

@@ -21,6 +21,7 @@ from colt5dist.train.losses import LossMeans
 from colt5dist.train.ranks import raise_together
 from colt5dist.train.read_ahead import ReadAhead
 from colt5dist.train.report.accounting import step_flops
+from colt5dist.train.report.held_out_view import show_held_out
 from colt5dist.train.report.monitor import Record
 from colt5dist.train.report.profile import Profile
 from colt5dist.train.run import Run
@@ -223,10 +224,15 @@ def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False
         record = evaluate(
             run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted
         )
-        return record | (evaluate_texts(run, run.config.stage_at(run.state.step), stop_wanted) if texts else {})
+        if texts:
+            record |= evaluate_texts(run, run.config.stage_at(run.state.step), stop_wanted)
     except CutShortError:
         run.monitor.say(f"the evaluation of step {run.state.step} is left out: a request to stop")
         return {}
+    if run.config.monitor.held_out_sample and run.state.step > 0:
+        with run.heartbeat.patient("showing a held-out sample", run.state.step):
+            show_held_out(run.monitor, run.engine, held_out.batches[0], run.tokenizer, run.state.step, run.objectives)
+    return record
 
 
 def judged_evaluation(run: Run, held_out: HeldOut) -> Record:

@@ -30,6 +30,7 @@ from colt5dist.train.checkpoint import (
     load_weights,
     name_best,
 )
+from colt5dist.train.config.load import config_leaves, config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
@@ -53,7 +54,8 @@ from colt5dist.train.ranks import (
 from colt5dist.train.report.accounting import describe_batch, step_flops, tokens_of_run
 from colt5dist.train.report.meter import Meter
 from colt5dist.train.report.monitor import Monitor
-from colt5dist.train.report.summary import summary
+from colt5dist.train.report.summary import summary, tensorboard_command
+from colt5dist.train.report.weights_and_biases import WeightsAndBiases, check_wandb
 from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.train.run import Run
 from colt5dist.wording import count
@@ -122,14 +124,25 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         if ranks.is_first:
             name_best_at_start(run_dir, plan.state, config)
         meter = Meter(device, hosts, step_flops(config))
-        monitor = Monitor(run_dir, is_first=ranks.is_first, first_step=plan.state.step, num_steps=config.train.steps)
+        wandb = open_wandb(config, ranks, run_dir, run_id)
+        monitor = Monitor(
+            run_dir,
+            is_first=ranks.is_first,
+            first_step=plan.state.step,
+            num_steps=config.train.steps,
+            wandb=wandb,
+        )
         checkpoints = run_dir / run_directory.CHECKPOINTS
         with monitor:
             notes = [f"note: {note}" for stage in config.stages for note in length_notes(stage.data)]
             notes += [f"note: {line}" for line in settings_without_effect(config, on_gpu=device.type == "cuda")]
             description = (*describe(config, ranks, engine, shapes), *describe_data(config, shards))
-            for line in (*plan.notes, *dict.fromkeys(notes), *description):
+            look = f"look at it: {tensorboard_command(run_dir)}"
+            lines = (*plan.notes, *dict.fromkeys(notes), *description, look)
+            for line in lines:
                 monitor.say(line)
+            settings = config_leaves(config) | {"parameters": num_parameters(shapes), "processes": ranks.world_size}
+            monitor.begin(settings, config_to_yaml(config), lines, run_id)
             run = Run(
                 config=config,
                 run_dir=run_dir,
@@ -161,10 +174,10 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
                 stopped = reason.value if reason else None
                 run_directory.record_end(run_dir, plan.state.step, stopped, early)
                 rate = meter.mean_rate
-                lines = summary(
+                ending = summary(
                     run_dir, plan.state, stopped, finished_early=early, unigram_entropy=entropy, tokens_per_second=rate
                 )
-                print(lines, flush=True)
+                print(ending, flush=True)
             barrier()  # otherwise rank 0 could count a rank that exits first as lost
         engine.close()
         finish_process_group()
@@ -239,6 +252,18 @@ def name_best_at_start(run_dir: Path, state: TrainerState, config: RunConfig) ->
             name_best(run_dir / run_directory.CHECKPOINTS, run_id, state, config.checkpoint.keep_best)
 
 
+def open_wandb(config: RunConfig, ranks: Ranks, run_dir: Path, run_id: str) -> WeightsAndBiases | None:
+    """Open the run in Weights & Biases on rank 0, if the configuration asks for it; collective.
+
+    Raises:
+        ConfigError: on all ranks, if it cannot be opened.
+    """
+    if not config.monitor.wandb:
+        return None
+    with errors_on_all_ranks():
+        return WeightsAndBiases(run_dir, run_id, config_leaves(config)) if ranks.is_first else None
+
+
 def load_start(plan: resume.StartPlan, engine: Engine) -> None:
     """Load the checkpoint that the plan names into the engine, if there is one; collective.
 
@@ -269,6 +294,8 @@ def check_devices(config: RunConfig, ranks: Ranks) -> None:
     problems = device_problems(config, ranks.world_size, torch.cuda.device_count(), ranks.local_world_size)
     if problems:
         raise ConfigError("\n".join(problems))
+    if config.monitor.wandb:
+        check_wandb()
 
 
 def open_run_shards(config: RunConfig) -> Sources:
@@ -328,7 +355,7 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
         engine: the engine of the run.
         shapes: name and shape of every parameter.
     """
-    number = sum(num_elements(shape) for shape in shapes.values())
+    number = num_parameters(shapes)
     stage = f"ZeRO stage {engine.stage}"
     if engine.stage != config.zero.stage:
         stage += (
@@ -342,6 +369,11 @@ def describe(config: RunConfig, ranks: Ranks, engine: Engine, shapes: dict[str, 
         f"{number:,} parameters, {engine.dtype} on {ranks.world_size} x {engine.device.type}, {stage}",
         f"{batch}, {lengths}",
     ]
+
+
+def num_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Number of parameters, by the shape of each."""
+    return sum(num_elements(shape) for shape in shapes.values())
 
 
 def describe_data(config: RunConfig, shards: Sources) -> list[str]:

@@ -1,9 +1,10 @@
 """The parts that a run works with."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from colt5dist.data import Sources, parse_mixture
+from colt5dist.data import ModelTokenizer, Sources, model_tokenizer, parse_mixture
 from colt5dist.data.read.readers import Readers
 from colt5dist.train.checkpoint import Saver, TrainerState
 from colt5dist.train.config.schema import RunConfig
@@ -45,6 +46,11 @@ class Run:
     """Detects lost ranks."""
     saver: Saver
     """Writes checkpoints."""
+
+    @cached_property
+    def tokenizer(self) -> ModelTokenizer:
+        """The tokenizer of the model."""
+        return model_tokenizer(self.shards.tokenizer, self.config.data)
 
     @property
     def objectives(self) -> tuple[str, ...]:

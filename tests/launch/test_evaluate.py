@@ -150,3 +150,19 @@ def test_wrong_input_is_one_line(main: Main, run_dir: Path, tmp_path: Path, caps
         with pytest.raises(SystemExit) as ended:
             main([str(run_dir), *wrong] if wrong else [])
         assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_routed_is_drawn(
+    main: Main, run_dir: Path, short_texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "map.png", tmp_path / "map_kinds.png"]
+    assert main([str(run_dir), "--shards", str(short_texts), "--routing-map", str(files[0])]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"routing map: {files[0]}", f"kinds of tokens that are routed: {files[1]}"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    absent = tmp_path / "absent" / "map.png"
+    assert main([str(run_dir), "--shards", str(short_texts), "--routing-map", str(absent)]) == 2
+    assert f"--routing-map: {absent} cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([str(run_dir), "--routing-map", str(absent), "--samples", "3"])
+    assert ended.value.code == 2 and "leave --pairs and --samples out" in capsys.readouterr().err

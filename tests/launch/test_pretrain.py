@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from colt5dist.train.checkpoint import find_checkpoints, read_index
 from colt5dist.train.report.monitor import read_metrics
+from colt5dist.train.report.tensorboard.tags import place
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -86,9 +87,34 @@ def test_routing_is_recorded(reference: tuple[Path, str]) -> None:
 
 def test_tensorboard_has_the_same_numbers(reference: tuple[Path, str]) -> None:
     events = EventAccumulator(str(reference[0] / "tensorboard")).Reload()
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(reference[0]))
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
-    assert any(tag.endswith("/positions") for tag in events.Tags()["histograms"])
+    assert [event.value for event in events.Scalars("1_loss/all/train")] == pytest.approx(losses(reference[0]))
+    assert [event.step for event in events.Scalars("1_loss/all/train")] == list(range(1, 9))
+    assert "3_routing/positions/query/layer_01" in events.Tags()["histograms"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"), [(1, ()), (2, ("zero.stage=3", "train.micro_batch_size=2"))], ids=["one", "stage3-two"]
+)
+def test_showing_a_held_out_sample_changes_nothing(
+    processes: int, settings: tuple[str, ...], reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path
+) -> None:
+    """The text and the pictures are there; at stage 3, where the model does not write, the text says so."""
+    run_dir = tmp_path / "run"
+    run_pretrain(run_dir, *SAME, "monitor.held_out_sample=true", *settings, processes=processes)
+    if processes == 1:
+        assert losses(run_dir) == losses(reference[0])
+        assert [r["grad_norm"] for r in read_metrics(run_dir)] == [r["grad_norm"] for r in read_metrics(reference[0])]
+    else:
+        assert losses(run_dir) == pytest.approx(losses(reference[0]), rel=2e-5)
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for step, event in zip((4, 8), events.Tensors("held_out/sample"), strict=True):
+        text = event.tensor_proto.string_val[0].decode()
+        assert event.step == step and "| text | truth |" in text
+        assert ("| model |" in text, "does not write" in text) == (processes == 1, processes == 2)
+    for name in ("map", "kinds"):
+        assert [event.step for event in events.Images(f"3_routing/all_layers/{name}")] == [4, 8]
+        for step in (4, 8):
+            assert (run_dir / "routing" / f"step_{step:08d}_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +140,14 @@ def test_batch_division_stage_and_checkpointing_do_not_change_the_losses(
     assert losses(tmp_path / "run") == pytest.approx(losses(reference[0])[:4], rel=2e-5)
 
 
+def test_three_processes_train_like_one(run_pretrain: Pretrain, tmp_path: Path) -> None:
+    """Their partitions of the weights are padded, unlike those of 2, 4 or 8 processes."""
+    settings = ("train.steps=2", "train.global_batch_size=6", "train.micro_batch_size=2")
+    run_pretrain(tmp_path / "one", *settings)
+    run_pretrain(tmp_path / "three", *settings, "zero.stage=2", processes=3)
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+
+
 @pytest.fixture
 def half(reference: tuple[Path, str], tmp_path: Path) -> Path:
     """The reference run as if it had been killed some steps after its checkpoint of step 4."""
@@ -135,7 +169,7 @@ def test_a_killed_run_resumes_to_the_bit(reference: tuple[Path, str], half: Path
     gradient_norms = [[r["grad_norm"] for r in read_metrics(d)] for d in (half, reference[0])]
     assert gradient_norms[0] == gradient_norms[1]
     events = EventAccumulator(str(half / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+    assert [event.step for event in events.Scalars("1_loss/all/train")] == list(range(1, 9))
 
 
 def test_a_longer_run_is_the_same_run(reference: tuple[Path, str], run_pretrain: Pretrain, tmp_path: Path) -> None:
@@ -338,7 +372,7 @@ def test_which_checkpoints_are_kept_and_what_a_resumed_run_records(run_pretrain:
     assert [record["lr"] for record in records[4:]] != [record["lr"] for record in before[4:]]
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     for name in ("loss", "lr"):
-        scalars = events.Scalars(name)
+        scalars = events.Scalars(place(name).tag)
         assert [event.step for event in scalars] == [1, 2, 3, 4, 5, 6]
         assert [event.value for event in scalars] == pytest.approx([record[name] for record in records])
 

@@ -305,7 +305,22 @@ class ProfileConfig:
         return []
 
 
-SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "health", "profile")
+@dataclass(kw_only=True)
+class MonitorConfig:
+    """What is shown of a run beside the numbers in metrics.jsonl and TensorBoard."""
+
+    held_out_sample: bool = keeps_result(True)
+    """At each evaluation also show one held-out sample in TensorBoard: what the model writes beside the truth, and two
+    pictures of what is routed, which are kept in `routing/` of the run directory too."""
+    wandb: bool = keeps_result(False)
+    """Also write the numbers to Weights & Biases; needs the package wandb."""
+
+    def problems(self) -> list[str]:
+        """Check these fields; returns what is wrong, one line per problem."""
+        return []
+
+
+SECTIONS = ("model", "data", "train", "optimizer", "schedule", "zero", "checkpoint", "health", "profile", "monitor")
 """Fields of `RunConfig` that are sections of their own."""
 
 
@@ -333,6 +348,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Merged last into DeepSpeed's own configuration, for settings without a key here."""
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -381,6 +381,22 @@ class Engine:
         compiled = self._compiled and torch.is_grad_enabled() and not collect_routing
         with self._code(compiled=compiled):
             return self._call(module, batch, collect_routing)
+
+    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """Have the model write as it is now, greedily and uncompiled; not at stage 3, where its weights are sharded.
+
+        Args:
+            input_ids: (b, n) int64, as the model's own `generate` takes it.
+            settings: the model's own; without draws, so no random state changes.
+
+        Returns:
+            What is written, (b, new tokens) int64.
+        """
+        assert self.stage != 3
+        if isinstance(self.module, CoLT5):
+            settings["cuda_graph"] = False
+        with self._code(compiled=False):
+            return cast(CoLT5, self.module).generate(input_ids, seed=0, **settings)
 
     def _code(self, *, compiled: bool) -> AbstractContextManager[None]:
         """A context in which layers run compiled, or as they are written."""

@@ -112,10 +112,9 @@ class DeepSpeedGradients:
                 pairs += zip(group, optimizer.averaged_gradients[number], strict=True)
         else:
             for number, group in enumerate(optimizer.params_in_partition):
-                if not group:  # DeepSpeed then keeps zeros, which are not marked as padding
-                    continue
                 parts = [part for part in optimizer.averaged_gradients[number] if not hasattr(part, "_zero_padding")]
-                pairs += zip(group, parts, strict=True)
+                # the padding at the end of the last rank's partition is not always marked
+                pairs += zip(group, parts[: len(group)], strict=True)
         return [(id(p), part) for p, part in pairs if part.numel()]
 
     def _drop_sums(self) -> None:

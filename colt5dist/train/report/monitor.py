@@ -1,29 +1,33 @@
-"""Writes metrics.jsonl, TensorBoard and the console, all from rank 0 and under the same names."""
+"""Writes metrics.jsonl, TensorBoard, Weights & Biases and the console, all from rank 0."""
 
 import json
 import math
 import os
-import re
 import sys
 import threading
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
+from colt5dist.train.report.tensorboard.events import Events
+from colt5dist.train.report.tensorboard.hyperparameters import hyperparameters
+from colt5dist.train.report.tensorboard.tags import ROUTING as ROUTING_GROUP
+from colt5dist.train.report.tensorboard.texts import code_block
+from colt5dist.train.report.weights_and_biases import WeightsAndBiases
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-EVENTS = "events.out.tfevents."
-EVENT_TIME = re.compile(r"events\.out\.tfevents\.(\d{10})")
+ROUTING = "routing"
+"""Folder of the pictures of what is routed."""
+PICTURES = f"{ROUTING_GROUP}/all_layers"
+"""Beginning of their tags."""
 
 Record = dict[str, float | int | None]
 """Numbers by name, as in metrics.jsonl; None is written as null."""
@@ -37,20 +41,33 @@ class Monitor:
         is_first: whether this is rank 0.
         first_step: steps that are already done; records and events of later steps are removed.
         num_steps: last step, for the progress bar.
+        wandb: what writes to Weights & Biases; None: nothing does.
     """
 
-    def __init__(self, run_dir: Path, *, is_first: bool, first_step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        is_first: bool,
+        first_step: int,
+        num_steps: int,
+        wandb: WeightsAndBiases | None = None,
+    ) -> None:
         self.is_first = is_first
         self._progress: Progress | None = None
         if not is_first:
             return
+        self._run_dir = run_dir
         self._metrics_path = run_dir / METRICS
         _truncate(self._metrics_path, first_step)
         self._metrics = os.open(self._metrics_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._unwritten = b""
-        self._events_folder = run_dir / TENSORBOARD
-        self._writer: SummaryWriter | None = self._open_events(first_step)
         self._has_warned = False
+        self._wandb = wandb
+        keys = {key for record in read_metrics(run_dir) for key in record}
+        self._events = Events(run_dir / TENSORBOARD, first_step, keys=keys - {"step"}, warn=self._warn)
+        self._pictures = run_dir / ROUTING
+        self._drop_pictures(first_step)
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, refresh_per_second=2)
@@ -70,7 +87,9 @@ class Monitor:
             if self._progress:
                 self._progress.stop()
             self._write_metrics(b"")
-            self._write_events(SummaryWriter.close)
+            self._events.close()
+            if self._wandb:
+                self._wandb.finish(failed=error is not None)
             os.close(self._metrics)
         threading.excepthook = self._hook
 
@@ -79,16 +98,28 @@ class Monitor:
         if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
             self._hook(arguments)
 
-    def roll_back(self, step: int) -> None:
-        """Remove the records and events after a step."""
+    def begin(self, settings: Mapping[str, Any], configuration: str, lines: Sequence[str], run_id: str) -> None:
+        """Show in TensorBoard what is known at the start.
+
+        Args:
+            settings: value of each setting by its dotted key, and further values that runs are compared by.
+            configuration: the resolved configuration as YAML.
+            lines: what the start has printed.
+            run_id: id of the run.
+        """
         if self.is_first:
-            self._write_events(SummaryWriter.close)
+            texts = {"run/configuration": code_block(configuration), "run/start": code_block("\n".join(lines))}
+            self._events.begin(texts, hyperparameters(settings, f"{self._run_dir.name} ({run_id[:8]})"))
+
+    def roll_back(self, step: int) -> None:
+        """Remove the records, events and pictures after a step."""
+        if self.is_first:
             try:
                 self._drop_metrics(step)
-                self._writer = self._open_events(step)
             except OSError as error:
-                self._writer = None
                 self._warn(error)
+            self._events.roll_back(step)
+            self._drop_pictures(step)
             self.advance(step)
 
     def say(self, text: str) -> None:
@@ -104,7 +135,7 @@ class Monitor:
             self._progress.update(self._task, completed=step)
 
     def record(self, step: int, record: Record, notes: dict[str, Any] | None = None) -> None:
-        """Append one object to metrics.jsonl, and its numbers to TensorBoard under the same names.
+        """Append one object to metrics.jsonl, and its numbers to TensorBoard and Weights & Biases.
 
         Args:
             step: number of the step.
@@ -115,7 +146,9 @@ class Monitor:
             return
         known = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
         self._write_metrics((json.dumps({"step": step, **known, **(notes or {})}) + "\n").encode())
-        self.scalars(step, known)
+        self._events.scalars(step, known)
+        if self._wandb:
+            self._wandb.log(step, known)
 
     def complete(self, step: int, record: Record) -> None:
         """Add numbers to the record of the last step before this start, if it was logged.
@@ -133,17 +166,6 @@ class Monitor:
             step, record, notes={name: value for name, value in before.items() if name not in ("step", *record)}
         )
 
-    def scalars(self, step: int, values: Record) -> None:
-        """Write numbers to TensorBoard; after an error, with a new writer."""
-        if self.is_first:
-            if self._writer is None:
-                self._writer = self._reopen_events()
-            for name, value in values.items():
-                if value is not None:
-                    self._write_events(
-                        partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=step)
-                    )
-
     def histograms(self, step: int, counts: dict[str, torch.Tensor]) -> None:
         """Write histograms to TensorBoard.
 
@@ -151,27 +173,30 @@ class Monitor:
             step: number of the step.
             counts: (bins,) counts over equal bins of [0, 1], by name.
         """
-        if not self.is_first:
-            return
-        for name, count in counts.items():
-            values = count.double().cpu()
-            edges = torch.linspace(0, 1, len(values) + 1, dtype=torch.float64)
-            centers = (edges[:-1] + edges[1:]) / 2
-            total = float(values.sum())
-            self._write_events(
-                partial(
-                    SummaryWriter.add_histogram_raw,
-                    tag=name,
-                    min=0.0,
-                    max=1.0,
-                    num=int(total),
-                    sum=float((values * centers).sum()),
-                    sum_squares=float((values * centers**2).sum()),
-                    bucket_limits=edges[1:].tolist(),
-                    bucket_counts=values.tolist(),
-                    global_step=step,
-                )
-            )
+        if self.is_first:
+            self._events.histograms(step, counts)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Write a text in Markdown to TensorBoard."""
+        if self.is_first:
+            self._events.text(step, tag, text)
+
+    def picture(self, step: int, name: str, png: bytes, description: str) -> None:
+        """Write a picture of what is routed to TensorBoard and to a file.
+
+        Args:
+            step: number of the step.
+            name: what it is, as a part of the tag and of the file's name.
+            png: the content of a PNG file.
+            description: of the picture, in Markdown.
+        """
+        if self.is_first:
+            self._events.image(step, f"{PICTURES}/{name}", png, description)
+            try:
+                self._pictures.mkdir(exist_ok=True)
+                write_whole(self._pictures / f"step_{step:08d}_{name}.png", png)
+            except OSError as error:
+                self._warn(error)
 
     def flush(self) -> None:
         """Flush all records to disk, before a checkpoint relies on them."""
@@ -181,7 +206,7 @@ class Monitor:
                 os.fsync(self._metrics)
             except OSError as error:
                 self._warn(error)
-            self._write_events(SummaryWriter.flush)
+            self._events.flush()
 
     def _write_metrics(self, line: bytes) -> None:
         """Append to metrics.jsonl; what does not fit on a full disk is kept and written first the next time."""
@@ -200,26 +225,13 @@ class Monitor:
         os.ftruncate(self._metrics, min(len(kept), len(written)))
         self._unwritten = kept[len(written) :]
 
-    def _open_events(self, last_step: int) -> SummaryWriter:
-        """Open a writer of TensorBoard's events that marks those after a step as obsolete."""
-        _date_back_events(self._events_folder)
-        return SummaryWriter(str(self._events_folder), purge_step=last_step + 1, flush_secs=15)
-
-    def _write_events(self, call: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard; after an error the writer can no longer be used."""
-        try:
-            if self._writer is not None:
-                call(self._writer)
-        except OSError as error:
-            self._writer = None
-            self._warn(error)
-
-    def _reopen_events(self) -> SummaryWriter | None:
-        try:
-            return SummaryWriter(str(self._events_folder), flush_secs=15)
-        except OSError as error:
-            self._warn(error)
-            return None
+    def _drop_pictures(self, last_step: int) -> None:
+        """Remove the pictures of later steps; they are drawn again when the run comes there."""
+        for path in self._pictures.glob("step_*_*.png"):
+            step = path.name.split("_")[1]
+            if step.isdecimal() and int(step) > last_step:
+                with suppress(OSError):
+                    path.unlink()
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -265,20 +277,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"{path}: line {number} is not a record of a step; fix or remove the line") from None
         records.append(record)
     return records
-
-
-def _date_back_events(folder: Path) -> None:
-    """Make sure that the event file of this start is the last by name, because TensorBoard reads them in that order.
-
-    The names begin with the time. If the clock was set back, the new file, which makes overlapping events obsolete,
-    would come first, and TensorBoard would show nothing new. Then the older files get a time just before now.
-    """
-    dated = [(match, path) for path in sorted(folder.glob(f"{EVENTS}*")) if (match := EVENT_TIME.match(path.name))]
-    now = int(time.time())
-    if not dated or int(dated[-1][0][1]) < now:
-        return
-    for age, (match, path) in zip(range(len(dated), 0, -1), dated, strict=True):
-        path.rename(folder / f"{EVENTS}{now - age:010d}{path.name[match.end() :]}")
 
 
 def _truncate(path: Path, last_step: int) -> None:

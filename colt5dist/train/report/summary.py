@@ -8,6 +8,15 @@ from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import TrainerState
 from colt5dist.train.report.monitor import TENSORBOARD, read_metrics
 
+KEEP_ALL = "--samples_per_plugin scalars=1000000"
+"""Has TensorBoard show every point: by itself it shows a thousand of each curve, and may leave out a spike. (The
+documented `scalars=0`, for all points, shows none in TensorBoard 2.21.)"""
+
+
+def tensorboard_command(run_dir: Path) -> str:
+    """What to type to look at a run."""
+    return f"tensorboard --logdir {shlex.quote(str(run_dir / TENSORBOARD))} {KEEP_ALL}"
+
 
 def summary(
     run_dir: Path,
@@ -77,5 +86,5 @@ def summary(
     if tokens_per_second:
         lines.append(f"speed: {tokens_per_second:,.0f} tokens/s")
     lines.append(f"run: {run_dir}")
-    lines.append(f"look at it: tensorboard --logdir {shlex.quote(str(run_dir / TENSORBOARD))}")
+    lines.append(f"look at it: {tensorboard_command(run_dir)}")
     return "\n".join(lines)

@@ -112,8 +112,10 @@ def test_a_rolled_back_run_equals_the_run_without_those_samples(runs: Runs, name
     assert runs.numbers(name) == runs.numbers("skipping")
     assert [step for step, _, _ in runs.numbers(name)] == list(range(1, 9))
     events = EventAccumulator(str(runs.directory(name) / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx([n[1] for n in runs.numbers("skipping")])
+    assert [event.step for event in events.Scalars("1_loss/all/train")] == list(range(1, 9))
+    assert [event.value for event in events.Scalars("1_loss/all/train")] == pytest.approx(
+        [n[1] for n in runs.numbers("skipping")]
+    )
     state, expected = runs.starts(name)[-1]["state"], runs.starts("skipping")[0]["state"]
     assert state == {**expected, "rolled_back_samples": [[32, 48]], "spikes": 1, "rollbacks": 1}
 

@@ -25,7 +25,7 @@ def test_records_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     with Monitor(tmp_path, is_first=True, first_step=3, num_steps=9) as monitor:
         monitor.record(4, {"loss": 40.0})
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
-    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("1_loss/all/train")
     assert [(event.step, event.value) for event in scalars] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
@@ -67,7 +67,7 @@ def test_tensorboard_shows_new_steps_after_the_clock_was_set_back(
     monkeypatch.setattr(time, "time", lambda: a_day_ago)
     with Monitor(tmp_path, is_first=True, first_step=3, num_steps=9) as monitor:
         monitor.record(4, {"loss": 40.0})
-    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("1_loss/all/train")
     assert [(event.step, event.value) for event in scalars] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert [record["step"] for record in read_metrics(tmp_path)] == [1]
         monitor.record(4, {"loss": 4.0})
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(n, float(n)) for n in (1, 2, 3, 4)]
-    assert 4 in [e.step for e in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")]
+    assert 4 in [e.step for e in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("1_loss/all/train")]
 
 
 END = b"<end of output>"

@@ -1,0 +1,1 @@
+"""What TensorBoard shows of a run: under which tags, with which descriptions, in which charts."""
