@@ -405,6 +405,10 @@ class Engine:
             collect_routing=collect_routing,
         )
 
+    def as_written(self) -> AbstractContextManager[None]:
+        """A context in which layers run as they are written, not compiled."""
+        return self._code(compiled=False)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the global loss to those of its other micro-batches."""
         self.gradients.backward(loss)
