@@ -102,13 +102,13 @@ class CausalCoLT5(PretrainedForm):
         self.config = config
         self.seed = seed
         self.activation_checkpointing = activation_checkpointing
-        self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
+        self.embedding = Embedding(config.vocab_size, config.d_model, std=config.embedding_init_std)
         self.layers = nn.ModuleList(
             CausalLayer(config, layer_number=number, seed=seed) for number in range(config.num_decoder_layers)
         )
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.loss = VocabularyLoss(config.d_model, config.vocab_size, std=config.initializer_range)
+        self.loss = VocabularyLoss(config.d_model, config.vocab_size, std=config.weight_std)
 
     def forward(
         self,

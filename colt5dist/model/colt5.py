@@ -67,10 +67,10 @@ class CoLT5(PretrainedForm):
         check_model_arguments("CoLT5", self.architecture, config, activation_checkpointing, seed)
         self.config = config
         self.seed = seed
-        self.embedding = Embedding(config.vocab_size, config.d_model, std=config.initializer_range)
+        self.embedding = Embedding(config.vocab_size, config.d_model, std=config.embedding_init_std)
         self.encoder = Encoder(config, activation_checkpointing=activation_checkpointing, seed=seed)
         self.decoder = Decoder(config, activation_checkpointing=activation_checkpointing)
-        self.loss = VocabularyLoss(config.d_model, config.vocab_size, std=config.initializer_range)
+        self.loss = VocabularyLoss(config.d_model, config.vocab_size, std=config.weight_std)
 
     def forward(
         self,

@@ -79,7 +79,7 @@ def summary(
             change = last["eval/loss_shuffled_inputs"] / last["eval/loss"] - 1
             lines.append(
                 f"held-out loss with another sample's input: {last['eval/loss_shuffled_inputs']:.4f} ({change:+.1%}; "
-                "near 0 % until the decoder has learnt to read the encoder, after about a thousand steps)"
+                "near 0 % until the decoder reads the encoder)"
             )
     if state.best_value is not None:
         lines.append(f"best evaluation: {state.best_key} {state.best_value:.4f} at step {state.best_step}")

@@ -64,6 +64,9 @@ def settings_without_effect(config: RunConfig, *, on_gpu: bool) -> list[str]:
 
 def _model(config: RunConfig) -> Unread:
     model = config.model
+    if config.init_from:
+        for key in ("initializer_range", "embedding_init_std"):
+            yield f"model.{key}", "the first weights are those of init_from"
     if model.architecture == "causal":
         for key in ("num_heads", "ff_dim", "light_radius"):
             yield f"model.{key}", "model.architecture=causal has no layer that reads it"

@@ -180,6 +180,7 @@ def differing(old: list[str], new: list[str], mark: str = KEEPS_RESULT) -> set[s
     [
         "train.activation_checkpointing=full",
         "model.router_implementation=reference",
+        "model.embedding_init_std=0.02",
         "train.eval_samples=3",
         "train.eval_shuffled_inputs=false",
         "train.log_every=7",
