@@ -2,7 +2,8 @@
 
 A field without a mark changes the result of a run: its losses and weights. A resumed run may not change it, and all
 ranks must have the same value. `keeps_result` marks a field that only decides how fast, how often or where something
-is done: a resumed run may change it. `of_a_host` marks one that may moreover differ from host to host.
+is done, or how a new model starts: a resumed run may change it. `of_a_host` marks one that may moreover differ from
+host to host.
 """
 
 from dataclasses import Field, field

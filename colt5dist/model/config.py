@@ -56,8 +56,11 @@ class CoLT5Config:
         router_implementation: auto: triton on CUDA, scalar elsewhere; reference, scalar, triton: that one.
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square in RMSNorm.
-        initializer_range: standard deviation of the initial weights; maps into the residual stream have it over sqrt(2
-            * layers).
+        initializer_range: standard deviation of the initial weights but the input embedding's; maps into the residual
+            stream have it over sqrt(2 * layers). None: 1 / sqrt(d_model).
+        embedding_init_std: standard deviation of the initial input embedding.
+        dropout: share of the elements that training drops, in [0, 1): of embedded tokens, of what each sublayer adds,
+            of the feed-forwards' hidden units, and of what encoder and decoder put out. Evaluation drops none.
     """
 
     architecture: str = "encoder_decoder"
@@ -89,7 +92,9 @@ class CoLT5Config:
     router_implementation: str = keeps_result("auto")
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float | None = keeps_result(None)
+    embedding_init_std: float = keeps_result(1.0)
+    dropout: float = 0.0
 
     def problems(self) -> list[str]:
         """What is wrong, one line per key: the key, what is wrong, and what to use. Empty if nothing is."""
@@ -103,9 +108,10 @@ class CoLT5Config:
         for name in positive.split():
             if getattr(self, name) < 1:
                 found.append(f"model.{name}: {getattr(self, name)}; use 1 or more")
-        for name in ("rope_theta", "norm_eps", "initializer_range", "heavy_key_value_ratio"):
-            if not 0 < getattr(self, name) < math.inf:
-                found.append(f"model.{name}: {getattr(self, name)}; use a number above 0")
+        for name in ("rope_theta", "norm_eps", "initializer_range", "embedding_init_std", "heavy_key_value_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                found.append(f"model.{name}: {value}; use a number above 0")
         if self.architecture == "causal" and self.num_encoder_layers:
             found.append(
                 f"model.num_encoder_layers: {self.num_encoder_layers}; architecture=causal has no encoder, use 0"
@@ -118,6 +124,8 @@ class CoLT5Config:
             found.append("model.light_positions: relative has no form for architecture=causal; use rotary")
         if self.architecture != "causal" and self.num_encoder_layers < 1:
             found.append(f"model.num_encoder_layers: {self.num_encoder_layers}; use 1 or more")
+        if not 0 <= self.dropout < 1:
+            found.append(f"model.dropout: {self.dropout}; use a share in [0, 1), for instance 0.1")
         choices: dict[str, tuple[str, ...]] = {
             "architecture": ARCHITECTURES,
             "encoder": ENCODERS,
@@ -191,6 +199,11 @@ class CoLT5Config:
         share = Fraction(self.num_heavy_tokens).limit_denominator(MAX_DENOMINATOR)
         ratio = Fraction(self.heavy_key_value_ratio).limit_denominator(MAX_DENOMINATOR)
         return share, share * ratio
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the initial weights, but for the input embedding and maps into the residual stream."""
+        return self.d_model**-0.5 if self.initializer_range is None else self.initializer_range
 
     @property
     def input_multiple(self) -> int:

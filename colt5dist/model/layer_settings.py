@@ -14,8 +14,8 @@ def weight_settings(config: CoLT5Config, num_layers: int) -> dict[str, Any]:
     """Norm and initial weights of a layer that adds to the residual stream, in a stack of `num_layers` layers."""
     return {
         "norm_eps": config.norm_eps,
-        "std": config.initializer_range,
-        "output_std": config.initializer_range / math.sqrt(2 * num_layers),
+        "std": config.weight_std,
+        "output_std": config.weight_std / math.sqrt(2 * num_layers),
     }
 
 

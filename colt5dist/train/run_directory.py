@@ -220,33 +220,35 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
     write_whole(run_dir / STATUS, json.dumps(content).encode(), writer=writer)
 
 
-def record_end(run_dir: Path, step: int, stopped: str | None) -> None:
+def record_end(run_dir: Path, step: int, stopped: str | None, finished_early: str | None = None) -> None:
     """Write status.json for a run that ended without an error; print a warning if it cannot be written.
 
     Args:
         run_dir: folder of the run.
         step: last step that was done.
         stopped: why the run stopped before its last step; None: it is finished.
+        finished_early: why it is finished before its last step, if it is.
     """
     try:
-        write_status(run_dir, "stopped" if stopped else "finished", step, stopped)
+        write_status(run_dir, "stopped" if stopped else "finished", step, stopped or finished_early)
     except OSError as error:
         whole = f"; the checkpoint of step {step} is whole" if step else ""
         what = f"{run_dir / STATUS} cannot be written ({error.strerror}){whole}"
         print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
-def write_status_if_free(run_dir: Path, status: str, step: int) -> None:
+def write_status_if_free(run_dir: Path, status: str, step: int, reason: str | None = None) -> None:
     """Write status.json unless another process uses the folder or it cannot be written.
 
     Args:
         run_dir: folder of the run.
         status: "finished", "stopped" or "failed".
         step: last step that was done.
+        reason: why, where that needs to be said.
     """
     with suppress(OSError):  # BlockingIOError: another run uses it; others: an archive may be read-only
         if lock_for_life(run_dir / LOCK):
-            write_status(run_dir, status, step)
+            write_status(run_dir, status, step, reason)
 
 
 def _remove(path: Path) -> None:

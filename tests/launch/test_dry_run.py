@@ -47,11 +47,11 @@ def test_printed_config_is_the_config(path: Path, pretrain_main: Main, capsys: p
 
 
 def test_tokens_of_a_run_with_a_schedule(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ten steps of 8 samples of 2048/456, then ten of 1024/228; a decoder-only model has no input."""
+    """Ten steps of 8 samples of 512/114, then ten of 1024/228; a decoder-only model has no input."""
     schedule = "data.length_schedule=[{step: 11, input_length: 1024, target_length: 228}]"
     assert pretrain_main(["--dry-run", "train.steps=20", schedule]) == 0
     out = capsys.readouterr().out
-    assert f"tokens of the run: {80 * 3072:,} input, at most {80 * 684:,} target, in 20 steps" in out
+    assert f"tokens of the run: {80 * 1536:,} input, at most {80 * 342:,} target, in 20 steps" in out
     assert "8 samples = 1 device x 2 micro-batches x 4" in out
     assert pretrain_main(["--dry-run", "--config", str(CONFIGS / "causal_tiny.yaml"), "train.steps=1"]) == 0
     assert "tokens of the run: at most 16,384 target, in 1 step\n" in capsys.readouterr().out

@@ -107,6 +107,7 @@ def test_budgets_are_whole_numbers(fields, multiple, length, routed):
         ("rope_theta", 0.0),
         ("norm_eps", -1e-6),
         ("initializer_range", 0.0),
+        ("embedding_init_std", -1.0),
     ],
 )
 def test_wrong_values_are_named_with_what_to_use(field, value):

@@ -151,12 +151,12 @@ def test_random_routers_draw_from_streams_of_their_own(build, inputs) -> None:
 
 @pytest.mark.parametrize("encoder", ["conditional", "dense", "light"])
 def test_maps_into_the_residual_stream_start_smaller(build, encoder) -> None:
-    """Standard deviation 0.02 over sqrt(2 * layers) for every output projection, 0.02 for every other matrix."""
+    """Standard deviation 1 for the embedding, 1 / sqrt(width) for matrices, that over sqrt(2 * layers) for outputs."""
     model = build(encoder=encoder, d_model=64, num_encoder_layers=2, num_decoder_layers=4)
     num_output = 0
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "routing_tokens" not in name:
-            expected = 0.02
+            expected = 1.0 if name == "embedding.weight" else 1 / 8
             if name.endswith("to_out.weight"):
                 num_output += 1
                 expected /= math.sqrt(2 * (2 if name.startswith("encoder") else 4))

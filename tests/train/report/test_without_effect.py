@@ -23,19 +23,20 @@ def test_what_the_files_set_is_read(name: str, on_gpu: bool) -> None:
     assert keys(name=name, on_gpu=on_gpu) == []
 
 
-COSINE = ("schedule.name=cosine", "schedule.total_steps=200")
+COSINE = ("schedule.name=cosine", "schedule.total_steps=400")
 ROLLBACK = ("health.on_spike=rollback", "health.spike_window=20")
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # settings that need another one: without it they are named, with it they are not
     "schedule.min_lr_ratio=0.1": ((), COSINE),
-    "schedule.total_steps=200": (("schedule.name=constant",), COSINE),
-    "schedule.decay_steps=9": (COSINE, ("schedule.name=warmup_stable_decay", "schedule.total_steps=200")),
+    "schedule.total_steps=400": (("schedule.name=constant",), COSINE),
+    "schedule.decay_steps=9": (COSINE, ("schedule.name=warmup_stable_decay", "schedule.total_steps=400")),
     "model.router_n_iters=9": (("model.router_solver=newton",), ()),
     "model.router_eps_decay=0.5": ((), ("model.router_eps_init=4",)),
     "model.router_eps_init=0.5": ((), ("model.router_eps=0.1", "model.router_eps_decay=0.9")),
     "model.router_eps=0.5": (("model.router_eps_init=2",), ("model.router_eps_init=2", "model.router_eps_decay=0.9")),
     "model.fetch_k_ratio=1.5": (("model.routing=random",), ()),
     "model.memory_size=64": ((), ()),
+    "model.embedding_init_std=0.5": (("init_from=somewhere",), ()),
     "data.shards=somewhere": (("data.sources=[{shards: a}]",), ()),
     "data.cache_gb=3": ((), ("data.shards=https://host/shards",)),
     "optimizer.beta2=0.99": (("optimizer.name=adafactor", "zero.stage=0"), ()),
@@ -44,11 +45,11 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "zero.persistence_threshold=5": ((), ("zero.stage=3",)),
     "health.skip_steps=3": ((), ROLLBACK),
     "health.on_spike=rollback": (("health.max_rollbacks=0",), ("health.spike_window=20",)),
-    "checkpoint.keep_every=70": ((), ("checkpoint.every_steps=10",)),
-    "profile.steps=[90,95]": ((), ("train.steps=100",)),
+    "checkpoint.keep_every=70": (("train.steps=85",), ("checkpoint.every_steps=10",)),
+    "profile.steps=[90,95]": (("train.steps=85",), ("train.steps=100",)),
     "train.compile=layers": ((), ()),
-    "data.skip=[[680,700]]": ((), ("train.steps=100",)),
-    "data.length_schedule=[{step: 90, input_length: 4096}]": ((), ("train.steps=100",)),
+    "data.skip=[[680,700]]": (("train.steps=85",), ("train.steps=100",)),
+    "data.length_schedule=[{step: 90, input_length: 4096}]": (("train.steps=85",), ("train.steps=100",)),
     "data.sources=[{shards: a, weight: 2}]": ((), ("data.sources=[{shards: a, weight: 2}, {shards: b}]",)),
     "resume_allow=[train.steps]": ((), ("resume_allow=[optimizer.lr]",)),
     "deepspeed.steps_per_print=5": ((), ()),
