@@ -27,6 +27,8 @@ from colt5dist.files import write_whole
 from colt5dist.wording import count
 
 STATE_NAME = "state.json"
+STATE_FORMAT = 2
+"""Number of the form of the state: raised whenever that changes."""
 LOCK_NAME = "lock"
 SEEN_NAME = "seen-texts"
 TRAINED_PATTERN = "trained-*.json"
@@ -115,7 +117,7 @@ def _write_documents(
     seen = SeenTexts(partial / SEEN_NAME, state["seen"] if state else None) if config.deduplicate else None
 
     def save() -> None:
-        state = {"job": job, "place": place, "problems": asdict(problems), "writer": writer.save()}
+        state = {"format": STATE_FORMAT, "job": job, "place": place, "problems": asdict(problems), "writer": writer.save()}
         state["seen"] = seen.save() if seen else 0
         write_whole(partial / STATE_NAME, json.dumps(state).encode())
 
@@ -233,12 +235,14 @@ def read_state(partial: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """Read the state of an earlier start; None if there is none.
 
     Raises:
-        ConfigError: the earlier start had another job.
+        ConfigError: the earlier start had another job, or was one of another version of this package.
     """
     try:
         state = json.loads((partial / STATE_NAME).read_bytes())
     except FileNotFoundError:
         return None
+    if state.get("format") != STATE_FORMAT:
+        raise ConfigError(f"--output: {partial} was begun by another version of colt5dist; delete it")
     if state["job"] != job:
         raise ConfigError(
             f"--output: {partial} was begun with other inputs or settings; delete it, or repeat the earlier command"
