@@ -117,8 +117,8 @@ def _write_documents(
     seen = SeenTexts(partial / SEEN_NAME, state["seen"] if state else None) if config.deduplicate else None
 
     def save() -> None:
-        state = {"format": STATE_FORMAT, "job": job, "place": place, "problems": asdict(problems), "writer": writer.save()}
-        state["seen"] = seen.save() if seen else 0
+        state = {"format": STATE_FORMAT, "job": job, "place": place, "problems": asdict(problems)}
+        state |= {"writer": writer.save(), "seen": seen.save() if seen else 0}
         write_whole(partial / STATE_NAME, json.dumps(state).encode())
 
     def add(document: Document) -> str:
