@@ -37,6 +37,16 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
+def step_or_best(text: str) -> int | str:
+    """Read the option --step: a whole number, or the word best."""
+    if text == "best":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor the word best") from None
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong argument as one line, like all wrong input."""
 

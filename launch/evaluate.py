@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colt5dist.console import as_command, status_of_report
-from colt5dist.errors import OneLineParser
+from colt5dist.errors import OneLineParser, step_or_best
 
 
 def positive(text: str) -> int:
@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--pairs", type=Path, metavar="JSONL", help="inputs with their targets, an object a line")
     add("--routing-map", type=Path, metavar="PNG", help="instead draw what is routed in a held-out document")
     add("--samples", type=positive, help="samples of each set (default: train.eval_samples; of pairs: all)")
-    add("--step", type=int, help="step of the checkpoint (default: the newest)")
+    add("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
     add("--ema", action="store_true", help="take the moving average of the weights (train.ema)")
     add("--json", action="store_true", help="print one JSON object")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from colt5dist.console import as_command, status_of_report
-from colt5dist.errors import OneLineParser
+from colt5dist.errors import OneLineParser, step_or_best
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -21,7 +21,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("path", help="run folder, checkpoint, or exported folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write, which must not exist")
     parser.add_argument("--dtype", choices=TYPES, help="type of the weights (default: as stored, fp32 in checkpoints)")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    parser.add_argument("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="take the moving average of the weights (train.ema)")
     return parser.parse_args(arguments)
 

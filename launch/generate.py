@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colt5dist.console import as_command, status_of_report
-from colt5dist.errors import OneLineParser
+from colt5dist.errors import OneLineParser, step_or_best
 
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="texts at a time (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--dtype", choices=TYPES, help="type of the weights (default: bf16 on a GPU, else fp32)")
-    add("--step", type=int, help="step of the checkpoint (default: the newest)")
+    add("--step", type=step_or_best, help="step of the checkpoint, or best (default: the newest)")
     add("--ema", action="store_true", help="take the moving average of the weights (train.ema)")
     options = parser.parse_args(arguments)
     if (options.input is None) != (options.output is None):

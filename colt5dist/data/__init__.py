@@ -5,7 +5,7 @@ from. `read/token_reader.py` reads these tokens, `read/denoise.py` makes inputs 
 `read/loader.py` delivers micro-batches.
 """
 
-from colt5dist.data.compatibility import data_problems, validation_problems
+from colt5dist.data.compatibility import data_problems, pair_notes, validation_problems
 from colt5dist.data.config import DataConfig
 from colt5dist.data.model_tokenizer import TOKENIZER_FOLDER, ModelTokenizer, model_tokenizer
 from colt5dist.data.open_shard_sets import open_sources, open_validation_sets
@@ -17,10 +17,17 @@ from colt5dist.data.read.loader import training_batches
 from colt5dist.data.read.shards import ShardSet, open_shards
 from colt5dist.data.read.sources import Sources
 from colt5dist.data.sample_lengths import length_notes, required_sentinels, text_tokens_of_sample
-from colt5dist.data.standard_library import STANDARD_LIBRARY, ensure_standard_library_shards
+from colt5dist.data.standard_library import (
+    STANDARD_LIBRARIES,
+    STANDARD_LIBRARY,
+    STANDARD_LIBRARY_PAIRS,
+    ensure_standard_library_shards,
+)
 
 __all__ = [
+    "STANDARD_LIBRARIES",
     "STANDARD_LIBRARY",
+    "STANDARD_LIBRARY_PAIRS",
     "TOKENIZER_FOLDER",
     "Batch",
     "DataConfig",
@@ -36,6 +43,7 @@ __all__ = [
     "open_shards",
     "open_sources",
     "open_validation_sets",
+    "pair_notes",
     "parse_mixture",
     "required_sentinels",
     "text_tokens_of_sample",

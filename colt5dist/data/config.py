@@ -14,6 +14,8 @@ from colt5dist.marks import keeps_result, of_a_host
 
 MOST_WORKERS = 256
 """Largest number of reader processes per rank."""
+CUT_SIDES = ("end", "beginning")
+"""Sides on which an input of a pair may be cut."""
 SMALLEST = {"input_length": 16, "target_length": 4}
 """Smallest lengths in tokens."""
 SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -27,7 +29,7 @@ class SourceConfig:
     """One of several shard sets."""
 
     shards: str = of_a_host("")
-    """Folder, address or "python-stdlib", like data.shards."""
+    """Folder, address, "python-stdlib" or "python-stdlib-pairs", like data.shards."""
     weight: float = 1.0
     """Share of the samples that come from it, relative to the other weights (above 0)."""
     name: str = keeps_result("")
@@ -66,7 +68,7 @@ class DataConfig:
 
     shards: str = of_a_host("python-stdlib")
     """Folder written by launch/prepare.py, its http(s)://, s3:// or gs:// address, or "python-stdlib": built from the
-    running Python's own standard library."""
+    running Python's own standard library. "python-stdlib-pairs" are questions on that, with their answers."""
     sources: list[SourceConfig] = keeps_result(factory=list)
     """Several shard sets, mixed by weight, instead of data.shards: [{shards: DIR, weight: 2}, ...]. All must have been
     made with the same tokenizer."""
@@ -84,7 +86,9 @@ class DataConfig:
     """Reader processes per rank, at most 256 (0: the training process reads by itself)."""
     mixture: Any = "colt5"
     """The objectives, a name or a list of names (colt5dist/data/order/mixture.py): colt5, ul2, causal, prefix_lm(rate),
-    span_corruption(mean, rate)."""
+    span_corruption(mean, rate); or pairs: inputs with their targets, from shards that hold pairs."""
+    cut_inputs_at: str = "end"
+    """With pairs, the side on which an input that is too long loses tokens: end or beginning."""
     num_sentinels: int | None = None
     """Sentinel ids reserved above the tokenizer's vocabulary (null: as many as the mixture needs)."""
     min_document_tokens: int = 0
@@ -96,6 +100,11 @@ class DataConfig:
     cache_gb: float = of_a_host(100.0)
     """Disk space, in 10^9 bytes, for shards that are downloaded from an address; it should hold all data.sources that
     have an address. A larger set is not kept on disk: its members are downloaded one by one as they are needed."""
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the samples are inputs and targets that the shards hold."""
+        return not self._mixture_problems() and parse_mixture(self.mixture).is_pairs
 
     @property
     def is_causal(self) -> bool:
@@ -139,6 +148,12 @@ class DataConfig:
             problems.append("data.shards: is empty; give a folder written by launch/prepare.py, or python-stdlib")
         if not self.cache_gb > 0:
             problems.append(f"data.cache_gb: {self.cache_gb} is not positive; give a number of 10^9 bytes")
+        if self.cut_inputs_at not in CUT_SIDES:
+            problems.append(f"data.cut_inputs_at: {self.cut_inputs_at!r} is no side; use {' or '.join(CUT_SIDES)}")
+        if self.is_pairs and self.min_document_tokens:
+            problems.append(
+                f"data.min_document_tokens: {self.min_document_tokens} is not used with data.mixture=pairs; set 0"
+            )
         problems += [*self._source_problems(), *self._validation_problems()]
         problems += self._schedule_problems() + self._skip_problems()
         if problems or self.num_sentinels is None:

@@ -89,6 +89,11 @@ class Manifest:
         """Hash of everything in the manifest: the fingerprint of the data."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether each document is a pair: the ids of an input, an end token, and the ids of a target."""
+        return "pairs" in self.source
+
     def _content(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 

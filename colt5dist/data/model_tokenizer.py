@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.manifest import TOKENIZER_NAME
-from colt5dist.data.order.mixture import parse_mixture
+from colt5dist.data.order.mixture import parse_mixture, reserving_mixture
 from colt5dist.data.order.objectives import MODES
 from colt5dist.data.sample_lengths import required_sentinels
 from colt5dist.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
@@ -208,10 +208,27 @@ class ModelTokenizer:
         return self.sentinel_id(int(number[1])) if number else self.mode_id(name.removeprefix("<mode_").rstrip(">"))
 
 
-def model_tokenizer(tokenizer: Tokenizer, config: DataConfig) -> ModelTokenizer:
-    """The tokenizer of a model that is trained on a text tokenizer's ids with these settings."""
-    return ModelTokenizer(
-        tokenizer,
-        num_modes=parse_mixture(config.mixture).num_modes,
-        num_sentinels=required_sentinels(config) if config.num_sentinels is None else config.num_sentinels,
-    )
+def model_tokenizer(
+    tokenizer: Tokenizer, config: DataConfig, *, vocab_size: int | None = None, starts_from: Path | None = None
+) -> ModelTokenizer:
+    """The tokenizer of a model that is trained on a text tokenizer's ids with these settings.
+
+    A model that is trained on pairs keeps the mode tokens and sentinels of the one that it starts from. Without one it
+    has those of the default mixture, as many as its embedding has rows for.
+
+    Args:
+        tokenizer: the tokenizer of the text.
+        config: the data settings.
+        vocab_size: rows of the model's embedding; None: as many as are needed.
+        starts_from: with pairs, a folder in which the tokenizer of the model that it starts from may be.
+    """
+    num_modes = parse_mixture(reserving_mixture(config.mixture)).num_modes
+    num_sentinels = required_sentinels(config) if config.num_sentinels is None else config.num_sentinels
+    if config.is_pairs:
+        if starts_from is not None and (starts_from / VOCABULARY_NAME).exists():
+            before = ModelTokenizer.open(starts_from)
+            if before.tokenizer.fingerprint == tokenizer.fingerprint:
+                return before
+        if vocab_size is not None:
+            num_sentinels = min(num_sentinels, vocab_size - tokenizer.vocab_size)
+    return ModelTokenizer(tokenizer, num_modes=num_modes, num_sentinels=num_sentinels)

@@ -6,7 +6,7 @@ from colt5dist.data.config import DataConfig
 from colt5dist.data.read.shards import ShardSet, open_shards
 from colt5dist.data.read.sources import Sources
 from colt5dist.data.standard_library import (
-    STANDARD_LIBRARY,
+    STANDARD_LIBRARIES,
     ensure_standard_library_shards,
     find_standard_library_shards,
 )
@@ -74,11 +74,11 @@ def absent_sources(config: DataConfig) -> list[str]:
     """
     found = []
     places = [source.shards for source in config.sources] or [config.shards]
-    if any(entry.shards == STANDARD_LIBRARY for entry in config.validation) and STANDARD_LIBRARY not in places:
-        places.append(STANDARD_LIBRARY)
+    measured = [entry.shards for entry in config.validation]
+    places += [name for name in STANDARD_LIBRARIES if name in measured and name not in places]
     for shards in places:
-        if shards == STANDARD_LIBRARY:
-            is_there = find_standard_library_shards() is not None
+        if shards in STANDARD_LIBRARIES:
+            is_there = find_standard_library_shards(shards) is not None
         else:
             is_there = "://" in shards or Path(shards).exists()
         if not is_there:
@@ -87,6 +87,6 @@ def absent_sources(config: DataConfig) -> list[str]:
 
 
 def _open(shards: str, cache_bytes: int) -> ShardSet:
-    if shards == STANDARD_LIBRARY:
-        return open_shards(ensure_standard_library_shards(), cache_bytes=cache_bytes)
+    if shards in STANDARD_LIBRARIES:
+        return open_shards(ensure_standard_library_shards(shards), cache_bytes=cache_bytes)
     return open_shards(shards if "://" in shards else Path(shards), cache_bytes=cache_bytes)

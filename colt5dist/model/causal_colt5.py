@@ -27,6 +27,7 @@ from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.checks import check_sample_index
 from colt5dist.nn.conditional.autoregressive_block import ConditionalRoutedAutoregressiveBlock
 from colt5dist.nn.conditional.autoregressive_decoding import BlockState, block_step, read_block, select_rows
+from colt5dist.nn.dropout import Dropout, drop, parts_of
 from colt5dist.nn.embedding import Embedding
 from colt5dist.nn.norm import RMSNorm
 from colt5dist.ops.checks import check_counts
@@ -60,13 +61,20 @@ class CausalLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotary_angles: Rotation, sample_index: Tensor | None, collect_routing: bool
+        self,
+        x: Tensor,
+        rotary_angles: Rotation,
+        sample_index: Tensor | None,
+        collect_routing: bool,
+        dropout: Dropout | None,
     ) -> tuple[Tensor, LayerRouting | None]:
-        """x (b, t, d_model), rotary_angles of t positions, sample_index (b,) int64.
+        """x (b, t, d_model), rotary_angles of t positions, sample_index (b,) int64, dropout of the layer.
 
         Returns x and, if asked for, the routing.
         """
-        x, *routes = self.block(x, sample_index=sample_index, rotary_angles=rotary_angles, return_route=True)
+        x, *routes = self.block(
+            x, sample_index=sample_index, rotary_angles=rotary_angles, return_route=True, dropout=dropout
+        )
         return x, LayerRouting(*map(routed_tokens, routes)) if collect_routing else None
 
 
@@ -79,7 +87,7 @@ class CausalCoLT5(PretrainedForm):
         config: sizes and routing, with architecture="causal".
         activation_checkpointing: of every layer: "none" keeps all activations; "full" runs each layer again in the
             backward pass; "full_keep_routing" does the same with the routing decisions of the first run.
-        seed: seed of random routing, used with routing="random" only.
+        seed: seed of random routing and of dropout, used with routing="random" or dropout only.
 
     Raises:
         TypeError: config is no CoLT5Config, or seed no whole number.
@@ -121,7 +129,7 @@ class CausalCoLT5(PretrainedForm):
             target_ids: (b, t) int64; padding at the end.
             input_mask: (b, 0), unused.
             target_mask: (b, t) bool, True = counts; None: all.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout.
             collect_routing: whether to return what the routers did.
 
         Returns:
@@ -147,7 +155,7 @@ class CausalCoLT5(PretrainedForm):
 
         Args:
             decoder_input_ids: (b, t) int64.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout.
             collect_routing: whether to return what the routers did.
 
         Returns:
@@ -158,18 +166,21 @@ class CausalCoLT5(PretrainedForm):
         x = self.embedding(decoder_input_ids)
         angles = self.rotary.rotation(x.shape[1], device=x.device, dtype=x.dtype)
         routing: list[LayerRouting] = []
-        for layer in self.layers:
+        *in_layers, of_ends = parts_of(self._dropout(sample_index, decoder_input_ids), len(self.layers) + 1)
+        x = drop(x, of_ends, 0)
+        for layer, in_layer in zip(self.layers, in_layers, strict=True):
             x, layer_routing = run_layer(
                 layer,
                 x,
                 angles,
                 sample_index,
                 collect_routing,
+                in_layer,
                 activation_checkpointing=self.activation_checkpointing,
             )
             if layer_routing is not None:
                 routing.append(layer_routing)
-        return self.norm(x), tuple(routing)
+        return drop(self.norm(x), of_ends, 1), tuple(routing)
 
     @torch.no_grad()
     def start_decoding(self, prompt_ids: Tensor) -> tuple[Tensor, list[BlockState]]:

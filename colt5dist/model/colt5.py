@@ -25,6 +25,7 @@ from colt5dist.model.pretrained_form import PretrainedForm
 from colt5dist.model.routing_statistics import LayerRouting
 from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.checks import check_mask, check_sample_index, check_tokens
+from colt5dist.nn.dropout import at
 from colt5dist.nn.embedding import Embedding
 
 
@@ -52,7 +53,7 @@ class CoLT5(PretrainedForm):
         activation_checkpointing: of every layer of encoder and decoder: "none" keeps all activations; "full" runs each
             layer again in the backward pass; "full_keep_routing" does the same with the routing decisions of the first
             run.
-        seed: seed of random routing, used with routing="random" only.
+        seed: seed of random routing and of dropout, used with routing="random" or dropout only.
 
     Raises:
         TypeError: config is no CoLT5Config, or seed no whole number.
@@ -90,7 +91,7 @@ class CoLT5(PretrainedForm):
             target_ids: (b, t) int64; padding at the end.
             input_mask: (b, n) bool, True = valid; None: all.
             target_mask: (b, t) bool, True = counts; None: all.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout.
             collect_routing: whether to return what the routers did.
 
         Returns:
@@ -104,7 +105,9 @@ class CoLT5(PretrainedForm):
         encoder_states, routing = self.encode(
             input_ids, input_mask=input_mask, sample_index=sample_index, collect_routing=collect_routing
         )
-        decoder_states = self.decode(decoder_input_ids, encoder_states, input_mask=input_mask)
+        decoder_states = self.decode(
+            decoder_input_ids, encoder_states, input_mask=input_mask, sample_index=sample_index
+        )
         token_loss, z_loss = self.loss(decoder_states, target_ids, target_mask)
         return CoLT5Output(token_loss, z_loss, routing)
 
@@ -121,7 +124,7 @@ class CoLT5(PretrainedForm):
         Args:
             input_ids: (b, n) int64, n a multiple of `config.input_multiple`.
             input_mask: (b, n) bool, True = valid; None: all.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout.
             collect_routing: whether to return what the routers did.
 
         Returns:
@@ -131,16 +134,28 @@ class CoLT5(PretrainedForm):
         check_mask("input_mask", input_mask, input_ids.shape, input_ids, "input_ids")
         check_sample_index(sample_index, input_ids, "input_ids")
         return self.encoder(
-            self.embedding(input_ids), mask=input_mask, sample_index=sample_index, collect_routing=collect_routing
+            self.embedding(input_ids),
+            mask=input_mask,
+            sample_index=sample_index,
+            collect_routing=collect_routing,
+            dropout=at(self._dropout(sample_index, input_ids), 0),
         )
 
-    def decode(self, decoder_input_ids: Tensor, encoder_states: Tensor, *, input_mask: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        decoder_input_ids: Tensor,
+        encoder_states: Tensor,
+        *,
+        input_mask: Tensor | None = None,
+        sample_index: Tensor | None = None,
+    ) -> Tensor:
         """States of the targets before the output embedding.
 
         Args:
             decoder_input_ids: (b, t) int64.
             encoder_states: (b, n, d_model), from `encode`.
             input_mask: (b, n) bool, True = valid; None: all.
+            sample_index: (b,) int64, the samples' numbers, needed for dropout in training.
 
         Returns:
             Normalised states (b, t, d_model).
@@ -148,7 +163,12 @@ class CoLT5(PretrainedForm):
         check_ids("decoder_input_ids", decoder_input_ids)
         check_tokens("encoder_states", encoder_states, self.config.d_model)
         check_mask("input_mask", input_mask, encoder_states.shape[:2], encoder_states, "encoder_states")
-        return self.decoder(self.embedding(decoder_input_ids), encoder_states, encoder_mask=input_mask)
+        return self.decoder(
+            self.embedding(decoder_input_ids),
+            encoder_states,
+            encoder_mask=input_mask,
+            dropout=at(self._dropout(sample_index, decoder_input_ids), 1),
+        )
 
     def generate(
         self,

@@ -59,6 +59,8 @@ class CoLT5Config:
         initializer_range: standard deviation of the initial weights but the input embedding's; maps into the residual
             stream have it over sqrt(2 * layers). None: 1 / sqrt(d_model).
         embedding_init_std: standard deviation of the initial input embedding.
+        dropout: share of the elements that training drops, in [0, 1): of embedded tokens, of what each sublayer adds,
+            of the feed-forwards' hidden units, and of what encoder and decoder put out. Evaluation drops none.
     """
 
     architecture: str = "encoder_decoder"
@@ -92,6 +94,7 @@ class CoLT5Config:
     norm_eps: float = 1e-6
     initializer_range: float | None = keeps_result(None)
     embedding_init_std: float = keeps_result(1.0)
+    dropout: float = 0.0
 
     def problems(self) -> list[str]:
         """What is wrong, one line per key: the key, what is wrong, and what to use. Empty if nothing is."""
@@ -121,6 +124,8 @@ class CoLT5Config:
             found.append("model.light_positions: relative has no form for architecture=causal; use rotary")
         if self.architecture != "causal" and self.num_encoder_layers < 1:
             found.append(f"model.num_encoder_layers: {self.num_encoder_layers}; use 1 or more")
+        if not 0 <= self.dropout < 1:
+            found.append(f"model.dropout: {self.dropout}; use a share in [0, 1), for instance 0.1")
         choices: dict[str, tuple[str, ...]] = {
             "architecture": ARCHITECTURES,
             "encoder": ENCODERS,

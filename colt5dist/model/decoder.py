@@ -8,6 +8,7 @@ from colt5dist.model.layer_settings import dense_attention_settings, dense_feed_
 from colt5dist.nn.attention.multi_query import MultiQueryAttention
 from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.attention.self_attention import SelfAttention
+from colt5dist.nn.dropout import Dropout, drop, parts_of
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm
 
@@ -28,12 +29,18 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config.d_model, **dense_feed_forward_settings(config, num_layers))
 
     def forward(
-        self, x: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None, rotary_angles: Rotation
+        self,
+        x: Tensor,
+        encoder_states: Tensor,
+        encoder_mask: Tensor | None,
+        rotary_angles: Rotation,
+        dropout: Dropout | None,
     ) -> Tensor:
         """x (b, t, d_model), encoder_states (b, n, d_model), encoder_mask (b, n) bool, rotary_angles of t positions."""
-        x = self.self_attention(x, rotary_angles=rotary_angles, residual=True)
-        x = self.cross_attention(x, encoder_states, mask=encoder_mask, residual=True)
-        return self.feed_forward(x, residual=True)
+        in_self_attention, in_cross_attention, in_feed_forward = parts_of(dropout, 3)
+        x = self.self_attention(x, rotary_angles=rotary_angles, residual=True, dropout=in_self_attention)
+        x = self.cross_attention(x, encoder_states, mask=encoder_mask, residual=True, dropout=in_cross_attention)
+        return self.feed_forward(x, residual=True, dropout=in_feed_forward)
 
 
 class Decoder(nn.Module):
@@ -50,16 +57,21 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, encoder_states: Tensor, *, encoder_mask: Tensor | None) -> Tensor:
-        """encoder_states (b, n, d_model), encoder_mask (b, n) bool, True = valid."""
+    def forward(
+        self, x: Tensor, encoder_states: Tensor, *, encoder_mask: Tensor | None, dropout: Dropout | None = None
+    ) -> Tensor:
+        """encoder_states (b, n, d_model), encoder_mask (b, n) bool, True = valid; dropout of the decoder."""
         angles = self.rotary.rotation(x.shape[1], device=x.device, dtype=x.dtype)
-        for layer in self.layers:
+        *in_layers, of_ends = parts_of(dropout, len(self.layers) + 1)
+        x = drop(x, of_ends, 0)
+        for layer, in_layer in zip(self.layers, in_layers, strict=True):
             x = run_layer(
                 layer,
                 x,
                 encoder_states,
                 encoder_mask,
                 angles,
+                in_layer,
                 activation_checkpointing=self.activation_checkpointing,
             )
-        return self.norm(x)
+        return drop(self.norm(x), of_ends, 1)

@@ -20,6 +20,7 @@ from colt5dist.nn.attention.rotary import RotaryEmbedding, Rotation
 from colt5dist.nn.attention.self_attention import SelfAttention
 from colt5dist.nn.conditional.attention import ConditionalRoutedAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
+from colt5dist.nn.dropout import Dropout, drop, parts_of
 from colt5dist.nn.feed_forward import FeedForward
 from colt5dist.nn.norm import RMSNorm, norm_branch
 
@@ -62,6 +63,7 @@ class ConditionalEncoderLayer(nn.Module):
         rotary_angles: Rotation,
         sample_index: Tensor | None,
         collect_routing: bool,
+        dropout: Dropout | None,
     ) -> tuple[Tensor, LayerRouting | None]:
         """Both sublayers with their residuals.
 
@@ -72,11 +74,13 @@ class ConditionalEncoderLayer(nn.Module):
             rotary_angles: of the n positions.
             sample_index: (b,) int64, the samples' numbers; None without random routing.
             collect_routing: whether to return what the routers did.
+            dropout: of the layer; None: none.
 
         Returns:
             x (b, n, d_model), and the routing if collect_routing, else None.
         """
         num_feed_forward, num_query, num_key_value = budgets
+        in_attention, in_feed_forward = parts_of(dropout, 2)
         x, query, key_value = self.attention(
             x,
             num_heavy_tokens_q=num_query,
@@ -86,9 +90,16 @@ class ConditionalEncoderLayer(nn.Module):
             rotary_angles=rotary_angles,
             return_route=True,
             residual=True,
+            dropout=in_attention,
         )
         x, feed_forward = self.feed_forward(
-            x, mask, num_feed_forward, sample_index=sample_index, return_route=True, residual=True
+            x,
+            mask,
+            num_feed_forward,
+            sample_index=sample_index,
+            return_route=True,
+            residual=True,
+            dropout=in_feed_forward,
         )
         if not collect_routing:
             return x, None
@@ -104,10 +115,11 @@ class DenseEncoderLayer(nn.Module):
         self.attention = SelfAttention(config.d_model, **dense_attention_settings(config, num_layers))
         self.feed_forward = FeedForward(config.d_model, **dense_feed_forward_settings(config, num_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Rotation) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Rotation, dropout: Dropout | None) -> Tensor:
         """x (b, n, d_model), mask (b, n) bool, rotary_angles of n positions -> (b, n, d_model)."""
-        x = self.attention(x, mask=mask, rotary_angles=rotary_angles, residual=True)
-        return self.feed_forward(x, residual=True)
+        in_attention, in_feed_forward = parts_of(dropout, 2)
+        x = self.attention(x, mask=mask, rotary_angles=rotary_angles, residual=True, dropout=in_attention)
+        return self.feed_forward(x, residual=True, dropout=in_feed_forward)
 
 
 class LightEncoderLayer(nn.Module):
@@ -124,11 +136,12 @@ class LightEncoderLayer(nn.Module):
         self.attention = LocalSelfAttention(config.d_model, **light_attention_settings(config, num_layers))
         self.feed_forward = FeedForward(config.d_model, **light_feed_forward_settings(config, num_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Rotation) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, rotary_angles: Rotation, dropout: Dropout | None) -> Tensor:
         """x (b, n, d_model), mask (b, n) bool, rotary_angles of n positions -> (b, n, d_model)."""
         x, normed = norm_branch(self.norm, x, residual=True)
-        x = x + self.attention(normed, mask=mask, rotary_angles=rotary_angles if self.rotary_positions else None)
-        return self.feed_forward(x, residual=True)
+        in_attention, in_feed_forward = parts_of(dropout, 2)
+        out = self.attention(normed, mask=mask, rotary_angles=rotary_angles if self.rotary_positions else None)
+        return self.feed_forward(x + drop(out, in_attention, 0), residual=True, dropout=in_feed_forward)
 
 
 UNROUTED_LAYERS = {"dense": DenseEncoderLayer, "light": LightEncoderLayer}
@@ -153,15 +166,23 @@ class Encoder(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None, sample_index: Tensor | None, collect_routing: bool
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None,
+        sample_index: Tensor | None,
+        collect_routing: bool,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, tuple[LayerRouting, ...]]:
-        """mask (b, n) bool, True = valid; sample_index (b,) int64, for random routing."""
+        """mask (b, n) bool, True = valid; sample_index (b,) int64, for random routing; dropout of the encoder."""
         routing: list[LayerRouting] = []
         angles = self.rotary.rotation(x.shape[1], device=x.device, dtype=x.dtype)
         budgets = self.config.num_routed(x.shape[1]) if self.conditional else (0, 0, 0)
-        for layer in self.layers:
+        *in_layers, of_ends = parts_of(dropout, len(self.layers) + 1)
+        x = drop(x, of_ends, 0)
+        for layer, in_layer in zip(self.layers, in_layers, strict=True):
             if not self.conditional:
-                x = run_layer(layer, x, mask, angles, activation_checkpointing=self.activation_checkpointing)
+                x = run_layer(layer, x, mask, angles, in_layer, activation_checkpointing=self.activation_checkpointing)
                 continue
             x, layer_routing = run_layer(
                 layer,
@@ -171,8 +192,9 @@ class Encoder(nn.Module):
                 angles,
                 sample_index,
                 collect_routing,
+                in_layer,
                 activation_checkpointing=self.activation_checkpointing,
             )
             if layer_routing is not None:
                 routing.append(layer_routing)
-        return self.norm(x), tuple(routing)
+        return drop(self.norm(x), of_ends, 1), tuple(routing)

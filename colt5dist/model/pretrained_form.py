@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
 from colt5dist.model.config import CoLT5Config
+from colt5dist.model.vocabulary_loss import VocabularyLoss
 from colt5dist.nn.attention.relative_bias import RelativeBias
+from colt5dist.nn.dropout import Dropout, dropout_of
 from colt5dist.ops.checks import check_whole
 from colt5dist.storage.exported import CONFIG_NAME, FORMAT_VERSION, SECTION, write_weights
 from colt5dist.storage.stored_model import StoredModel, open_stored
@@ -60,18 +62,24 @@ class PretrainedForm(nn.Module):
     """The `model.architecture` of the class."""
     config: CoLT5Config
     seed: int
+    loss: VocabularyLoss
     origin: Origin = Origin()
     pad_id: int = 0
     """The tokenizer's pad token, with which the decoder starts."""
     eos_id: int = 1
     """The tokenizer's end token."""
 
+    def _dropout(self, sample_index: Tensor | None, ids: Tensor) -> Dropout | None:
+        """What this pass over ids (b, tokens) drops; None in evaluation, or without dropout."""
+        training = self.loss.training  # not of this module: transformers holds the parts of a model, not the model
+        return dropout_of(self.config.dropout, sample_index, ids, seed=self.seed, training=training)
+
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         *,
-        step: int | None = None,
+        step: int | str | None = None,
         ema: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -81,7 +89,8 @@ class PretrainedForm(nn.Module):
         Args:
             path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or a folder that
                 `save_pretrained` or launch/export.py wrote.
-            step: of a run folder, the step of the checkpoint to take instead.
+            step: of a run folder, the step of the checkpoint to take instead, or "best": the one that
+                `checkpoint.keep_best` has kept.
             ema: whether to take the moving average of the weights, which a checkpoint holds if `train.ema` was set.
             dtype: floating-point type of the weights; None: as they are stored (checkpoints: float32).
             device: where to put it; None: the CPU.
@@ -192,9 +201,9 @@ def check_arguments(step: Any, dtype: Any, ema: Any = False) -> None:
     """Raise where arguments of `from_pretrained` have a wrong type.
 
     Raises:
-        TypeError: step is no whole number, ema no bool, or dtype no floating-point type.
+        TypeError: step is no whole number and not "best", ema no bool, or dtype no floating-point type.
     """
-    if step is not None:
+    if step is not None and step != "best":
         check_whole(step=step)
     if not isinstance(ema, bool):
         raise TypeError(f"ema: {ema!r} is no bool; use True or False")

@@ -4,10 +4,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colt5dist.nn.checks import check_features
+from colt5dist.nn.dropout import Dropout, drop
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.ops.checks import check_counts, check_optional_counts, check_optional_not_negative, check_positive
 from colt5dist.ops.gated_gelu import gated_gelu
+
+HIDDEN, OUTPUT = 0, 1
+"""Places of dropout."""
 
 
 class FeedForward(nn.Module):
@@ -57,10 +61,20 @@ class FeedForward(nn.Module):
         self.to_hidden = Linear(dim, hidden_dim * (2 if gated else 1), bias=bias, std=std)
         self.to_out = Linear(hidden_dim, dim, bias=bias, std=output_std)
 
-    def forward(self, x: Tensor, *, residual: bool = False) -> Tensor:
-        """x (..., dim) -> (..., dim); with residual, x is added to the result."""
+    def forward(self, x: Tensor, *, residual: bool = False, dropout: Dropout | None = None) -> Tensor:
+        """Both linear maps.
+
+        Args:
+            x: (..., dim); (b, n, dim) with dropout.
+            residual: whether to add x to the result.
+            dropout: of the hidden units and, with residual, of what is added to x; None: none.
+
+        Returns:
+            (..., dim).
+        """
         check_features("x", x, self.dim)
         x, normed = norm_branch(self.norm, x, residual=residual)
         hidden = self.to_hidden(normed)
-        out = self.to_out(gated_gelu(hidden) if self.gated else F.gelu(hidden))
-        return x + out if residual else out
+        hidden = gated_gelu(hidden) if self.gated else F.gelu(hidden)
+        out = self.to_out(drop(hidden, dropout, HIDDEN))
+        return x + drop(out, dropout, OUTPUT) if residual else out

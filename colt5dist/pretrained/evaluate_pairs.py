@@ -82,7 +82,7 @@ def evaluate_stored_pairs(
     pairs: Path,
     *,
     device: torch.device,
-    step: int | None = None,
+    step: int | str | None = None,
     ema: bool = False,
     num_samples: int | None = None,
     predictions: Path | None = None,
@@ -100,7 +100,7 @@ def evaluate_stored_pairs(
         path: a run folder, a checkpoint inside one, or an exported folder.
         pairs: the file, as `read_pairs` takes it.
         device: where to evaluate: in bf16 on a GPU, in fp32 on the CPU.
-        step: of a run folder, the step of the checkpoint.
+        step: of a run folder, the step of the checkpoint, or "best".
         ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
         num_samples: only so many samples, the first ones; None: all.
         predictions: file for what was written, which process 0 writes; None: none.

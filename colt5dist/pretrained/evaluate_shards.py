@@ -62,7 +62,7 @@ def evaluate_stored(
     names: Sequence[str],
     *,
     device: torch.device,
-    step: int | None = None,
+    step: int | str | None = None,
     ema: bool = False,
     num_samples: int | None = None,
     rank: int = 0,
@@ -74,7 +74,7 @@ def evaluate_stored(
         path: a run folder, a checkpoint inside one, or an exported folder.
         names: folders or addresses of shard sets, or "python-stdlib"; none: the shards that the run was trained on.
         device: where to evaluate.
-        step: of a run folder, the step of the checkpoint.
+        step: of a run folder, the step of the checkpoint, or "best".
         ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
         num_samples: samples of each set; None: train.eval_samples of the run.
         rank: number of this process.

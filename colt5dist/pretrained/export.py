@@ -36,7 +36,7 @@ def export(
     output: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
     ema: bool = False,
 ) -> Exported:
     """Write a trained model and its tokenizer into a new folder, which appears when it is whole.
@@ -45,7 +45,7 @@ def export(
         path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or an exported folder.
         output: the new folder.
         dtype: type of the weights; None: as they are stored (checkpoints: float32).
-        step: of a run folder, the step of the checkpoint to take instead.
+        step: of a run folder, the step of the checkpoint to take instead, or "best".
         ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
 
     Raises:

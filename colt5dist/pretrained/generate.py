@@ -80,7 +80,7 @@ def generate_file(
 
 
 def _loaded(
-    path: str, device: str | None = None, dtype: str | None = None, step: int | None = None, ema: bool = False
+    path: str, device: str | None = None, dtype: str | None = None, step: int | str | None = None, ema: bool = False
 ) -> tuple[CoLT5 | CausalCoLT5, ModelTokenizer]:
     """The model and its tokenizer, on a GPU if there is one and nothing else is said."""
     if device == "cuda" and not torch.cuda.is_available():

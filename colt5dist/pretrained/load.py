@@ -17,7 +17,7 @@ AVERAGED = ", the moving average of its weights"
 def load(
     path: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     ema: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -26,7 +26,7 @@ def load(
 
     Args:
         path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or an exported folder.
-        step: of a run folder, the step of the checkpoint to take instead.
+        step: of a run folder, the step of the checkpoint to take instead, or "best".
         ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
         dtype: floating-point type of the weights; None: as they are stored (checkpoints: float32).
         device: where to put the model; None: the CPU.

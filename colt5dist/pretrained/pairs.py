@@ -1,13 +1,14 @@
 """Pairs of an input and a target, read from a file: one sample for each input, with all of its targets.
 
-The keys are those of the SCROLLS benchmark: `id`, `pid`, `input` and `output`. Lines with the same id are one sample
-with several references; `pid`, the number of the pair, is not used.
+The keys are those of colt5dist/data/inputs/pairs.py, with which pairs are read for training, too. Lines with the same
+id are one sample with several references; `pid`, the number of the pair, is not used.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colt5dist.data.inputs.pairs import PairKeys, text_of
 from colt5dist.errors import ConfigError
 from colt5dist.pretrained.write_texts import read_objects
 
@@ -27,7 +28,7 @@ class PairSample:
 
 
 def read_pairs(
-    path: Path, *, input_key: str = "input", target_key: str = "output", id_key: str = "id"
+    path: Path, *, input_key: str = PairKeys.input_key, target_key: str = PairKeys.target_key, id_key: str = "id"
 ) -> list[PairSample]:
     """Read the pairs of a JSON-lines file.
 
@@ -66,7 +67,7 @@ def read_pairs(
 
 def _text_of(path: Path, line: int, record: dict[str, Any], key: str, option: str) -> str:
     """The text under a key."""
-    text = record.get(key)
-    if not isinstance(text, str) or not text.strip():
+    text, _ = text_of(record, key)
+    if text is None:
         raise ConfigError(f"{path}: line {line} has no text with the key {key!r}; {option} names another")
     return text

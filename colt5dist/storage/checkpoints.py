@@ -13,6 +13,8 @@ from colt5dist.storage.complete_file import FOLDER_NAME, FORMAT_VERSION, INDEX, 
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
+BEST = "best.json"
+"""File beside the checkpoints that names the one with the best evaluation: its step, the key and its value there."""
 WEIGHT = "weight"
 """Key of the float32 master weights; keys other than this and the next are the optimizer's own (exp_avg, ...)."""
 AVERAGE = "ema"
@@ -55,6 +57,19 @@ def find_checkpoints(root: Path, run_id: str | None = None) -> tuple[list[Path],
     folders = checkpoint_folders(root)
     whole = [path for path in folders if size_problem(path, run_id) is None]
     return whole, [path for path in folders if path not in whole]
+
+
+def read_best(root: Path) -> dict[str, Any] | None:
+    """Content of best.json; None where there is none, or a damaged one.
+
+    Args:
+        root: folder of the checkpoints.
+    """
+    try:
+        content = json.loads((root / BEST).read_bytes())
+        return content if isinstance(content["step"], int) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def read_index(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from colt5dist.errors import ConfigError
 from colt5dist.storage.checkpoints import (
     AVERAGE,
+    BEST,
     CHECKPOINTS,
     WEIGHT,
     FragmentReader,
@@ -21,6 +22,7 @@ from colt5dist.storage.checkpoints import (
     find_checkpoints,
     folder_step,
     parameter_shapes_of,
+    read_best,
     read_index,
     read_json,
     step_folder,
@@ -111,12 +113,12 @@ class StoredModel:
         return ExportedReader(self.folder)
 
 
-def open_stored(path: str | Path, step: int | None = None, *, ema: bool = False) -> StoredModel:
+def open_stored(path: str | Path, step: int | str | None = None, *, ema: bool = False) -> StoredModel:
     """Find a trained model.
 
     Args:
         path: a run folder (its newest whole checkpoint is taken), a checkpoint inside one, or an exported folder.
-        step: of a run folder, the step of the checkpoint to take instead.
+        step: of a run folder, the step of the checkpoint to take instead, or "best".
         ema: whether to take the moving average of its weights, which a checkpoint holds if `train.ema` was set.
 
     Raises:
@@ -188,7 +190,7 @@ def settings_at(config: dict[str, Any], step: int) -> dict[str, Any]:
     return {"seed": config.get("seed", 0), "model": model, "data": data, "train": train}
 
 
-def _find_checkpoint(path: Path, step: int | None) -> Path:
+def _find_checkpoint(path: Path, step: int | str | None) -> Path:
     """The checkpoint that a path and a step name; it has all its files, with their sizes."""
     if (path / COMPLETE).exists():
         problem = size_problem(path)
@@ -202,7 +204,13 @@ def _find_checkpoint(path: Path, step: int | None) -> Path:
         what = "no checkpoint in it yet" if (path / CONFIG).exists() else "holds no trained model"
         raise ConfigError(f"{path}: {what}; {WHAT_TO_NAME}")
     whole, others = find_checkpoints(root)
+    if step == "best":
+        best = read_best(root)
+        if best is None:
+            raise ConfigError(f"step: best, but {root} has no {BEST}; a run with checkpoint.keep_best writes it")
+        step = int(best["step"])
     if step is not None:
+        assert isinstance(step, int)
         folder = step_folder(root, step)
         if folder in whole:
             return folder

@@ -8,7 +8,8 @@ from torch.profiler import record_function
 from colt5dist.data import Batch, Sources, held_out_batches, training_batches
 from colt5dist.data.read.loader import TrainingBatches
 from colt5dist.errors import ConfigError
-from colt5dist.train.checkpoint import TrainerState
+from colt5dist.pretrained.metrics import ROUGE_MEAN
+from colt5dist.train.checkpoint import TrainerState, early_stop, is_best, judge
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.schedule import learning_rate
 from colt5dist.train.evaluation import CutShortError, HeldOut, evaluate
@@ -25,6 +26,7 @@ from colt5dist.train.report.monitor import Record
 from colt5dist.train.report.profile import Profile
 from colt5dist.train.run import Run
 from colt5dist.train.step import DATA_SHARE, Agreement, agree, forward_and_backward, read_next
+from colt5dist.train.text_evaluation import evaluate_texts
 from colt5dist.wording import count
 
 
@@ -41,6 +43,7 @@ def train(run: Run) -> StopReason | None:
 def train_steps(run: Run, profile: Profile) -> StopReason | None:
     """The loop of `train`; `profile` records some of its steps."""
     config, state = run.config, run.state
+    make_up_for_evaluation(run)
     stage = config.stage_at(state.step + 1)
     held_out = begin_stage(run, stage)
     if state.first_held_out_loss is None:
@@ -48,7 +51,7 @@ def train_steps(run: Run, profile: Profile) -> StopReason | None:
     stream, reason = open_stream(run)
     health = Health(run)
     first_step = state.step + 1
-    while state.step < config.train.steps and reason is None:
+    while state.step < config.train.steps and reason is None and not early_stop(state, config):
         step = state.step + 1
         if config.stage_at(step) is not stage:
             stage = config.stage_at(step)
@@ -75,14 +78,17 @@ def train_steps(run: Run, profile: Profile) -> StopReason | None:
         if last or evaluating or local.routing_due or is_due(step, config.train.log_every) or health.is_notable:
             record = step_record(run, agreement.means, norm, rate) | local.routing | health.counts()
             if evaluating:
-                record |= run_evaluation(run, held_out, shuffled_inputs=config.train.eval_shuffled_inputs)
+                record |= judged_evaluation(run, held_out)
+                if "eval/loss" not in record:  # cut short by a request, which came after the agreement
+                    reason = run.stop.agree(run.engine.device)
             run.monitor.record(step, record, notes=health.notes())
             run.monitor.say(console_line(step, config.train.steps, record, run.meter.slowest))
         elif step == first_step:
             loss = f"loss {agreement.means.loss:.4f}"
             run.monitor.say(f"step {step}/{config.train.steps} | {loss} | {run.meter.seconds:.1f} s")
         run.monitor.advance(step)
-        if last or agreement.save_wanted or is_due(step, config.checkpoint.every_steps):
+        last = last or reason is not None or early_stop(state, config) is not None
+        if last or is_best(state, config) or agreement.save_wanted or is_due(step, config.checkpoint.every_steps):
             save(run, agreement, last=last)
         if agreement.data_failed:
             stream.stop_together(bad_records=state.bad_records, allowed=config.data.max_bad_records)
@@ -153,6 +159,8 @@ def console_line(step: int, num_steps: int, record: Record, slowest: str) -> str
         parts.append(f"MFU {record['mfu']:.1%}")
     if "eval/loss" in record:
         parts.append(f"held-out loss {record['eval/loss']:.4f}")
+    if f"eval/{ROUGE_MEAN}" in record:
+        parts.append(f"ROUGE {record[f'eval/{ROUGE_MEAN}']:.4f}")
     if record["skipped_steps"]:
         parts.append(f"skipped {record['skipped_steps']}")
     return " | ".join([*parts, slowest] if slowest else parts)
@@ -205,7 +213,7 @@ def read_held_out(run: Run, stage: RunConfig) -> HeldOut:
     return HeldOut(read(run.shards), others, {name: read(shards) for name, shards in run.validation.items()})
 
 
-def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False) -> Record:
+def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False, texts: bool = False) -> Record:
     """The held-out numbers; none if a request to stop cuts the evaluation short, so that the checkpoint is in time."""
 
     def stop_wanted() -> bool:
@@ -216,6 +224,8 @@ def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False
         record = evaluate(
             run.engine, held_out, run.objectives, shuffled_inputs=shuffled_inputs, stop_wanted=stop_wanted
         )
+        if texts:
+            record |= evaluate_texts(run, run.config.stage_at(run.state.step), stop_wanted)
     except CutShortError:
         run.monitor.say(f"the evaluation of step {run.state.step} is left out: a request to stop")
         return {}
@@ -223,6 +233,28 @@ def run_evaluation(run: Run, held_out: HeldOut, *, shuffled_inputs: bool = False
         with run.heartbeat.patient("showing a held-out sample", run.state.step):
             show_held_out(run.monitor, run.engine, held_out.batches[0], run.tokenizer, run.state.step, run.objectives)
     return record
+
+
+def judged_evaluation(run: Run, held_out: HeldOut) -> Record:
+    """All the held-out numbers, which decide on the best checkpoint and an early stop; none if it is cut short."""
+    record = run_evaluation(run, held_out, shuffled_inputs=run.config.train.eval_shuffled_inputs, texts=True)
+    judge(run.state, run.config, record)
+    return record
+
+
+def make_up_for_evaluation(run: Run) -> None:
+    """Evaluate the step that the run resumes from, if a request to stop has cut its evaluation short.
+
+    Only where a later decision depends on it. The checkpoint of the step is there; so it need not be saved.
+    """
+    state, config = run.state, run.config
+    if not state.evaluation_left_out:
+        return
+    record = judged_evaluation(run, begin_stage(run, config.stage_at(state.step)))
+    if record:
+        run.monitor.complete(state.step, record)
+        run.monitor.say(f"evaluated step {state.step}, whose evaluation a request to stop had cut short")
+        run.saver.name_best(state)
 
 
 def first_evaluation(run: Run, held_out: HeldOut) -> float | None:

@@ -1,6 +1,7 @@
 """A pretraining run from its configuration to its exit status: the start-up, as a recipe."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,16 +12,24 @@ from colt5dist.data import (
     length_notes,
     open_sources,
     open_validation_sets,
+    pair_notes,
     text_tokens_of_sample,
     unigram_entropy,
     validation_problems,
 )
 from colt5dist.data.open_shard_sets import absent_sources
 from colt5dist.data.read.loader import start_readers
-from colt5dist.data.standard_library import STANDARD_LIBRARY
+from colt5dist.data.standard_library import STANDARD_LIBRARIES
 from colt5dist.errors import ConfigError, SaveError
 from colt5dist.train import resume, run_directory
-from colt5dist.train.checkpoint import Saver, TrainerState, load_checkpoint, load_weights
+from colt5dist.train.checkpoint import (
+    Saver,
+    TrainerState,
+    early_stop,
+    load_checkpoint,
+    load_weights,
+    name_best,
+)
 from colt5dist.train.config.load import config_leaves, config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.engine import Engine, device_problems, num_elements, parameter_shapes
@@ -83,7 +92,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
     if plan.is_finished(config):
         if ranks.is_first:
             run_directory.keep_tokenizer(run_dir, shards.tokenizer, config)
-        return report_finished(run_dir, ranks, plan.state, entropy)
+        return report_finished(config, ranks, plan.state, entropy)
 
     readers = start_readers(shards, config.data)  # forked before there are CUDA, NCCL and threads
     make_deterministic(config)
@@ -103,7 +112,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         plan = resume.confirm_plan(config, shards.fingerprint, shards.tokenizer.fingerprint, shapes, ranks)
         if plan.is_finished(config):  # the run before this one finished meanwhile
             finish_process_group()
-            return report_finished(run_dir, ranks, plan.state, entropy)
+            return report_finished(config, ranks, plan.state, entropy)
         if config.train.preflight:
             heartbeat.at("preflight", plan.state.step)
             preflight(ranks, hosts, device)
@@ -112,6 +121,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         engine = Engine(config, ranks.world_size, device)
         load_start(plan, engine)
         run_id = run_directory.record_start(run_dir, config, ranks, hosts, shards.tokenizer)
+        if ranks.is_first:
+            name_best_at_start(run_dir, plan.state, config)
         meter = Meter(device, hosts, step_flops(config))
         wandb = open_wandb(config, ranks, run_dir, run_id)
         monitor = Monitor(
@@ -153,6 +164,7 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
             except SaveError:
                 stop.obeyed("STOP")
                 raise
+        early = early_stop(plan.state, config) if plan.state.step < config.train.steps else None
         if plan.is_finished(config):
             reason = None  # the request came at the last step
         if reason in (None, StopReason.FILE):
@@ -160,11 +172,12 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
         with heartbeat.patient("ending", plan.state.step):
             if ranks.is_first:
                 stopped = reason.value if reason else None
-                run_directory.record_end(run_dir, plan.state.step, stopped)
-                print(
-                    summary(run_dir, plan.state, stopped, unigram_entropy=entropy, tokens_per_second=meter.mean_rate),
-                    flush=True,
+                run_directory.record_end(run_dir, plan.state.step, stopped, early)
+                rate = meter.mean_rate
+                ending = summary(
+                    run_dir, plan.state, stopped, finished_early=early, unigram_entropy=entropy, tokens_per_second=rate
                 )
+                print(ending, flush=True)
             barrier()  # otherwise rank 0 could count a rank that exits first as lost
         engine.close()
         finish_process_group()
@@ -189,7 +202,7 @@ def check_start(config: RunConfig, ranks: Ranks) -> list[str]:
     if problems := run_directory.run_directory_problems(run_dir):
         raise ConfigError("\n".join(problems))
     if absent := absent_sources(config.data):
-        made = "a start makes them first" if absent == [STANDARD_LIBRARY] else "a start would refuse that"
+        made = "a start makes them first" if set(absent) <= set(STANDARD_LIBRARIES) else "a start would refuse that"
         return [
             f"note: data.shards: {', '.join(absent)} not there ({made}); neither the text nor what {run_dir} holds is "
             "checked"
@@ -207,11 +220,11 @@ def check_start(config: RunConfig, ranks: Ranks) -> list[str]:
     return [*plan.notes, *describe_data(config, shards), next_step]
 
 
-def report_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: float) -> int:
+def report_finished(config: RunConfig, ranks: Ranks, state: TrainerState, entropy: float) -> int:
     """Print that there is nothing to do, and the summary of the finished run.
 
     Args:
-        run_dir: folder of the run.
+        config: the run.
         ranks: place of this rank.
         state: the trainer's state at the end.
         entropy: unigram entropy of the held-out tokens, in nats.
@@ -220,10 +233,23 @@ def report_finished(run_dir: Path, ranks: Ranks, state: TrainerState, entropy: f
         The exit status, 0.
     """
     if ranks.is_first:
-        print(f"nothing to do: the run is finished; a train.steps above {state.step} would continue it")
-        run_directory.write_status_if_free(run_dir, "finished", state.step)
-        print(summary(run_dir, state, None, unigram_entropy=entropy, tokens_per_second=None), flush=True)
+        run_dir = Path(str(config.run_dir))
+        early = early_stop(state, config) if state.step < config.train.steps else None
+        fix = "a larger train.early_stopping_patience, or null" if early else f"a train.steps above {state.step}"
+        print(f"nothing to do: the run is finished; {fix} would continue it")
+        run_directory.write_status_if_free(run_dir, "finished", state.step, early)
+        name_best_at_start(run_dir, state, config)
+        lines = summary(run_dir, state, None, finished_early=early, unigram_entropy=entropy, tokens_per_second=None)
+        print(lines, flush=True)
     return 0
+
+
+def name_best_at_start(run_dir: Path, state: TrainerState, config: RunConfig) -> None:
+    """Name the best checkpoint, if a kill has left its name at the one before; a folder may be read-only."""
+    run_id = run_directory.read_run_id(run_dir)
+    if run_id and state.step:
+        with suppress(OSError):
+            name_best(run_dir / run_directory.CHECKPOINTS, run_id, state, config.checkpoint.keep_best)
 
 
 def open_wandb(config: RunConfig, ranks: Ranks, run_dir: Path, run_id: str) -> WeightsAndBiases | None:
@@ -352,13 +378,18 @@ def num_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def describe_data(config: RunConfig, shards: Sources) -> list[str]:
     """Lines on how often the run reads its text, with a note if that is often."""
-    num_tokens = tokens_of_run(config, text_tokens_of_sample)
-    passes = shards.passes(num_tokens)
+    if config.data.is_pairs:
+        amount, unit = config.train.steps * config.train.global_batch_size, "pairs"
+        there, passes = sum(part.num_documents for part in shards.parts), shards.passes_of_pairs(amount)
+    else:
+        amount, unit = tokens_of_run(config, text_tokens_of_sample), "tokens of training text"
+        there, passes = sum(part.num_tokens for part in shards.parts), shards.passes(amount)
     lines = [
-        f"data: {sum(part.num_tokens for part in shards.parts):,} tokens of training text; "
-        f"{count(config.train.steps, 'step')} read {num_tokens:,}: {', '.join(f'{number:,.2f}' for number in passes)} "
-        "passes"
+        f"data: {there:,} {unit}; {count(config.train.steps, 'step')} read {amount:,}: "
+        f"{', '.join(f'{number:,.2f}' for number in passes)} passes"
     ]
+    if config.data.is_pairs:
+        lines += dict.fromkeys(f"note: {note}" for stage in config.stages for note in pair_notes(stage.data, shards))
     if max(passes) > MANY_PASSES:
         lines.append(
             f"note: train.steps: some text is read {max(passes):,.0f} times; watch the held-out loss, which rises "

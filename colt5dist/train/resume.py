@@ -19,6 +19,7 @@ from colt5dist.train.checkpoint import (
     TrainerState,
     checkpoint_bytes,
     checkpoint_folders,
+    early_stop,
     find_checkpoints,
     find_damage,
     has_average,
@@ -55,8 +56,8 @@ class StartPlan:
     """What the user is told about it."""
 
     def is_finished(self, config: RunConfig) -> bool:
-        """Whether the last step is already done."""
-        return self.state.step >= config.train.steps
+        """Whether the last step is already done, or an early stop has ended the run."""
+        return self.state.step >= config.train.steps or early_stop(self.state, config) is not None
 
 
 def plan_start(
@@ -107,7 +108,7 @@ def plan_start(
         )
     needed = checkpoint_bytes(shapes, config)
     saves_often = config.checkpoint.every_steps or config.checkpoint.every_minutes
-    most = config.checkpoint.keep_last + 1 if saves_often else 1
+    most = (config.checkpoint.keep_last + 1 if saves_often else 1) + (config.checkpoint.keep_best is not None)
     problems = space_problems(run_dir, needed, most - len(whole))
     if whole:
         if run_id is None:

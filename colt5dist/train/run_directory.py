@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import colt5dist
-from colt5dist.data import TOKENIZER_FOLDER, model_tokenizer
+from colt5dist.data import TOKENIZER_FOLDER, ModelTokenizer, model_tokenizer
 from colt5dist.data.tokenizer import Tokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.files import is_locked_for_life, lock_for_life, write_whole
@@ -130,7 +130,7 @@ def record_start(run_dir: Path, config: RunConfig, ranks: Ranks, hosts: list[str
                 write_whole(run_dir / RUN_ID, f"{secrets.token_hex(8)}\n".encode())
             write_whole(run_dir / CONFIG, config_to_yaml(config).encode())
             write_whole(run_dir / "environment.json", json.dumps(environment(ranks, hosts), indent=1).encode())
-            model_tokenizer(tokenizer, config.data).save(run_dir / TOKENIZER_FOLDER)
+            tokenizer_of_run(run_dir, config, tokenizer).save(run_dir / TOKENIZER_FOLDER)
             (run_dir / STATUS).unlink(missing_ok=True)
         except OSError as error:
             problem = f"run_dir: {error.filename or run_dir} cannot be written ({error.strerror})"
@@ -151,7 +151,25 @@ def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer, config: RunConfig) -> No
     """
     with suppress(OSError):
         if not (run_dir / TOKENIZER_FOLDER).exists():
-            model_tokenizer(tokenizer, config.data).save(run_dir / TOKENIZER_FOLDER)
+            tokenizer_of_run(run_dir, config, tokenizer).save(run_dir / TOKENIZER_FOLDER)
+
+
+def tokenizer_of_run(run_dir: Path, config: RunConfig, tokenizer: Tokenizer) -> ModelTokenizer:
+    """The tokenizer of the run's model; a run on pairs keeps that of the model it starts from, also when resumed.
+
+    Args:
+        run_dir: folder of the run.
+        config: the run.
+        tokenizer: the tokenizer of the shards.
+    """
+    places = [run_dir]
+    if config.init_from:
+        start = Path(config.init_from).absolute()
+        places += [start, start.parent, start.parent.parent]  # a run folder, its checkpoints, or one of them
+    folders = [place / TOKENIZER_FOLDER for place in places if (place / TOKENIZER_FOLDER).exists()]
+    return model_tokenizer(
+        tokenizer, config.data, vocab_size=config.model.vocab_size, starts_from=folders[0] if folders else None
+    )
 
 
 def read_run_id(run_dir: Path) -> str | None:
@@ -202,33 +220,35 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
     write_whole(run_dir / STATUS, json.dumps(content).encode(), writer=writer)
 
 
-def record_end(run_dir: Path, step: int, stopped: str | None) -> None:
+def record_end(run_dir: Path, step: int, stopped: str | None, finished_early: str | None = None) -> None:
     """Write status.json for a run that ended without an error; print a warning if it cannot be written.
 
     Args:
         run_dir: folder of the run.
         step: last step that was done.
         stopped: why the run stopped before its last step; None: it is finished.
+        finished_early: why it is finished before its last step, if it is.
     """
     try:
-        write_status(run_dir, "stopped" if stopped else "finished", step, stopped)
+        write_status(run_dir, "stopped" if stopped else "finished", step, stopped or finished_early)
     except OSError as error:
         whole = f"; the checkpoint of step {step} is whole" if step else ""
         what = f"{run_dir / STATUS} cannot be written ({error.strerror}){whole}"
         print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
-def write_status_if_free(run_dir: Path, status: str, step: int) -> None:
+def write_status_if_free(run_dir: Path, status: str, step: int, reason: str | None = None) -> None:
     """Write status.json unless another process uses the folder or it cannot be written.
 
     Args:
         run_dir: folder of the run.
         status: "finished", "stopped" or "failed".
         step: last step that was done.
+        reason: why, where that needs to be said.
     """
     with suppress(OSError):  # BlockingIOError: another run uses it; others: an archive may be read-only
         if lock_for_life(run_dir / LOCK):
-            write_status(run_dir, status, step)
+            write_status(run_dir, status, step, reason)
 
 
 def _remove(path: Path) -> None:

@@ -2,22 +2,30 @@
 
 import multiprocessing
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from colt5dist.data import standard_library
+from colt5dist.data.inputs.source_questions import questions
 from colt5dist.data.read.shards import open_shards
+from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.data.standard_library import (
     LARGEST,
     SMALLEST,
+    STANDARD_LIBRARY_PAIRS,
     cache_folder,
     ensure_standard_library_shards,
     make_documents,
     read_sources,
 )
 from colt5dist.errors import ConfigError
+
+DOCSTRING = re.compile(r"""["']{1,3}\s*([^.\n"']*)""")
+"""The first sentence of a text in quotes."""
 
 
 def test_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +70,55 @@ def test_documents_hold_all_sources() -> None:
     # 260,000 characters in four parts; two files of the package, then its third; what is short together
     assert [document[:1] for document in ours] == ["l"] * 4 + ["a", "c", "s"]
     assert max(map(len, documents)) <= LARGEST
+
+
+def test_questions_have_their_answers_in_the_source(shard_cache: Path) -> None:
+    """Once, after the definition that the question names; and the held-out packages are others."""
+    folder = ensure_standard_library_shards(STANDARD_LIBRARY_PAIRS)
+    assert folder.parent == shard_cache and folder.name.startswith("python-stdlib-pairs-")
+    shards = open_shards(folder)
+    packages, targets, lengths, right = [], [], [], np.zeros(2)
+    for part in (shards, shards.validation):
+        assert part.manifest.holds_pairs
+        packages.append(set())
+        ids = TokenReader(part, cache_bytes=1 << 26).read(0, part.num_tokens)
+        for document in np.split(ids, part.index.document_ends[:-1])[::3]:
+            place = int((document == part.tokenizer.eos_id).argmax())
+            given, target = (part.tokenizer.decode(side) for side in (document[:place], document[place + 1 :]))
+            question, shown = given.split("\n\n", maxsplit=1)
+            name = question.removeprefix("What does ").removesuffix(" do?")
+            assert place <= 2047 and shown.count(target) == 1 and target not in question
+            assert re.findall(r"\b(?:def|class) (\w+)", shown).count(name.rsplit(".", maxsplit=1)[1]) == 1
+            assert re.search(rf"\b(def|class) {name.rsplit('.', maxsplit=1)[1]}\b", shown[: shown.index(target)])
+            packages[-1].add(name.split(".")[0])
+            targets.append(target)
+            lengths.append(place)
+            places = 0, re.search(rf"\b(def|class) {name.rsplit('.', maxsplit=1)[1]}\b", shown).end()
+            right += [said is not None and said[1] == target for said in (DOCSTRING.search(shown, p) for p in places)]
+    assert len(lengths) > 700 and not packages[0] & packages[1]
+    assert 0.05 < shards.validation.num_documents / (shards.num_documents + shards.validation.num_documents) <= 0.1
+    assert np.median(lengths) > 1500
+    # the commonest answer, the first docstring, and the first one after the definition that is asked for
+    assert Counter(targets).most_common(1)[0][1] < 0.01 * len(targets)
+    first, named = right / len(targets)
+    assert first < 0.2 and named > 0.8
+
+
+@pytest.mark.parametrize(
+    ("source", "answers"),
+    [
+        ('def f():\n    """Return the first of them. And more."""\n', ["Return the first of them"]),
+        ('class C:\n    def f(self):\n        """Return the first of them"""\n', ["Return the first of them"]),
+        ('def f():\n    """Return the first of\n    them all."""\n', []),
+        ('def f():\n    """Return these things:"""\n', []),
+        ('def f():\n    """Return the first of them."""\n\ndef f():\n    pass\n', []),
+        ('def f():\n    """Return the first of them."""\n    # Return the first of them\n', []),
+        ("def f(:\n", []),
+    ],
+    ids=["sentence", "method", "two-lines", "colon", "defined-twice", "answer-twice", "no-python"],
+)
+def test_what_is_asked_for(source: str, answers: list[str]) -> None:
+    assert [pair.target for pair in questions("m", source)] == answers
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def losses_and_gradients(model, batch):
         {"encoder": "dense"},
         {"encoder": "light"},
         {"light_positions": "relative"},
+        {"dropout": 0.3},
+        {"dropout": 0.3, "encoder": "dense"},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,12 +2,13 @@
 
 import gzip
 import io
+import zipfile
 import zlib
 from typing import BinaryIO
 
 import zstandard
 
-DAMAGE = (EOFError, zlib.error, zstandard.ZstdError)
+DAMAGE = (EOFError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
 """Exceptions that reading a damaged stream raises, besides OSError."""
 
 READ_BYTES = 1 << 17

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from colt5dist.data.inputs.archives import open_member
 from colt5dist.data.inputs.arrow import read_arrow
 from colt5dist.data.inputs.compressed import DAMAGE, open_compressed
 from colt5dist.data.inputs.files import InputFile
 from colt5dist.data.inputs.mds import read_mds
 from colt5dist.data.inputs.megatron import TokenIds, read_tokens
+from colt5dist.data.inputs.pairs import Pair, PairKeys, pair_of
 from colt5dist.data.inputs.records import DamagedError, NoTextError, one_line
 from colt5dist.data.long_texts import LONG_BYTES, WINDOW_BYTES
 
@@ -19,14 +21,17 @@ EXAMPLES = 5
 ROWS_AT_ONCE = 256
 JSON_BYTES = 1 << 20  # of a json file, read at once
 MARKED_UP = ("<!doctype html", "<html", "<?xml")
+TextKey = str | PairKeys
+"""Where the text of a document is in an object or a row; or the two texts of a pair, which is one document."""
 
 
 @dataclass(frozen=True)
 class Item:
     """The next thing read from a file: a document, a problem, or (neither) a blank line."""
 
-    text: str | bytes | TokenIds | None
-    """Text of the document, or None. A text of more than LONG_BYTES is bytes, in UTF-8. Token files have ids."""
+    text: str | bytes | TokenIds | Pair | None
+    """Text of the document, or None. A text of more than LONG_BYTES is bytes, in UTF-8; a pair is two strings. Token
+    files have ids."""
     problem: str
     """Kind of the problem, or empty."""
     line: int
@@ -83,15 +88,16 @@ class Problems:
 
 def describe_place(file: InputFile, item: Item) -> str:
     """Return where an item is, as `file:line`, and what a library says of its problem."""
-    return f"{file.path}{f':{item.line}' if item.line else ''}{f': {item.reason}' if item.reason else ''}"
+    return f"{file.place}{f':{item.line}' if item.line else ''}{f': {item.reason}' if item.reason else ''}"
 
 
-def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0) -> Iterator[Item]:
+def read_items(file: InputFile, *, text_key: TextKey, offset: int = 0, line: int = 0) -> Iterator[Item]:
     """Yield the documents and problems of a file; what cannot be read is a problem, never an exception.
 
     Args:
         file: the file.
-        text_key: key of the text in a JSON object, column of the text in a table, unless the file has its own.
+        text_key: key of the text in a JSON object, column of the text in a table, unless the file has its own; or
+            the keys of a pair.
         offset: bytes of the (decompressed) file to leave out.
         line: lines, objects or rows before them.
     """
@@ -100,12 +106,14 @@ def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0
         yield from _read_rows(file, text_key, line)
         return
     if file.is_arrow or file.is_mds or file.is_tokens:
+        assert isinstance(text_key, str), "these hold no pairs"
         yield from _read_records(file, text_key, line)
         return
     position, counted = 0, file.is_jsonl or file.is_json
     try:
         with open(file.path, "rb") as raw:
             stream: Any = _decompressed(file, raw)
+            begin = raw.tell() if file.member else 0
             if file.is_json and not _is_lines(stream):
                 raw.seek(0)
                 for item in _read_values(file, raw, text_key):
@@ -117,48 +125,52 @@ def read_items(file: InputFile, *, text_key: str, offset: int = 0, line: int = 0
             if file.is_json:
                 raw.seek(0)
                 stream = _decompressed(file, raw)
-            if file.compression:
+            if file.compression or file.member:
                 # not seek: the place where reading a damaged file fails depends on how it is read
                 for _ in range(line):
                     stream.readline()
             else:
                 stream.seek(offset)
             for text, problem, reason, size in _parts(stream, text_key, lines=counted):
-                offset, line, position = offset + size, line + counted, raw.tell()
+                offset, line, position = offset + size, line + counted, raw.tell() - begin
                 yield Item(text, problem, line, offset, not counted, position, reason)
     except (OSError, *DAMAGE) as error:
         yield Item(None, "unreadable", line + counted, offset, True, position, one_line(error))
 
 
 def _decompressed(file: InputFile, raw: BinaryIO) -> BinaryIO:
+    if file.member:
+        return open_member(raw, file.member)
     return open_compressed(raw, file.compression) if file.compression else raw
 
 
-def _read_rows(file: InputFile, text_key: str, first: int) -> Iterator[Item]:
+def _read_rows(file: InputFile, text_key: TextKey, first: int) -> Iterator[Item]:
     """The rows of a parquet file from number `first` (from 0) on; row groups that end before it are not read."""
     import pyarrow  # imported here: an optional package, needed for these files only
     from pyarrow import parquet
 
     row, num_rows = first, 0
+    columns = [text_key] if isinstance(text_key, str) else [text_key.input_key, text_key.target_key]
     try:
         table = parquet.ParquetFile(file.path)
         num_rows = table.metadata.num_rows
-        if text_key not in table.schema_arrow.names:
+        if missing := [column for column in columns if column not in table.schema_arrow.names]:
             if num_rows:
-                columns = f"its columns are {', '.join(table.schema_arrow.names)}"
-                yield Item(None, f"no text under {text_key!r}", 0, 0, True, file.bytes, columns, num_rows)
+                there = f"its columns are {', '.join(table.schema_arrow.names)}"
+                yield Item(None, f"no text under {missing[0]!r}", 0, 0, True, file.bytes, there, num_rows)
             return
         group, skipped = 0, 0
         while group < table.num_row_groups and skipped + table.metadata.row_group(group).num_rows <= first:
             skipped += table.metadata.row_group(group).num_rows
             group += 1
         groups = list(range(group, table.num_row_groups))
-        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_key], row_groups=groups):
-            for value in batch.column(0):
+        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns, row_groups=groups):
+            for entry in range(batch.num_rows):
                 if skipped < first:
                     skipped += 1
                     continue
-                text, problem = _check_text(value.as_py(), text_key)
+                value = {name: batch.column(name)[entry].as_py() for name in columns}
+                text, problem = _text_of(value, text_key)
                 row += 1
                 yield Item(text, problem, row, 0, row == num_rows, row * file.bytes // num_rows)
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -226,13 +238,13 @@ def _may_continue(error: json.JSONDecodeError, text: str) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - len("\\ud83d\\ude00")
 
 
-def _read_values(file: InputFile, raw: BinaryIO, text_key: str) -> Iterator[Item]:
+def _read_values(file: InputFile, raw: BinaryIO, text_key: TextKey) -> Iterator[Item]:
     """The objects of a JSON array, or objects that follow each other; only a part of the file is in memory."""
     stream, number = _decompressed(file, raw), 0
     try:
         for value in _json_values(stream):
             number += 1
-            text, problem = _check_text(value.get(text_key) if isinstance(value, dict) else None, text_key)
+            text, problem = _text_of(value, text_key)
             yield Item(text, problem, number, 0, False, raw.tell())
     except (ValueError, RecursionError) as error:
         yield Item(None, "not JSON", number + 1, 0, True, raw.tell(), f"{one_line(error)}; the rest is not read")
@@ -277,9 +289,12 @@ def _json_values(stream: BinaryIO) -> Iterator[Any]:
 _BETWEEN = re.compile(r"[\s,]*")
 
 
-def _parts(stream: BinaryIO, text_key: str, *, lines: bool) -> Iterator[tuple[str | bytes | None, str, str, int]]:
+def _parts(
+    stream: BinaryIO, text_key: TextKey, *, lines: bool
+) -> Iterator[tuple[str | bytes | Pair | None, str, str, int]]:
     """(text, problem, reason, bytes read) of every document; a blank line has neither text nor problem."""
     if not lines:
+        assert isinstance(text_key, str), "a file that is one text holds no pair"
         content = stream.read()
         yield *_decode(content, text_key), "", len(content)
         return
@@ -338,7 +353,7 @@ def _holds_json(text: str, text_key: str) -> bool:
     return isinstance(value, dict) and isinstance(value.get(text_key), str)
 
 
-def _decode_line(content: bytes, text_key: str) -> tuple[str | bytes | None, str]:
+def _decode_line(content: bytes, text_key: TextKey) -> tuple[str | bytes | Pair | None, str]:
     if content.isspace():
         return None, ""
     try:
@@ -347,7 +362,15 @@ def _decode_line(content: bytes, text_key: str) -> tuple[str | bytes | None, str
         return None, "not UTF-8"
     except (ValueError, RecursionError):
         return None, "not JSON"
-    return _check_text(entry.get(text_key) if isinstance(entry, dict) else None, text_key)
+    return _text_of(entry, text_key)
+
+
+def _text_of(entry: Any, text_key: TextKey) -> tuple[str | bytes | Pair | None, str]:
+    """(text, problem) of a value that should be an object with the text of a document, or with a pair."""
+    record = entry if isinstance(entry, dict) else {}
+    if isinstance(text_key, PairKeys):
+        return pair_of(record, text_key)
+    return _check_text(record.get(text_key), text_key)
 
 
 def _check_text(text: Any, text_key: str) -> tuple[str | bytes | None, str]:

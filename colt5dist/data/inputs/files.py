@@ -11,6 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from colt5dist.data.inputs.archives import ZIP_SUFFIX, is_held_out, list_members
 from colt5dist.data.inputs.dataset_folders import DESCRIPTION, DatasetFolders, cards, splits_note
 from colt5dist.data.inputs.mds import MDS_SUFFIXES
 from colt5dist.data.inputs.megatron import index_of, is_token_file, token_file_problem
@@ -24,6 +25,8 @@ ARROW_SUFFIX = ".arrow"
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 READ_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX, ARROW_SUFFIX, ".mds")
+PAIR_SUFFIXES = (*JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX, ZIP_SUFFIX)
+"""Files that can hold pairs of an input and a target."""
 FOREIGN_SUFFIXES = frozenset(
     ".tar .tgz .zip .7z .rar .xz .lzma .bz2 .lz4 .br .zstd "
     ".csv .tsv .html .htm .xhtml .xml .svg .rss .atom .rtf .epub .pdf .ps .djvu "
@@ -48,14 +51,28 @@ class InputFile:
     name: str
     """Path relative to the common folder of all inputs: the same on every machine."""
     bytes: int
-    """Size of the file."""
+    """Size of the file; of a member of an archive, as it is stored there."""
     text_key: str = ""
     """Key or column of the text in this file; empty: the same as in all others."""
+    member: str = ""
+    """Name of the member, where the file is an archive."""
+    checksum: int = 0
+    """CRC32 of the member."""
+    held_out: bool | None = None
+    """Whether all of it is held out, or nothing of it; None: it does not say."""
+
+    @property
+    def place(self) -> str:
+        """How the file is named in messages."""
+        return f"{self.path}: {self.member}" if self.member else str(self.path)
 
     @property
     def content_key(self) -> str:
         """Hash of name, size, and the first and last 64 KiB, also of an index: the same on every machine."""
         digest = hashlib.sha256(os.fsencode(self.name) + b"\0%d\0" % self.bytes)
+        if self.member:
+            digest.update(b"%d" % self.checksum)
+            return digest.hexdigest()
         for path in (self.path, index_of(self.path)) if self.is_tokens else (self.path,):
             with open(path, "rb") as file:
                 digest.update(file.read(HASHED_BYTES))
@@ -71,7 +88,7 @@ class InputFile:
     @property
     def is_jsonl(self) -> bool:
         """Whether each line is a JSON object that holds one document."""
-        return _bare_name(self.path).endswith(JSONL_SUFFIXES)
+        return bool(self.member) or _bare_name(self.path).endswith(JSONL_SUFFIXES)
 
     @property
     def is_json(self) -> bool:
@@ -138,9 +155,11 @@ NO_ENDING = "files without an ending"
 HIDDEN = "hidden files and folders"
 NO_FILE = "pipes, devices, and links that lead nowhere"
 NOT_ENTERED = "folders that a pattern matches (name the folder itself to read it)"
+TESTS = "test.jsonl in zip archives, which has no targets"
+OTHER_MEMBERS = "other files in zip archives"
 
 
-def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
+def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bool = False) -> Inputs:
     """Return the files of all glob patterns and folders.
 
     The name of a folder means all files below it with the suffix of a supported kind, also in linked folders. A path
@@ -150,10 +169,12 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
     Args:
         patterns: glob patterns and names of folders.
         made: more folders whose files are not inputs.
+        pairs: whether only files are read that can hold pairs; of a zip archive, the members that hold some.
 
     Raises:
         ConfigError: a pattern matches no file, or a file cannot be accessed or is of a kind that is not supported.
     """
+    is_wanted = _can_hold_pairs if pairs else _is_read
     made_folders = {Path(os.path.realpath(folder)) for folder in made}
 
     @cache
@@ -167,7 +188,7 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
     notes: list[str] = []
     for pattern in dict.fromkeys(patterns):
         if os.path.isdir(pattern):
-            names = list(_below(pattern, is_made, not_read, datasets, notes))
+            names = list(_below(pattern, is_made, is_wanted, not_read, datasets, notes))
         else:
             names = _without_descriptions(glob.glob(_escape_existing(pattern), recursive=True), not_read, datasets)
         left_out = cards(map(Path, names))
@@ -178,7 +199,8 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
         folders = [path for path, status in matches.items() if status and stat.S_ISDIR(status.st_mode)]
         texts = {path: status for path, status in files.items() if not is_made(path.parent)}
         if not texts:
-            raise ConfigError(f"--input: {pattern!r} {_why_no_text(pattern, matches, files)}")
+            why = _why_no_text(pattern, matches, files, PAIR_SUFFIXES if pairs else READ_SUFFIXES)
+            raise ConfigError(f"--input: {pattern!r} {why}")
         not_read[NO_FILE] += len(matches) - len(files) - len(folders)
         not_read[NOT_ENTERED] += len(folders) if "**" not in pattern else 0
         # of several paths to one file, the shortest counts, and before it one that says what the file is
@@ -186,9 +208,11 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = ()) -> Inputs:
             status = texts[path]
             found.setdefault((status.st_dev, status.st_ino), (path, status.st_size))
     paths = sorted(path for path, _ in found.values())
-    _check_kinds(paths)
+    _check_kinds(paths, pairs=pairs)
     common = os.path.commonpath([path.parent for path in paths])
     inputs = [InputFile(path, path.relative_to(common).as_posix(), size) for path, size in found.values()]
+    if pairs:
+        inputs = [part for file in inputs for part in _opened(file, not_read)]
     kinds = {kind: number for kind, number in not_read.items() if number}
     return Inputs(sorted(inputs, key=lambda file: file.name), kinds, tuple(dict.fromkeys(notes)))
 
@@ -206,11 +230,38 @@ def _without_descriptions(names: list[str], not_read: Counter[str], datasets: Da
     return list(read)
 
 
-def _check_kinds(paths: list[Path]) -> None:
+def _opened(file: InputFile, not_read: Counter[str]) -> list[InputFile]:
+    """The members of a zip archive that hold pairs; any other file as it is."""
+    if file.path.suffix.lower() != ZIP_SUFFIX:
+        return [file]
+    members, tests, others = list_members(file.path)
+    not_read.update({TESTS: tests, OTHER_MEMBERS: others})
+    says_both = len({is_held_out(member.filename) for member in members}) == 2
+    return [
+        InputFile(
+            file.path,
+            f"{file.name}/{member.filename}",
+            member.compress_size,
+            member=member.filename,
+            checksum=member.CRC,
+            held_out=is_held_out(member.filename) if says_both else None,
+        )
+        for member in members
+    ]
+
+
+def _check_kinds(paths: list[Path], *, pairs: bool) -> None:
     """Raise ConfigError for the first file of a kind that is not supported."""
     tokens = {path for path in paths if is_token_file(path)}
     known = {path for path in paths if path in tokens or _is_mds(path)}
     foreign = [path for path in paths if Path(_bare_name(path)).suffix in FOREIGN_SUFFIXES and path not in known]
+    if pairs:
+        foreign = [path for path in foreign if path.suffix.lower() != ZIP_SUFFIX]
+        if others := [path for path in paths if not _can_hold_pairs(path) and path not in foreign]:
+            raise ConfigError(
+                f"--input: {others[0]} can hold no pairs; with --pairs give .jsonl, .json or .parquet files, or the "
+                "zip archives of SCROLLS"
+            )
     if foreign:
         more = f" (and {len(foreign) - 1:,} more files are of such kinds)" if len(foreign) > 1 else ""
         suffix = Path(_bare_name(foreign[0])).suffix
@@ -245,9 +296,17 @@ def _escape_existing(pattern: str) -> str:
 
 
 def _below(
-    folder: str, is_made: Callable[[Path], bool], not_read: Counter[str], datasets: DatasetFolders, notes: list[str]
+    folder: str,
+    is_made: Callable[[Path], bool],
+    is_wanted: Callable[[Path], bool],
+    not_read: Counter[str],
+    datasets: DatasetFolders,
+    notes: list[str],
 ) -> Iterator[str]:
-    """The texts below a folder; each folder once, by its shortest path. What is not read is added to `not_read`."""
+    """The wanted files below a folder; each folder once, by its shortest path.
+
+    What is not read is added to `not_read`.
+    """
     entered: set[tuple[int, int]] = set()
     level = [folder]
     while level:
@@ -271,13 +330,18 @@ def _below(
                     deeper.append(entry.path)
                 elif reason := datasets.why_not_read(Path(entry.path)):
                     not_read[reason] += 1
-                elif _is_read(Path(entry.path)):
+                elif is_wanted(Path(entry.path)):
                     yield entry.path
                 elif entry.name.endswith(".idx") and is_token_file(Path(entry.path).with_suffix(".bin")):
                     continue  # it is read with its .bin file
                 else:
                     not_read[_ending(entry.name)] += 1
         level = deeper
+
+
+def _can_hold_pairs(path: Path) -> bool:
+    """Whether a file may hold pairs, by its ending."""
+    return _bare_name(path).endswith(PAIR_SUFFIXES)
 
 
 def _is_read(path: Path) -> bool:
@@ -306,7 +370,7 @@ def _unreadable(path: str, error: OSError) -> ConfigError:
     return ConfigError(f"--input: {path} cannot be read ({error.strerror}); fix its permissions")
 
 
-def _why_no_text(pattern: str, matches: Statuses, files: Statuses) -> str:
+def _why_no_text(pattern: str, matches: Statuses, files: Statuses, suffixes: tuple[str, ...]) -> str:
     """What is wrong with a pattern that matches no text, and how to fix it."""
     if not pattern:
         return "is an empty pattern; give text or jsonl files"
@@ -316,7 +380,7 @@ def _why_no_text(pattern: str, matches: Statuses, files: Statuses) -> str:
     if pipes := [path for path, mode in kinds.items() if not stat.S_ISDIR(mode)]:
         return f"matches no file, {pipes[0]} is a pipe or device; write its output to a file and give that file"
     if os.path.isdir(pattern):
-        kinds_read = ", ".join(READ_SUFFIXES)
+        kinds_read = ", ".join(suffixes)
         other_kinds = os.path.join(pattern, "**", "*.ext")
         return f"holds no file of a supported kind ({kinds_read}); give text files with another suffix as {other_kinds}"
     if kinds:

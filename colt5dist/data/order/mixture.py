@@ -8,9 +8,11 @@ twice counts twice. A name is
 - `ul2`: the seven of UL2 (Tay et al. 2022, arXiv 2205.05131, figure 2) with their mode tokens, in equal parts: R: mean
   3 and 8 at 0.15; X: mean 3, 8, 64 at 0.5 and 64 at 0.15; S: prefix-LM at rate 0.25;
 - `span_corruption(mean, rate)`, `prefix_lm` or `prefix_lm(rate)`: one entry;
-- `causal`: next-token prediction, one entry. If it is the only entry, data.input_length is 0.
+- `causal`: next-token prediction, one entry. If it is the only entry, data.input_length is 0;
+- `pairs`: inputs with their targets as they are in the shards; it is the only entry.
 
-The ids above the tokenizer's are the mode tokens R, S, X, if the mixture has any, then the sentinels.
+The ids above the tokenizer's are the mode tokens R, S, X, if the mixture has any, then the sentinels. A model that is
+trained on pairs keeps those that it has: `reserving_mixture`.
 """
 
 import re
@@ -40,6 +42,11 @@ class Mixture:
     def is_causal(self) -> bool:
         """Whether there is no encoder input, which is for decoder-only models."""
         return all(objective.is_next_token for objective in self.objectives)
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the samples are inputs and targets that the shards hold."""
+        return any(objective.is_pair for objective in self.objectives)
 
     @property
     def num_modes(self) -> int:
@@ -85,7 +92,11 @@ MIXTURES: dict[str, tuple[Objective, ...]] = {
 }
 """Names without settings, and their objectives."""
 
-FORMS = f"{', '.join(MIXTURES)}, prefix_lm, prefix_lm(rate), span_corruption(mean, rate)"
+PAIRS = "pairs"
+"""The mixture that reads inputs and targets from shards of pairs."""
+DEFAULT = "colt5"
+
+FORMS = f"{', '.join(MIXTURES)}, prefix_lm, prefix_lm(rate), span_corruption(mean, rate), {PAIRS}"
 MIXTURE_TYPE = str | Sequence[str]
 
 
@@ -103,6 +114,10 @@ def parse_mixture(mixture: MIXTURE_TYPE) -> Mixture:
 def _parse_entries(entries: tuple[str, ...]) -> Mixture:
     if not entries:
         raise ConfigError(f"data.mixture: is empty; give some of {FORMS}")
+    if PAIRS in entries:
+        if len(entries) > 1:
+            raise ConfigError(f"data.mixture: {PAIRS} cannot be mixed with other entries; give it alone")
+        return Mixture((Objective(PAIRS, 0.0, None),), (1,))
     counts: dict[Objective, int] = {}
     problems = []
     for entry in entries:
@@ -141,6 +156,15 @@ def _parse_entry(entry: str) -> tuple[Objective, ...]:
             return (span_corruption(mean_span, rate),)
         raise ConfigError(f"data.mixture: {entry!r}: give a mean of 1 or more and a rate above 0 and at most 0.9")
     raise ConfigError(f"data.mixture: {entry!r} has the wrong number of settings; write {FORMS}")
+
+
+def reserving_mixture(mixture: MIXTURE_TYPE) -> MIXTURE_TYPE:
+    """Return the mixture that decides which ids above the tokenizer's are reserved.
+
+    It is the mixture itself. With pairs it is the default one, so that a model has the same ids as one that is
+    pretrained with the same lengths.
+    """
+    return DEFAULT if parse_mixture(mixture).is_pairs else mixture
 
 
 def lengths_of_mixture(mixture: MIXTURE_TYPE, input_length: int, target_length: int) -> tuple[SampleLengths, ...]:

@@ -14,6 +14,9 @@ two. The lengths follow from the objective, so that an input is filled exactly a
 - next-token: target_length tokens of text are the target, unchanged and without an end token, since the text continues
   after them. A decoder-only model has no input; in a mixture with other objectives, the input is only the end token.
 
+- pairs: the text is an input, an end token, and a target. Input and target get an end token each; what is too long
+  is cut.
+
 A mode token is the first token of the input and leaves one token less for the rest.
 """
 
@@ -31,7 +34,8 @@ class Objective:
     noise_rate: float
     """Share of the raw tokens that are noise, in the target (prefix-LM: the mean, where target_length allows it)."""
     mean_span: float | None
-    """Mean tokens per noise span; None: one span at the end without a sentinel (prefix-LM), or all (next-token)."""
+    """Mean tokens per noise span; None: one span at the end without a sentinel (prefix-LM), all (next-token), or none
+    (pairs)."""
     mode: str | None = None
     """The mode token that the input begins with, one of MODES."""
 
@@ -39,6 +43,11 @@ class Objective:
     def is_next_token(self) -> bool:
         """Whether the whole text is the target, without an input."""
         return self.noise_rate == 1
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the text is an input and its target, and nothing is corrupted."""
+        return self.noise_rate == 0
 
 
 MODES = ("R", "S", "X")
@@ -50,15 +59,15 @@ class SampleLengths:
     """Lengths in tokens of a full sample of one objective."""
 
     raw_tokens: int
-    """Tokens of text that the sample is made from."""
+    """Tokens of text that the sample is made from (pairs: the most that are used)."""
     noise_tokens: int
-    """Raw tokens in the target, without sentinels and end token (prefix-LM: the maximum)."""
+    """Raw tokens in the target, without sentinels and end token (prefix-LM and pairs: the maximum)."""
     num_spans: int
-    """Number of noise spans, which is the number of sentinels (prefix-LM and next-token: 0)."""
+    """Number of noise spans, which is the number of sentinels (prefix-LM, next-token and pairs: 0)."""
     input_tokens: int
-    """Tokens of the encoder input, end token included (prefix-LM: the maximum)."""
+    """Tokens of the encoder input, end token included (prefix-LM and pairs: the maximum)."""
     target_tokens: int
-    """Tokens of the decoder target, end token included (prefix-LM: the maximum)."""
+    """Tokens of the decoder target, end token included (prefix-LM and pairs: the maximum)."""
 
 
 @lru_cache(maxsize=1024)
@@ -104,6 +113,8 @@ def sample_lengths(objective: Objective, input_length: int, target_length: int) 
     """
     if objective.is_next_token:
         return SampleLengths(target_length, target_length, 0, min(1, input_length), target_length)
+    if objective.is_pair:
+        return SampleLengths(input_length + target_length - 1, target_length - 1, 0, input_length, target_length)
     if objective.mode is not None:
         rest = sample_lengths(replace(objective, mode=None), input_length - 1, target_length)
         return replace(rest, input_tokens=rest.input_tokens + 1)

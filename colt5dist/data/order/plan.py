@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.order.blocks import BlockLayout, Blocks, Chunk
+from colt5dist.data.order.pair_blocks import PairBlocks, PairLayout
 from colt5dist.data.order.random_numbers import Stream, below, permutation, random_bits
 from colt5dist.data.tar_members import MEMBER_TOKENS
 
@@ -79,6 +80,7 @@ class Plan:
         seed: seed of the order.
         weights: share of the samples that each objective gets, as a number of equal parts; None: equal shares.
         min_document_tokens: documents with fewer tokens are left out.
+        pairs: whether each document is a sample, as it is; there is one objective then.
     """
 
     def __init__(
@@ -89,12 +91,17 @@ class Plan:
         seed: int,
         weights: Sequence[int] | None = None,
         min_document_tokens: int = 0,
+        pairs: bool = False,
     ) -> None:
         self._seed = seed
         self._weights = np.array(weights or [1] * len(raw_lengths), dtype=np.int64)
         self.raw_lengths = tuple(raw_lengths)
         size = block_tokens(max(raw_lengths), int(document_ends[-1]))
-        self.blocks = Blocks(document_ends, size, self.raw_lengths, min_document_tokens=min_document_tokens)
+        self.blocks: Blocks | PairBlocks
+        if pairs:
+            self.blocks = PairBlocks(document_ends, size)
+        else:
+            self.blocks = Blocks(document_ends, size, self.raw_lengths, min_document_tokens=min_document_tokens)
         self.window_blocks = min(max(WINDOW_TOKENS // size, 8), 64)
         assert self.blocks.counts.any(axis=0).all(), "no text for a sample"
         self._deal_ends: list[int] = []  # samples up to the end of each deal
@@ -182,7 +189,7 @@ class Plan:
         chunks = permutation(random_bits(self._seed, epoch, Stream.CHUNKS, window), ends[-1])
         return deal.blocks[window].tolist(), deal.objectives[window].tolist(), ends, chunks
 
-    def _make_layout(self, epoch: int, block: int, objective: int) -> tuple[BlockLayout, int]:
+    def _make_layout(self, epoch: int, block: int, objective: int) -> tuple[BlockLayout | PairLayout, int]:
         """The chunks of a block, and the offset at which its joined text is cut in this epoch."""
         layout = self.blocks.layout(block, objective)
         return layout, below(random_bits(self._seed, epoch, Stream.OFFSET, block), layout.num_offsets)

@@ -7,10 +7,14 @@ least one text is held out: the one with the smallest hash so far waits until al
 Where documents are few or very unequal, this may hold out far too many or too few tokens. `CorpusWriter.moved_texts`
 then names the texts that belong in the other set, and the corpus is written again. Nothing is random in it, but in such
 a corpus the side of a text depends on the other texts.
+
+Of a pair, the hash is that of its input: pairs with equal inputs are in the same set. Where a file says which set it
+belongs to, the hash is not asked.
 """
 
 import heapq
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.manifest import TOKENIZER_NAME, VALIDATION_FOLDER, Manifest, TokenizerEntry
+from colt5dist.data.prepare.pair_lengths import PairLengths
 from colt5dist.data.prepare.shard_writer import ShardSetWriter
 from colt5dist.data.prepare.tokenize_texts import HASH_BITS, Document, encode_document
 from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
@@ -25,6 +30,7 @@ from colt5dist.errors import ConfigError
 from colt5dist.files import fsync_tree, write_whole
 
 WAITING_PATTERN = "waiting-*"
+PAIR_SIDES = ("inputs", "targets")
 LENGTH_BINS = 48  # documents are counted by the power of two of their length
 
 CUT_TOKENS = 4096  # held out, if possible, where a single document is all there is
@@ -70,6 +76,39 @@ class _KnownTexts:
         return [[-rank, hash_value, self.tokens[hash_value]] for rank, hash_value in self._heap]
 
 
+@dataclass
+class _Waiting:
+    """The documents whose hash is the smallest so far; their set is known at the end.
+
+    Copies of a text are kept once. Pairs with equal inputs have the same hash, and may have different targets.
+    """
+
+    hash_value: int
+    """Their hash."""
+    tokens: list[NDArray[np.integer]]
+    """Ids of each document, in order, without copies that follow each other."""
+    copies: list[int]
+    """How often each is there."""
+
+    def add(self, tokens: NDArray[np.integer]) -> None:
+        """Add a document with the same hash."""
+        if np.array_equal(tokens, self.tokens[-1]):
+            self.copies[-1] += 1
+        else:
+            self.tokens.append(tokens)
+            self.copies.append(1)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, copies included."""
+        return sum(self.copies)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all of them."""
+        return sum(len(part) * copies for part, copies in zip(self.tokens, self.copies, strict=True))
+
+
 class CorpusWriter:
     """Tokenizes documents and appends them to the training or the held-out shards in one folder.
 
@@ -82,6 +121,7 @@ class CorpusWriter:
         shard_bytes: largest size of a shard in bytes.
         moved: hash of a text -> whether it is held out, against the rule; None: the rule decides for all.
         state: what `save` of an earlier writer returned, to continue from; None starts new sets.
+        pairs: whether the documents are pairs.
     """
 
     def __init__(
@@ -93,6 +133,7 @@ class CorpusWriter:
         shard_bytes: int = 1 << 29,
         moved: Mapping[int, bool] | None = None,
         state: dict[str, Any] | None = None,
+        pairs: bool = False,
     ) -> None:
         self.folder = folder
         self._tokenizer = tokenizer
@@ -109,11 +150,15 @@ class CorpusWriter:
         }
         self.num_unknown = state["num_unknown"] if state else 0
         self.length_counts = state["length_counts"] if state else [0] * LENGTH_BINS
-        # hash, tokens and number of copies of the text with the smallest hash; its set is known at the end
-        self._waiting: tuple[int, NDArray[np.integer], int] | None = None
+        self._split_by_files = state["split_by_files"] if state else False
+        lengths = (state["pairs"] if state else None) or {}
+        # of inputs and targets
+        self.pair_lengths = {side: PairLengths(lengths.get(side)) for side in PAIR_SIDES} if pairs else None
+        self._waiting: _Waiting | None = None
         if state and state["waiting"]:
-            hash_value, copies = state["waiting"]
-            self._waiting = hash_value, np.fromfile(self._waiting_path(hash_value), dtype=tokenizer.dtype), copies
+            hash_value, lengths, copies = state["waiting"]
+            ids = np.fromfile(self._waiting_path(hash_value), dtype=tokenizer.dtype, count=sum(lengths))
+            self._waiting = _Waiting(hash_value, np.split(ids, np.cumsum(lengths)[:-1]), copies)
 
     @property
     def num_moved(self) -> int:
@@ -123,12 +168,13 @@ class CorpusWriter:
     @property
     def num_documents(self) -> int:
         """Documents added, held-out ones included."""
-        return sum(part.num_documents for part in self._sets.values()) + (self._waiting[2] if self._waiting else 0)
+        waiting = self._waiting.num_documents if self._waiting else 0
+        return sum(part.num_documents for part in self._sets.values()) + waiting
 
     @property
     def num_tokens(self) -> int:
         """Tokens added, held-out ones included."""
-        waiting = self._waiting[2] * len(self._waiting[1]) if self._waiting else 0
+        waiting = self._waiting.num_tokens if self._waiting else 0
         return sum(part.num_tokens for part in self._sets.values()) + waiting
 
     def add(self, text: str) -> int:
@@ -148,14 +194,22 @@ class CorpusWriter:
             return
         self.length_counts[len(tokens).bit_length()] += 1
         self.num_unknown += document.num_unknown
+        if self.pair_lengths:
+            sides = document.input_tokens, len(tokens) - document.input_tokens - 1
+            for lengths, number in zip(self.pair_lengths.values(), sides, strict=True):
+                lengths.add(number)
+        if document.held_out is not None:
+            self._split_by_files = True
+            self._sets[VALIDATION_FOLDER if document.held_out else ""].add(tokens)
+            return
         self._smallest.add(hash_value, hash_value, len(tokens))
         if hash_value < self._threshold:
             self._largest.add(-len(tokens), hash_value, len(tokens))
-        if self._waiting is None or hash_value < self._waiting[0]:
+        if self._waiting is None or hash_value < self._waiting.hash_value:
             self._release()
-            self._waiting = hash_value, tokens, 1
-        elif hash_value == self._waiting[0]:
-            self._waiting = hash_value, tokens, self._waiting[2] + 1
+            self._waiting = _Waiting(hash_value, [tokens], [1])
+        elif hash_value == self._waiting.hash_value:
+            self._waiting.add(tokens)
         else:
             self._set_of(hash_value).add(tokens)
 
@@ -171,7 +225,7 @@ class CorpusWriter:
         """
         validation = self._sets[VALIDATION_FOLDER]
         waiting = self._waiting
-        if self._moved or waiting is None or self.num_documents == waiting[2]:
+        if self._moved or self._split_by_files or waiting is None or self.num_documents == waiting.num_documents:
             return {}
         wanted = max(self._fraction * self.num_tokens, min(CUT_TOKENS, MOST_CUT * self.num_tokens))
 
@@ -180,11 +234,11 @@ class CorpusWriter:
                 return float("inf")
             return max(tokens / wanted, wanted / tokens)
 
-        before = validation.num_tokens + waiting[2] * len(waiting[1])
+        before = validation.num_tokens + waiting.num_tokens
         if error(before) <= TOLERATED:
             return {}
         known = dict(sorted(self._smallest.tokens.items()))
-        held_out = {hash_value for hash_value in known if hash_value < self._threshold} | {waiting[0]}
+        held_out = {hash_value for hash_value in known if hash_value < self._threshold} | {waiting.hash_value}
         if len(held_out) == KNOWN_TEXTS:  # and perhaps more: enough of them for the rule, unless some are very large
             chosen, after = set(held_out), before
             sizes = {**known, **self._largest.tokens}
@@ -211,9 +265,10 @@ class CorpusWriter:
     def _release(self, target: ShardSetWriter | None = None) -> None:
         """Write the waiting text to the set of its hash, or to `target`."""
         if self._waiting is not None:
-            hash_value, tokens, copies = self._waiting
-            for _ in range(copies):
-                (target or self._set_of(hash_value)).add(tokens)
+            part = target or self._set_of(self._waiting.hash_value)
+            for tokens, copies in zip(self._waiting.tokens, self._waiting.copies, strict=True):
+                for _ in range(copies):
+                    part.add(tokens)
             self._waiting = None
 
     def _waiting_path(self, hash_value: int) -> Path:
@@ -221,11 +276,11 @@ class CorpusWriter:
 
     def save(self) -> dict[str, Any]:
         """Flush everything to disk; return the state to continue from, which can be written as JSON."""
-        if self._waiting is not None and not self._waiting_path(self._waiting[0]).exists():
-            write_whole(
-                self._waiting_path(self._waiting[0]),
-                self._waiting[1].astype(self._tokenizer.dtype, copy=False).tobytes(),
-            )
+        if waiting := self._waiting:
+            path = self._waiting_path(waiting.hash_value)
+            content = np.concatenate(waiting.tokens).astype(self._tokenizer.dtype, copy=False)
+            if not path.exists() or path.stat().st_size < content.nbytes:  # a longer one begins with the same ids
+                write_whole(path, content.tobytes())
         return {
             "sets": {name: part.save() for name, part in self._sets.items()},
             "length_counts": self.length_counts,
@@ -233,8 +288,13 @@ class CorpusWriter:
             "moved": list(self._moved.items()),
             "smallest": self._smallest.save(),
             "largest": self._largest.save(),
-            "waiting": (self._waiting[0], self._waiting[2]) if self._waiting else None,
+            "waiting": (waiting.hash_value, list(map(len, waiting.tokens)), waiting.copies) if waiting else None,
+            "pairs": self._saved_lengths(),
+            "split_by_files": self._split_by_files,
         }
+
+    def _saved_lengths(self) -> dict[str, dict[str, int]] | None:
+        return {side: lengths.save() for side, lengths in self.pair_lengths.items()} if self.pair_lengths else None
 
     def close(self, source: dict[str, Any]) -> Manifest:
         """Write the remaining documents, the indexes and both manifests.
@@ -246,26 +306,35 @@ class CorpusWriter:
             The manifest of the training set.
 
         Raises:
-            ConfigError: there is only a single token, so nothing can be held out.
+            ConfigError: there is only a single token, so nothing can be held out; or all pairs are for one set.
         """
         training, validation = self._sets[""], self._sets[VALIDATION_FOLDER]
-        assert self._waiting is not None, "no document was added"
+        assert self.num_documents, "no document was added"
+        if self.pair_lengths:
+            source = {**source, "pairs": self._saved_lengths()}
+        if self._split_by_files:
+            source = {**source, "split_by_files": True}
         if self._moved:
             self._release()
         elif training.num_documents:
             self._release(validation)
         elif validation.num_documents:
             self._release(training)
+        elif self.pair_lengths:
+            raise ConfigError("--input: all pairs have the same input, so none can be held out; give other pairs too")
         else:
             self._cut_only_document(training, validation)
             source = {**source, "cut": True}
+        if not (training.num_documents and validation.num_documents):
+            missing = "held-out" if training.num_documents else "training"
+            raise ConfigError(f"--input: there are no {missing} pairs; give files with some")
         held_out = self._close_set(VALIDATION_FOLDER, None, source)
         return self._close_set("", held_out.checksum, source)
 
     def _cut_only_document(self, training: ShardSetWriter, validation: ShardSetWriter) -> None:
         """Hold out the end of the only text: if it is long enough, at least a few thousand tokens."""
         assert self._waiting is not None
-        _, tokens, _ = self._waiting
+        (tokens,) = self._waiting.tokens
         held_out = max(round(self._fraction * len(tokens)), min(CUT_TOKENS, len(tokens) // 2))
         if not 0 < held_out < len(tokens):
             raise ConfigError("--input: holds a single token; give files with more text")

@@ -10,12 +10,13 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from colt5dist.data.inputs.documents import Problems
+from colt5dist.data.inputs.documents import Problems, TextKey, read_items
 from colt5dist.data.inputs.files import InputFile, Inputs, find_inputs
+from colt5dist.data.inputs.pairs import PairKeys
 from colt5dist.data.inputs.text_keys import with_text_keys
 from colt5dist.data.manifest import MANIFEST_NAME, VALIDATION_FOLDER, Manifest, read_manifest
 from colt5dist.data.prepare.held_out_split import WAITING_PATTERN, held_out_below
@@ -78,14 +79,14 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
             f"--output: {output} cannot be made by renaming, since it is a mount point; give a new folder below it"
         )
     partial = output.with_name(output.name + ".partial")
-    inputs = find_inputs(config.input, made=(partial,))
+    inputs = find_inputs(config.input, made=(partial,), pairs=config.pairs)
     files = with_text_keys(inputs.files, config.text_keys)
     tokens = next((file for file in files if file.is_tokens), None)
     if tokens and not config.tokenizer:
         raise ConfigError(
             f"--input: {tokens.path} holds ids, not text; give as --tokenizer the tokenizer.json that made them"
         )
-    job = {
+    job: dict[str, Any] = {
         "tokenizer": TRAINED.format(config.train_tokenizer) if config.train_tokenizer else given.fingerprint,
         "files": len(files),
         "bytes": sum(file.bytes for file in files),
@@ -96,6 +97,9 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
         "min_document_tokens": config.min_document_tokens,
         "deduplicate": config.deduplicate,
     }
+    if isinstance(config.keys, PairKeys):
+        del job["text_key"]
+        job["pairs"] = asdict(config.keys)
     if config.text_keys:
         job["text_keys"] = [f"{pattern}={key}" for pattern, key in config.text_keys]
     try:
@@ -103,6 +107,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> Prepared:
             return _already_there(output, job, config.strict, inputs, given.notes)
         if not _is_empty(partial) and not any((partial / name).exists() for name in (LOCK_NAME, MANIFEST_NAME)):
             raise ConfigError(f"--output: {partial} is needed, and holds something else; move it, or give a new folder")
+        if config.pairs:
+            check_pairs(files, config.keys)
         partial.mkdir(parents=True, exist_ok=True)
         tokenizer = _trained_tokenizer(config, job, files, partial) if config.train_tokenizer else given
         # the workers are started before the lock is taken, so that none keeps it when this process is killed
@@ -131,6 +137,27 @@ def _inputs_key(files: list[InputFile]) -> str:
         return hashlib.sha256("".join(file.content_key for file in files).encode()).hexdigest()
     except OSError as error:
         raise ConfigError(f"--input: {error.filename} cannot be read ({error.strerror}); fix its permissions") from None
+
+
+def check_pairs(files: list[InputFile], keys: TextKey) -> None:
+    """Read each file until its first pair, so that a wrong key is found before hours of work.
+
+    Raises:
+        ConfigError: no pair of a file is whole.
+    """
+    for file in files:
+        problems = Problems()
+        for item in read_items(file, text_key=keys):
+            if item.text:
+                break
+            if item.problem:
+                problems.add(item.problem, file, item)
+        else:
+            found = ", ".join(f"{kind}: {count:,}" for kind, count in problems.counts.items()) or "it is empty"
+            raise ConfigError(
+                f"--input: {file.place} holds no whole pair ({found}); leave it out, or name the keys of its two texts "
+                "with --input-key and --target-key"
+            )
 
 
 def _trained_tokenizer(config: PrepareConfig, job: dict[str, Any], files: list[InputFile], partial: Path) -> Tokenizer:

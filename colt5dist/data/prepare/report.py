@@ -7,6 +7,7 @@ from pathlib import Path
 from colt5dist.data.inputs.documents import Problems
 from colt5dist.data.inputs.files import Inputs
 from colt5dist.data.manifest import Manifest
+from colt5dist.data.prepare.pair_lengths import PairLengths
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.errors import ConfigError
 from colt5dist.wording import count
@@ -18,9 +19,9 @@ WARNED_EXCESS = 3.0  # times more tokens, or fewer, than the validation fraction
 
 def summary_lines(training: Manifest, validation: Manifest, problems: Problems) -> list[str]:
     """Return lines with the counts of both sets, what was left out, and the document lengths."""
+    noun = _noun(training)
     lines = [
-        f"{name}: {count(part.documents, 'document')}, {count(part.tokens, 'token')}, "
-        f"{count(len(part.shards), 'shard')}"
+        f"{name}: {count(part.documents, noun)}, {count(part.tokens, 'token')}, {count(len(part.shards), 'shard')}"
         for name, part in (("training", training), ("held out", validation))
     ]
     if moved := training.source.get("moved"):
@@ -33,8 +34,12 @@ def summary_lines(training: Manifest, validation: Manifest, problems: Problems) 
         parts = f", such as {', '.join(map(repr, unknown['parts']))}" if unknown["parts"] else ""
         lines.append(f"unknown to the tokenizer: {count(unknown['tokens'], 'token')} ({share:.2%}){parts}")
     lines += problems.lines()
+    for side, lengths in training.source.get("pairs", {}).items():
+        of_side = PairLengths(lengths)
+        middle, most = (of_side.quantile(share) for share in (0.5, 0.95))
+        lines.append(f"{side}: about {count(middle, 'token')} in the median, 95% have at most about {most:,}")
     counts = training.source.get("document_lengths")
-    return lines + (length_lines(counts) if counts else [])
+    return lines + (length_lines(counts, f"{noun}s") if counts else [])
 
 
 def warning_lines(training: Manifest, validation: Manifest, problems: Problems, inputs: Inputs) -> list[str]:
@@ -46,11 +51,11 @@ def warning_lines(training: Manifest, validation: Manifest, problems: Problems, 
         problems: what was left out.
         inputs: what the shards were made from.
     """
-    source = training.source
+    source, noun = training.source, _noun(training)
     left_out = sum(problems.counts.values())
     tokens = training.tokens + validation.tokens
     measured = [
-        (left_out, left_out + training.documents + validation.documents, "documents", "left out because of problems"),
+        (left_out, left_out + training.documents + validation.documents, f"{noun}s", "left out because of problems"),
         (inputs.other_endings, inputs.other_endings + len(inputs.files), "files in the folders", "not read"),
         (problems.unread_bytes, source["job"]["bytes"], "bytes", "unread, after damage in files"),
         (source.get("unknown", {}).get("tokens", 0), tokens, "tokens", "unknown to the tokenizer"),
@@ -67,17 +72,24 @@ def warning_lines(training: Manifest, validation: Manifest, problems: Problems, 
             f"WARNING: all text is one document, so its last {share:.0%} are held out and the rest is trained on; give "
             "more documents, or one document per line of a .jsonl file"
         )
+    elif source.get("split_by_files"):
+        pass  # the files say what is held out
     elif share > WARNED_EXCESS * wanted and share > WARNED_SHARE:
         lines.append(
-            f"WARNING: {share:.0%} of the tokens are held out, not {wanted:.0%}: the {count(documents, 'document')} "
-            "are too few or too unequal in length; give more documents"
+            f"WARNING: {share:.0%} of the tokens are held out, not {wanted:.0%}: the {count(documents, noun)} "
+            f"are too few or too unequal in length; give more {noun}s"
         )
     elif share * WARNED_EXCESS < wanted:
         lines.append(
             f"WARNING: only {share:.2%} of the tokens are held out, not {wanted:.0%}: the "
-            f"{count(documents, 'document')} are too few or too unequal in length; give more documents"
+            f"{count(documents, noun)} are too few or too unequal in length; give more {noun}s"
         )
     return lines
+
+
+def _noun(manifest: Manifest) -> str:
+    """What a document of the set is called."""
+    return "pair" if manifest.holds_pairs else "document"
 
 
 def info_lines(shards: ShardSet) -> list[str]:
@@ -91,19 +103,23 @@ def info_lines(shards: ShardSet) -> list[str]:
         f"tokenizer: {entry.kind}, {entry.vocab_size:,} ids ({manifest.dtype}), pad {entry.pad_id}, end {entry.eos_id}",
         f"bytes: {size:,}",
     ]
+    if manifest.holds_pairs:
+        lines.append("holds pairs of an input and a target (data.mixture: pairs)")
     for key, value in source.get("job", {}).items():
-        lines.append(f"made with {key.replace('_', ' ')}: {value}")
+        said = ", ".join(f"{name}={named}" for name, named in value.items()) if isinstance(value, dict) else value
+        lines.append(f"made with {key.replace('_', ' ')}: {said}")
     return lines + summary_lines(manifest, shards.validation.manifest, problems)
 
 
-def length_lines(counts: Sequence[int]) -> list[str]:
+def length_lines(counts: Sequence[int], what: str = "documents") -> list[str]:
     """Return a histogram of the document lengths, one line per power of two.
 
     Args:
         counts: `counts[b]` documents have 2^(b-1) to 2^b - 1 tokens.
+        what: what is counted.
     """
     largest = max(counts)
-    lines = ["documents by length in tokens:"]
+    lines = [f"{what} by length in tokens:"]
     for bits, number in enumerate(counts):
         if number:
             bar = "#" * -(-BAR_WIDTH * number // largest)

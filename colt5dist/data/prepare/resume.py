@@ -9,13 +9,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from colt5dist.data.inputs.documents import EXAMPLES, Item, Problems, read_items
+from colt5dist.data.inputs.documents import EXAMPLES, Item, Problems, TextKey, read_items
 from colt5dist.data.inputs.files import InputFile
 from colt5dist.data.inputs.megatron import TokenIds
+from colt5dist.data.inputs.pairs import Pair
 from colt5dist.data.prepare.duplicates import SeenTexts
 from colt5dist.data.prepare.held_out_split import CorpusWriter
 from colt5dist.data.prepare.settings import PrepareConfig
@@ -26,9 +27,12 @@ from colt5dist.files import write_whole
 from colt5dist.wording import count
 
 STATE_NAME = "state.json"
+STATE_FORMAT = 2
+"""Number of the form of the state: raised whenever that changes."""
 LOCK_NAME = "lock"
 SEEN_NAME = "seen-texts"
 TRAINED_PATTERN = "trained-*.json"
+NOT_A_PAIR = "without tokens on one side, or with the end token in a text"
 REPORT_SECONDS = 0.1
 UNKNOWN_CHARACTERS = 1 << 16  # of a document, searched for parts to show
 UNKNOWN_SHOWN = 20
@@ -108,18 +112,19 @@ def _write_documents(
         shard_bytes=config.shard_bytes,
         moved=moved,
         state=state["writer"] if state else None,
+        pairs=config.pairs,
     )
     seen = SeenTexts(partial / SEEN_NAME, state["seen"] if state else None) if config.deduplicate else None
 
     def save() -> None:
-        state = {"job": job, "place": place, "problems": asdict(problems), "writer": writer.save()}
-        state["seen"] = seen.save() if seen else 0
+        state = {"format": STATE_FORMAT, "job": job, "place": place, "problems": asdict(problems)}
+        state |= {"writer": writer.save(), "seen": seen.save() if seen else 0}
         write_whole(partial / STATE_NAME, json.dumps(state).encode())
 
     def add(document: Document) -> str:
         """Add a document; return the kind of its problem, or an empty string."""
         if not len(document.tokens):
-            return "empty"
+            return NOT_A_PAIR if config.pairs else "empty"
         if len(document.tokens) < config.min_document_tokens:
             problems.leave_out(f"of fewer than {config.min_document_tokens} tokens")
         elif seen and not seen.add(document.digest):
@@ -132,6 +137,7 @@ def _write_documents(
         """Keep the first few parts of the text that the vocabulary lacks."""
         if isinstance(text, TokenIds):
             return
+        text = f"{text.input}\n{text.target}" if isinstance(text, Pair) else text
         text = text[:UNKNOWN_CHARACTERS].decode(errors="ignore") if isinstance(text, bytes) else text
         for part in tokenizer.unknown_parts(text[:UNKNOWN_CHARACTERS]):
             if len(problems.unknown) < EXAMPLES and part[:UNKNOWN_SHOWN] not in problems.unknown:
@@ -149,16 +155,18 @@ def _write_documents(
             reported = time.monotonic()
             report(bytes_before[item[0]] + int(share * item[1].file_position), job["bytes"], writer)
 
-    for (number, item), document in encode(_read_all(files, config.text_key, place), tell):
+    for (number, item), document in encode(_read_all(files, config.keys, place), tell):
+        if document and files[number].held_out is not None:
+            document = replace(document, held_out=files[number].held_out)
         kind = item.problem if document is None else add(document)
         if document and item.text and document.num_unknown and len(problems.unknown) < EXAMPLES:
             show_unknown(item.text)
         if kind:
             problems.add(kind, files[number], item)
             if item.ends_file and not item.text:
-                problems.unread_bytes += files[number].bytes - item.file_position
+                problems.unread_bytes += max(0, files[number].bytes - item.file_position)
             if config.strict:
-                where = f"{files[number].path}:{item.line}" if item.line else f"{files[number].path}"
+                where = f"{files[number].place}:{item.line}" if item.line else files[number].place
                 reason = f" ({item.reason})" if item.reason else ""
                 raise ConfigError(
                     f"{where}: is {kind}{reason}; fix the file and delete {partial}, or continue without --strict"
@@ -179,7 +187,9 @@ def _write_documents(
     return writer, problems
 
 
-def _read_all(files: list[InputFile], text_key: str, place: Place) -> Iterator[tuple[tuple[int, Item], Text | None]]:
+def _read_all(
+    files: list[InputFile], text_key: TextKey, place: Place
+) -> Iterator[tuple[tuple[int, Item], Text | None]]:
     """((number of the file, item), text) of everything from `place` on."""
     for number, file in enumerate(files[place["file"] :], start=place["file"]):
         for item in read_items(file, text_key=text_key, offset=place["offset"], line=place["line"]):
@@ -225,12 +235,14 @@ def read_state(partial: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """Read the state of an earlier start; None if there is none.
 
     Raises:
-        ConfigError: the earlier start had another job.
+        ConfigError: the earlier start had another job, or was one of another version of this package.
     """
     try:
         state = json.loads((partial / STATE_NAME).read_bytes())
     except FileNotFoundError:
         return None
+    if state.get("format") != STATE_FORMAT:
+        raise ConfigError(f"--output: {partial} was begun by another version of colt5dist; delete it")
     if state["job"] != job:
         raise ConfigError(
             f"--output: {partial} was begun with other inputs or settings; delete it, or repeat the earlier command"

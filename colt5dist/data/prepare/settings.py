@@ -2,10 +2,12 @@
 
 import argparse
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
 
+from colt5dist.data.inputs.documents import TextKey
+from colt5dist.data.inputs.pairs import PairKeys
 from colt5dist.data.inputs.text_keys import split_text_keys, text_key_problems
 from colt5dist.data.prepare.train_tokenizer import SMALLEST_VOCABULARY
 
@@ -28,6 +30,12 @@ class PrepareConfig:
     """Key of the text in a jsonl line, column of the text in a table."""
     text_keys: list[tuple[str, str]] = field(default_factory=list)
     """(pattern of paths, key) where the text has another key; the first pattern that matches counts."""
+    pairs: bool = False
+    """Each object or row is a pair of an input and a target, not a text."""
+    input_key: str = PairKeys.input_key
+    """Of a pair, key or column of the input."""
+    target_key: str = PairKeys.target_key
+    """Of a pair, key or column of the target."""
     min_document_tokens: int = 0
     """Documents with fewer tokens are left out."""
     deduplicate: bool = False
@@ -41,9 +49,16 @@ class PrepareConfig:
     commit_seconds: float = 10.0
     """Seconds between saves of the state."""
 
+    @property
+    def keys(self) -> TextKey:
+        """Where the text of a document, or the two of a pair, are in an object or a row."""
+        if self.pairs:
+            return PairKeys(input_key=self.input_key, target_key=self.target_key)
+        return self.text_key
+
     def problems(self) -> list[str]:
         """Return everything that is wrong with these settings, one line each."""
-        problems = []
+        problems = self._pair_problems()
         if not 0 < self.validation_fraction <= 0.5:
             problems.append(
                 f"--validation-fraction: {self.validation_fraction} is out of range; give more than 0 and at most 0.5"
@@ -61,6 +76,31 @@ class PrepareConfig:
         if self.shard_bytes < 1 << 20:
             problems.append(f"--shard-bytes: {self.shard_bytes} is too small; give 1048576 or more")
         return problems + text_key_problems(self.text_key, self.text_keys)
+
+    def _pair_problems(self) -> list[str]:
+        """What does not go together with pairs, and what needs them."""
+        defaults = {known.name: known.default for known in fields(self)}
+        given = [name for name in ("input_key", "target_key") if getattr(self, name) != defaults[name]]
+        if not self.pairs:
+            return [f"--{name.replace('_', '-')}: is for pairs; give --pairs as well" for name in given]
+        problems = [
+            f"--{name.replace('_', '-')}: cannot be used with --pairs; leave it out{why}"
+            for name, why in (
+                ("text_key", ", and name the two texts with --input-key and --target-key"),
+                ("train_tokenizer", ", and give --tokenizer: the one of the model that you start from"),
+                ("min_document_tokens", ": a pair is kept whole"),
+            )
+            if getattr(self, name) != defaults[name] or (name == "text_key" and self.text_keys)
+        ]
+        for name in given:
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:  # the command line held bytes that are not UTF-8
+                option = f"--{name.replace('_', '-')}"
+                problems.append(f"{option}: {getattr(self, name)!r} is not UTF-8; give the key exactly as in the files")
+        if self.input_key == self.target_key:
+            problems.append(f"--target-key: {self.target_key!r} is the key of the input too; name the target's")
+        return problems
 
 
 USAGE = """prepare.py --input GLOB [GLOB ...] --output DIR [option ...]
@@ -119,6 +159,11 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     )
     key = f"key of the text in a jsonl line, column in a table (default: {defaults.text_key}); or 'PATTERN=KEY'"
     add("--text-key", action="append", default=[], metavar="KEY", help=key)
+    pairs = "each object or row is a pair of an input and a target; also SCROLLS's zip archives"
+    add("--pairs", action="store_true", help=pairs)
+    key = "with --pairs: key of the {} (default: %(default)s)"
+    add("--input-key", default=defaults.input_key, metavar="KEY", help=key.format("input"))
+    add("--target-key", default=defaults.target_key, metavar="KEY", help=key.format("target"))
     share = "share of the documents to hold out, at least one document (default: %(default)s)"
     add("--validation-fraction", type=float, default=defaults.validation_fraction, metavar="SHARE", help=share)
     add("--min-document-tokens", type=int, default=0, metavar="N", help="leave out documents with fewer tokens")

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.inputs.megatron import TokenIds
-from colt5dist.data.long_texts import encode_long
+from colt5dist.data.inputs.pairs import Pair
+from colt5dist.data.long_texts import LONG_BYTES, encode_long
 from colt5dist.data.tokenizer import JsonTokenizer, Tokenizer
 from colt5dist.errors import ConfigError
 
-Text = str | bytes | TokenIds
-"""A text; one of more than LONG_BYTES is bytes, in UTF-8. A document of a token file is ids."""
+Text = str | bytes | TokenIds | Pair
+"""A text, or the two of a pair; one of more than LONG_BYTES is bytes, in UTF-8. A document of a token file is ids."""
 HASH_BITS = 64
 BATCH_CHARACTERS = 1 << 18  # sent to a worker at once: large enough that sending costs little
 BATCH_TEXTS = 256
@@ -36,13 +37,17 @@ class Document:
     """A tokenized text."""
 
     tokens: NDArray[np.integer]
-    """(tokens,) ids; empty if the tokenizer gives none for the text."""
+    """(tokens,) ids; empty if the tokenizer gives none for the text. Those of a pair: input, end token, target."""
     hash_value: int
-    """A hash of the text with HASH_BITS bits, which decides whether it is held out."""
+    """A hash of the text, or of the input, with HASH_BITS bits, which decides whether it is held out."""
     digest: bytes
-    """A hash of the text with 16 bytes, which identifies duplicates."""
+    """A hash of the text, or of both, with 16 bytes, which identifies duplicates."""
     num_unknown: int = 0
     """How many of the ids stand for a part of the text that the vocabulary lacks."""
+    input_tokens: int = 0
+    """Of a pair: ids of its input, without the end token."""
+    held_out: bool | None = None
+    """Whether its file says that it is held out, or that it is not; None: the hash decides."""
 
 
 def encode_document(tokenizer: Tokenizer, text: Text, tick: Callable[[float], None] = lambda share: None) -> Document:
@@ -57,6 +62,8 @@ def encode_document(tokenizer: Tokenizer, text: Text, tick: Callable[[float], No
         ConfigError: the tokenizer has no ids for a part of the text, or lacks one of the ids.
         UnicodeEncodeError: the text contains half of a surrogate pair.
     """
+    if isinstance(text, Pair):
+        return _encode_pair(tokenizer, text, tick)
     if isinstance(text, TokenIds):
         tokens = _given_ids(tokenizer, text)
         content = tokens.astype("<u4").tobytes()
@@ -80,6 +87,28 @@ def _given_ids(tokenizer: Tokenizer, text: TokenIds) -> NDArray[np.integer]:
         )
     others = np.flatnonzero(~np.isin(text.ids, list(tokenizer.end_ids)))
     return text.ids[: others[-1] + 1 if len(others) else 0].astype(tokenizer.dtype)
+
+
+def _encode_pair(tokenizer: Tokenizer, pair: Pair, tick: Callable[[float], None]) -> Document:
+    """Tokenize a pair: its input and its target, with an end token between them.
+
+    The only end token is the one between them, where readers find the end of the input. A pair has no tokens where
+    one of its texts has none, or holds the end token, which also stands for unknown text in some vocabularies.
+    """
+    contents = [pair.input.encode(), pair.target.encode()]
+    sides = [
+        encode_long(tokenizer, content, tick) if len(content) > LONG_BYTES else tokenizer.encode(text)
+        for content, text in zip(contents, (pair.input, pair.target), strict=True)
+    ]
+    eos = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
+    tokens = np.concatenate([sides[0], eos, sides[1]]).astype(tokenizer.dtype, copy=False)
+    if not all(map(len, sides)) or np.count_nonzero(tokens == tokenizer.eos_id) != 1:
+        tokens = tokens[:0]
+    num_unknown = 0 if tokenizer.unk_id is None else int(np.count_nonzero(tokens == tokenizer.unk_id))
+    digest = hashlib.blake2b(digest_size=16, person=b"pair")
+    for content in contents:
+        digest.update(b"%d " % len(content) + content)
+    return Document(tokens, hash_text(contents[0]), digest.digest(), num_unknown, len(sides[0]))
 
 
 def hash_text(content: bytes) -> int:
@@ -143,7 +172,7 @@ def _encode_ahead(
     ahead: deque[tuple[list[T], Future[list[Document | None]]]] = deque()
     try:
         for batch in _batches(pairs):
-            if isinstance(batch[0][1], bytes | TokenIds):
+            if _is_alone(batch[0][1]):
                 while ahead:
                     items, answer = ahead.popleft()
                     yield from zip(items, answer.result(), strict=True)
@@ -163,12 +192,17 @@ def _encode_ahead(
         ) from None
 
 
+def _is_alone(text: Text | None) -> bool:
+    """Whether a text is a batch of its own."""
+    return text.is_long if isinstance(text, Pair) else isinstance(text, bytes | TokenIds)
+
+
 def _batches(pairs: Iterable[tuple[T, Text | None]]) -> Iterator[list[tuple[T, Text | None]]]:
     """Batches of texts; a long text, and one that is ids already, is a batch of its own."""
     batch: list[tuple[T, Text | None]] = []
     size = 0
     for item, text in pairs:
-        if isinstance(text, bytes | TokenIds):
+        if _is_alone(text):
             if batch:
                 yield batch
             yield [(item, text)]

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection, wait
 from colt5dist.data.inputs.documents import read_items
 from colt5dist.data.inputs.files import InputFile
 from colt5dist.data.inputs.megatron import TokenIds
+from colt5dist.data.inputs.pairs import Pair
 from colt5dist.data.long_texts import WINDOW_BYTES, character_begin
 from colt5dist.data.prepare.tokenize_texts import end_with_parent, hash_text
 from colt5dist.errors import ConfigError
@@ -102,7 +103,7 @@ def _training_texts(files: list[InputFile], text_key: str, held_out_below: int) 
     for file in files:
         left = file.bytes * share if share < 1 else float("inf")
         for item in read_items(file, text_key=text_key):
-            if item.text is None or isinstance(item.text, TokenIds):
+            if item.text is None or isinstance(item.text, TokenIds | Pair):
                 continue
             content = item.text if isinstance(item.text, bytes) else item.text.encode()
             if hash_text(content) >= held_out_below:

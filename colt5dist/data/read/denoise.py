@@ -111,6 +111,37 @@ def cut_prefix(tokens: Tokens, suffix: int, *, eos_id: int, inputs: Tokens, targ
     return len(prefix) + 1, suffix + 1
 
 
+def split_pair(tokens: Tokens, eos_id: int) -> int:
+    """Return the number of input tokens of a pair: those before its only end token."""
+    place = int((tokens == eos_id).argmax())
+    assert tokens[place] == eos_id, "no end token in a pair"
+    return place
+
+
+def write_pair(tokens: Tokens, *, eos_id: int, cut_inputs_at: str, inputs: Tokens, targets: Tokens) -> tuple[int, int]:
+    """Write one pair; what is too long is cut, and the end tokens are kept.
+
+    Args:
+        tokens: (L,) the ids of the input, an end token, and the ids of the target.
+        eos_id: the end token, last of inputs and targets.
+        cut_inputs_at: the side on which an input loses tokens: "end" or "beginning". Targets lose them at the end.
+        inputs: (input_length,) gets the input.
+        targets: (target_length,) gets the target.
+
+    Returns:
+        The number of tokens written to inputs and to targets, end tokens included.
+    """
+    end = split_pair(tokens, eos_id)
+    cut = max(0, end + 1 - len(inputs))
+    kept = tokens[cut:end] if cut_inputs_at == "beginning" else tokens[: end - cut]
+    target = tokens[end + 1 :][: len(targets) - 1]
+    inputs[: len(kept)] = kept
+    inputs[len(kept)] = eos_id
+    targets[: len(target)] = target
+    targets[len(target)] = eos_id
+    return len(kept) + 1, len(target) + 1
+
+
 def denoise(
     tokens: Tokens,
     objective: Objective,

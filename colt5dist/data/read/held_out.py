@@ -1,6 +1,7 @@
 """The samples for the held-out loss, and the loss that a model reaches on them that knows only token frequencies."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from colt5dist.data.config import DataConfig
 from colt5dist.data.order.batch_layout import BatchLayout
@@ -35,7 +36,8 @@ def held_out_batches(
 ) -> list[Batch]:
     """Return one rank's share of the held-out samples 0..num_samples-1.
 
-    The objectives take turns: sample i of a set has objective number i modulo the number of objectives.
+    The objectives take turns: sample i of a set has objective number i modulo the number of objectives. Of pairs, each
+    is there once at most, so there may be fewer.
 
     Args:
         shards: the training set; its held-out documents are read.
@@ -50,17 +52,38 @@ def held_out_batches(
         The same number of batches for every rank; rows without a sample have sample_index -1 and masks that are False.
     """
     samples = held_out_samples(shards, config)
+    chosen = held_out_numbers(samples, num_samples)
     samples_per_batch = world_size * micro_batch_size
-    numbers = np.arange(-(-num_samples // samples_per_batch) * samples_per_batch)
-    numbers[numbers >= num_samples] = FILLER
+    numbers = np.full(-(-len(chosen) // samples_per_batch) * samples_per_batch, FILLER)
+    numbers[: len(chosen)] = chosen
     layout = BatchLayout(world_size=world_size, micro_batch_size=micro_batch_size)
     batches = [make_batch(samples, batch) for batch in layout.micro_batches(numbers, rank).tolist()]
     if inputs_of_previous:
-        others = np.where(numbers == FILLER, FILLER, (numbers - 1) % num_samples)
+        others = np.full_like(numbers, FILLER)
+        others[: len(chosen)] = np.roll(chosen, 1)
         for batch, rows in zip(batches, layout.micro_batches(others, rank).tolist(), strict=True):
             other = make_batch(samples, rows)
             batch["input_ids"], batch["input_mask"] = other["input_ids"], other["input_mask"]
     return batches
+
+
+def held_out_numbers(samples: Samples, num_samples: int) -> NDArray[np.int64]:
+    """Return the numbers of the held-out samples that are measured: the first ones, but no pair a second time.
+
+    Args:
+        samples: what `held_out_samples` returns.
+        num_samples: most samples.
+    """
+    if samples.num_pairs is None:
+        return np.arange(num_samples)
+    number, wanted = 0, min(num_samples, sum(samples.num_pairs))
+    found: list[int] = []
+    while len(found) < wanted:
+        source, place = samples.place_in_set(number)
+        if place < samples.num_pairs[source]:
+            found.append(number)
+        number += 1
+    return np.array(found, dtype=np.int64)
 
 
 def unigram_entropy(shards: ShardSet | Sources, config: DataConfig, *, num_samples: int) -> float:

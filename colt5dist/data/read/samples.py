@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colt5dist.data.config import DataConfig
-from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
+from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture, reserving_mixture
 from colt5dist.data.order.plan import Plan, PlannedSample
 from colt5dist.data.order.random_numbers import Draws, Stream
-from colt5dist.data.read.denoise import denoise
+from colt5dist.data.read.denoise import denoise, split_pair, write_pair
 from colt5dist.data.read.shards import ShardSet
 from colt5dist.data.read.sources import Interleave, Sources, as_sources
 from colt5dist.data.read.token_reader import DamagedShardError, TokenReader, UnreadableShardError
@@ -59,6 +59,7 @@ class Samples:
                     seed=self._seed,
                     weights=[self._mixture.weights[number] for number in group],
                     min_document_tokens=config.min_document_tokens,
+                    pairs=self._mixture.is_pairs,
                 )
                 for group in self._groups
             ]
@@ -69,9 +70,10 @@ class Samples:
             for part, plans in zip(self.sources.parts, self._plans, strict=True)
         ]
         self._interleave = Interleave(self.sources.weights, seed=self._seed)
-        self.first_sentinel = self.sources.tokenizer.vocab_size + self._mixture.num_modes
+        num_modes = parse_mixture(reserving_mixture(config.mixture)).num_modes
+        self.first_sentinel = self.sources.tokenizer.vocab_size + num_modes
         # mode tokens and sentinels represent no text
-        reserved = self._mixture.num_modes + required_sentinels(config)
+        reserved = num_modes + required_sentinels(config)
         self._byte_lengths = np.pad(self.sources.tokenizer.byte_lengths, (0, reserved))
         self._draws = Draws()
         self._bad_records: set[str] = set()
@@ -85,6 +87,15 @@ class Samples:
         planned = plans[turn].sample(place)
         objective = self._groups[turn][planned.objective]
         return PlannedSample(number, planned.epoch, objective, planned.block, planned.chunk, source)
+
+    @property
+    def num_pairs(self) -> list[int] | None:
+        """Samples of each set in an epoch, where they are pairs; None where they are not."""
+        return [plans[0].epoch_samples(0) for plans in self._plans] if self._mixture.is_pairs else None
+
+    def place_in_set(self, number: int) -> tuple[int, int]:
+        """Return the set that a sample comes from, and its number in the order of that set."""
+        return self._interleave.find(number)
 
     def write(self, number: int, inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> tuple[int, int, int]:
         """Write a sample to the start of two rows.
@@ -102,6 +113,15 @@ class Samples:
             UnreadableShardError: a shard cannot be read.
         """
         planned, tokens = self._undamaged_text(number)
+        if self._mixture.is_pairs:
+            num_inputs, num_targets = write_pair(
+                tokens,
+                eos_id=self.sources.tokenizer.eos_id,
+                cut_inputs_at=self.config.cut_inputs_at,
+                inputs=inputs,
+                targets=targets,
+            )
+            return num_inputs, num_targets, planned.objective
         num_inputs, num_targets = denoise(
             tokens,
             self._mixture.objectives[planned.objective],
@@ -128,6 +148,12 @@ class Samples:
             DamagedShardError: more records are damaged than data.max_bad_records allows.
         """
         planned, tokens = self._undamaged_text(number)
+        if self._mixture.is_pairs:
+            first = split_pair(tokens, self.sources.tokenizer.eos_id) + 1
+            places = np.minimum(first + np.arange(self.config.target_length), len(tokens) - 1)
+            places = places[: min(len(tokens) - first + 1, self.config.target_length)]
+            places[-1] = places[-2]
+            return planned.chunk.documents_at(places, self.sources.parts[planned.source].index.document_ends)
         inputs = np.empty(self.config.input_length, dtype=np.int64)
         targets = np.empty(self.config.target_length, dtype=np.int64)
         # the same draws as in `write`, on the places of the tokens instead of the tokens; sentinels are above them

@@ -47,6 +47,12 @@ class Sources:
         """The held-out documents, mixed by the same weights."""
         return Sources(tuple(part.validation for part in self.parts), self.weights)
 
+    def passes_of_pairs(self, num_samples: int) -> list[float]:
+        """Return how often each set of pairs is read, by `num_samples` samples in all."""
+        counts = shares(self.weights)
+        parts = zip(self.parts, counts, strict=True)
+        return [num_samples * share / sum(counts) / part.num_documents for part, share in parts]
+
     def passes(self, num_tokens: int) -> list[float]:
         """Return how often each set is read from start to end, by samples with `num_tokens` tokens of text in all."""
         counts = shares(self.weights)

@@ -168,7 +168,7 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
             decoder_input_ids: (b, t) int64, the start token first; None: made of labels.
             labels: (b, t) int64 targets; those that are -100 do not count.
             encoder_outputs: what the encoder gave for these inputs, instead of input_ids.
-            sample_index: (b,) int64, needed by a model with random routing.
+            sample_index: (b,) int64, needed by a model with random routing and, in training, by one with dropout.
 
         Returns:
             logits (b, t, vocab_size), and loss where labels are given.
@@ -185,7 +185,8 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
             states = encoder_outputs[0]
             mask = getattr(encoder_outputs, "mask", attention_mask)
             mask = None if mask is None else mask.bool()
-        logits = self.loss.logits(self._colt5.decode(decoder_input_ids, states, input_mask=mask))
+        decoded = self._colt5.decode(decoder_input_ids, states, input_mask=mask, sample_index=sample_index)
+        logits = self.loss.logits(decoded)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
@@ -288,7 +289,7 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
             attention_mask: (b, t), 1 = valid; padding may be on either side; None: all.
             labels: (b, t) int64, usually input_ids: position i is compared with the logits of position i - 1; those
                 that are -100, or come after padding, do not count.
-            sample_index: (b,) int64, needed by a model with random routing.
+            sample_index: (b,) int64, needed by a model with random routing and, in training, by one with dropout.
 
         Returns:
             logits (b, t, vocab_size), and loss where labels are given.

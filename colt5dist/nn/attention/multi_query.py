@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from colt5dist.nn.attention.attend import attend
 from colt5dist.nn.checks import check_mask, check_tokens
+from colt5dist.nn.dropout import Dropout, drop
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.ops.checks import check_counts, check_optional_not_negative
@@ -46,7 +47,15 @@ class MultiQueryAttention(nn.Module):
         self.to_kv = Linear(dim, dim_head * 2, std=std)
         self.to_out = Linear(dim_head * heads, dim, std=output_std)
 
-    def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, residual: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        *,
+        mask: Tensor | None = None,
+        residual: bool = False,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -54,6 +63,7 @@ class MultiQueryAttention(nn.Module):
             context: (b, n, dim), normalised.
             mask: (b, n) bool, True = valid; None: all. A sample without a valid context token gets 0.
             residual: whether to add x to the result.
+            dropout: of what is added to x with residual; None: none.
 
         Returns:
             (b, i, dim).
@@ -67,4 +77,4 @@ class MultiQueryAttention(nn.Module):
         # the heads are further queries of one head: keys and values are not repeated, and nothing is transposed
         out = attend(rearrange(q, "b i (h d) -> b 1 (i h) d", h=self.heads), k, v, mask=mask)
         out = self.to_out(rearrange(out, "b 1 (i h) d -> b i (h d)", h=self.heads))
-        return x + out if residual else out
+        return x + drop(out, dropout, 0) if residual else out

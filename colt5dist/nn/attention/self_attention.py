@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from colt5dist.nn.attention.attend import attend, merge_heads
 from colt5dist.nn.attention.rotary import Angles, rotated_queries_and_keys
 from colt5dist.nn.checks import check_mask, check_tokens
+from colt5dist.nn.dropout import Dropout, drop
 from colt5dist.nn.linear import Linear
 from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.ops.checks import check_counts, check_optional_not_negative
@@ -63,6 +64,7 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         rotary_angles: Angles | None = None,
         residual: bool = False,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -71,6 +73,7 @@ class SelfAttention(nn.Module):
             mask: (b, n) bool, True = valid; None: all. Not with causal.
             rotary_angles: of the n positions; None: no rotary positions.
             residual: whether to add x to the result.
+            dropout: of what is added to x with residual; None: none.
 
         Returns:
             (b, n, dim).
@@ -80,4 +83,4 @@ class SelfAttention(nn.Module):
         x, normed = norm_branch(self.norm, x, residual=residual)
         q, k, v = rotated_queries_and_keys(self.to_qkv(normed), rotary_angles, self.heads)
         out = self.to_out(merge_heads(attend(q, k, v, mask=mask, causal=self.causal)))
-        return x + out if residual else out
+        return x + drop(out, dropout, 0) if residual else out

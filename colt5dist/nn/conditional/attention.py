@@ -11,6 +11,7 @@ from colt5dist.nn.attention.local import LocalSelfAttention
 from colt5dist.nn.attention.rotary import Angles, RotaryEmbedding, branch_angles
 from colt5dist.nn.checks import budget, check_mask, check_tokens
 from colt5dist.nn.conditional.heavy_branch import attend_routed, check_sets, put_back
+from colt5dist.nn.dropout import Dropout, drop
 from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.nn.routing.router import CoordinateDescentRouter, Route
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, router_arguments
@@ -170,6 +171,7 @@ class ConditionalRoutedAttention(nn.Module):
         rotary_angles: Angles | None = None,
         return_route: bool = False,
         residual: bool = False,
+        dropout: Dropout | None = None,
     ) -> Tensor | tuple[Tensor, Route, Route]:
         """Attend.
 
@@ -183,6 +185,7 @@ class ConditionalRoutedAttention(nn.Module):
                 dimension; None: computed here, where the layer has rotary positions.
             return_route: whether to return the routing too.
             residual: whether to add x to the result.
+            dropout: of what is added to x with residual; None: none.
 
         Returns:
             (b, n, dim); with return_route a tuple of this, the queries' and the keys/values' `Route`.
@@ -206,5 +209,5 @@ class ConditionalRoutedAttention(nn.Module):
             angles=branch_angles(self.rotary_emb, x, rotary_angles),
         )
         out = put_back(x, heavy, query, light=light, null_token=self.null_q_token)
-        out = residual_input + out if residual else out
+        out = residual_input + drop(out, dropout, 0) if residual else out
         return (out, query, key_value) if return_route else out

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from colt5dist.nn.attention.rotary import Angles
 from colt5dist.nn.conditional.autoregressive_attention import ConditionalRoutedAutoregressiveAttention
 from colt5dist.nn.conditional.feed_forward import ConditionalRoutedFeedForward
+from colt5dist.nn.dropout import Dropout, drop, parts_of
+from colt5dist.nn.feed_forward import OUTPUT
 from colt5dist.nn.routing.router import Route
 from colt5dist.nn.routing.router_kwargs import NO_KWARGS, check_mapping
 from colt5dist.ops.checks import check_counts, check_optional_counts
@@ -134,6 +136,7 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
         sample_index: Tensor | None = None,
         rotary_angles: Angles | None = None,
         return_route: bool = False,
+        dropout: Dropout | None = None,
     ) -> Tensor | tuple[Tensor, Route, Route, Route]:
         """Both layers with their residuals.
 
@@ -145,6 +148,7 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
             sample_index: (b,) int64, the samples' numbers, needed for random routing.
             rotary_angles: of the n positions, computed once for a stack of layers; None: computed here.
             return_route: whether to return the routing too.
+            dropout: of what is added to x, and of the hidden units of the feed-forward; None: none.
 
         Returns:
             (b, n, dim); with return_route a tuple of this and the `Route` of the feed-forward, of the queries and of
@@ -155,6 +159,7 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
             num_heavy_attn_tokens_kv=num_heavy_attn_tokens_kv,
             num_heavy_ff_tokens=num_heavy_ff_tokens,
         )
+        in_attention, in_feed_forward = parts_of(dropout, 2)
         attended, query, key_value = self.conditional_attn(
             x,
             num_heavy_tokens_q=num_heavy_attn_tokens_q,
@@ -163,9 +168,9 @@ class ConditionalRoutedAutoregressiveBlock(nn.Module):
             rotary_angles=rotary_angles,
             return_route=True,
         )
-        x = x + attended
+        x = x + drop(attended, in_attention, 0)
         fed, feed_forward = self.conditional_ff(
-            x, None, num_heavy_ff_tokens, sample_index=sample_index, return_route=True
+            x, None, num_heavy_ff_tokens, sample_index=sample_index, return_route=True, dropout=in_feed_forward
         )
-        x = x + fed
+        x = x + drop(fed, in_feed_forward, OUTPUT)
         return (x, feed_forward, query, key_value) if return_route else x

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from colt5dist.nn.checks import budget, check_mask, check_tokens
-from colt5dist.nn.feed_forward import FeedForward
+from colt5dist.nn.dropout import Dropout, drop, parts_of
+from colt5dist.nn.feed_forward import OUTPUT, FeedForward
 from colt5dist.nn.norm import RMSNorm, norm_branch
 from colt5dist.nn.routing.causal_router import CausalRouter
 from colt5dist.nn.routing.gather_scatter import add_routed, gather_tokens
@@ -108,6 +109,7 @@ class ConditionalRoutedFeedForward(nn.Module):
         sample_index: Tensor | None = None,
         return_route: bool = False,
         residual: bool = False,
+        dropout: Dropout | None = None,
     ) -> Tensor | tuple[Tensor, Route]:
         """Both branches.
 
@@ -119,6 +121,8 @@ class ConditionalRoutedFeedForward(nn.Module):
             sample_index: (b,) int64, the samples' numbers, needed for random routing.
             return_route: whether to return the routing too.
             residual: whether to add x to the result.
+            dropout: of the hidden units of both branches (those of the heavy one by the number of the routed token)
+                and, with residual, of what is added to x; None: none.
 
         Returns:
             (b, n, dim); with return_route a tuple of this and the `Route`.
@@ -134,12 +138,13 @@ class ConditionalRoutedFeedForward(nn.Module):
             check_mask("mask", mask, x.shape[:2], x)
             route = self.router.route(x, budgets=(num_tokens,), mask=mask, sample_index=sample_index)[0]
         scores = route.scores.squeeze(1).unsqueeze(-1)
-        out = self.light_ff(x)
+        light, heavy_part = parts_of(dropout, 2)
+        out = self.light_ff(x, dropout=light)
         if route.indices is None:
-            out = out + self.heavy_ff(x) * scores.to(out.dtype)
+            out = out + self.heavy_ff(x, dropout=heavy_part) * scores.to(out.dtype)
         else:
             indices = route.indices.squeeze(1)
-            heavy = self.heavy_ff(gather_tokens(x, indices))
+            heavy = self.heavy_ff(gather_tokens(x, indices), dropout=heavy_part)
             out = add_routed(out, heavy * scores.to(heavy.dtype), indices)
-        out = residual_input + out if residual else out
+        out = residual_input + drop(out, dropout, OUTPUT) if residual else out
         return (out, route) if return_route else out

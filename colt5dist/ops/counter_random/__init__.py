@@ -1,7 +1,8 @@
 """Random numbers that are a pure function of what they are for: no generator, no state, the same on every device.
 
-Random routing draws from here with the sample's number as key and one stream for each router, so neither the world size
-nor the order of the samples, a restart or a recomputed layer changes them.
+Random routing draws from here with the sample's number as key and one stream for each router, and dropout with keys
+that are derived from it, so neither the world size nor the order of the samples, a restart or a recomputed layer
+changes them.
 
 All arithmetic is on 32-bit words held in int64, with products below 2^49: exact, never an overflow, thus bit-equal
 wherever PyTorch runs. The mixing function is that of C. Wellons' hash prospector ("lowbias32", public domain).
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from colt5dist.errors import ConfigError
 
-__all__ = ["counter_uniform"]
+__all__ = ["counter_keys", "counter_uniform", "counter_words"]
 
 _WORD = 0xFFFFFFFF
 
@@ -27,6 +28,44 @@ def _mix(words: Tensor) -> Tensor:
     words = _multiply(words ^ (words >> 16), 0x7FEB352D)
     words = _multiply(words ^ (words >> 15), 0x846CA68B)
     return words ^ (words >> 16)
+
+
+def _key_state(keys: Tensor, stream: int | Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two 32-bit words for each key, so that different keys practically never share a row of numbers."""
+    first, second = torch.full_like(keys, 0x243F6A88), torch.full_like(keys, 0x85A308D3)
+    for word in (seed, seed >> 32, stream, stream >> 32, keys, keys >> 32):
+        first = _mix(first ^ (word & _WORD))
+        second = _mix((second + first) & _WORD)
+    return first, second
+
+
+def counter_keys(keys: Tensor, *, stream: int | Tensor, seed: int = 0) -> Tensor:
+    """Derive further keys: each is a function of (seed, stream, key) only.
+
+    Args:
+        keys: (b,) int64, any values.
+        stream: an integer, or (r, 1) int64: r keys for each key.
+        seed: an integer, taken modulo 2^64.
+
+    Returns:
+        (b,) int64, or (r, b), from 0 to 2^63 - 1.
+    """
+    first, second = _key_state(keys, stream, seed)
+    return first | ((second >> 1) << 32)
+
+
+def counter_words(keys: Tensor, num: int, *, stream: int, seed: int) -> Tensor:
+    """Uniform 32-bit words: row i is a function of (seed, stream, keys[i]) and the position only.
+
+    The arguments are those of `counter_uniform`.
+
+    Returns:
+        (b, num) int64, from 0 to 2^32 - 1.
+    """
+    first, second = _key_state(keys, stream, seed)
+    position = torch.arange(num, dtype=torch.int64, device=keys.device)
+    words = _mix(position ^ first.unsqueeze(-1))
+    return _mix((words + second.unsqueeze(-1)) & _WORD)
 
 
 def counter_uniform(keys: Tensor, num: int, *, stream: int, seed: int) -> Tensor:
@@ -48,12 +87,4 @@ def counter_uniform(keys: Tensor, num: int, *, stream: int, seed: int) -> Tensor
         raise ConfigError(f"keys: {tuple(keys.shape)} of {keys.dtype}; use a vector of int64")
     if num < 0:
         raise ConfigError(f"num: {num} numbers a row; use 0 or more")
-    # the key's state has two words, so that different keys practically never share a row of numbers
-    state = [torch.full_like(keys, 0x243F6A88), torch.full_like(keys, 0x85A308D3)]
-    for word in (seed, seed >> 32, stream, stream >> 32, keys, keys >> 32):
-        state[0] = _mix(state[0] ^ (word & _WORD))
-        state[1] = _mix((state[1] + state[0]) & _WORD)
-    position = torch.arange(num, dtype=torch.int64, device=keys.device)
-    words = _mix(position ^ state[0].unsqueeze(-1))
-    words = _mix((words + state[1].unsqueeze(-1)) & _WORD)
-    return (words >> 8).to(torch.float32) * 2.0**-24
+    return (counter_words(keys, num, stream=stream, seed=seed) >> 8).to(torch.float32) * 2.0**-24

@@ -19,6 +19,7 @@ from colt5dist.storage.checkpoints import (
     step_folder,
 )
 from colt5dist.storage.complete_file import COMPLETE, Damage, json_problem, read_complete, size_problem
+from colt5dist.train.checkpoint.best import early_stop, is_best, judge, name_best
 from colt5dist.train.checkpoint.commit import rename_damaged
 from colt5dist.train.checkpoint.folders import (
     checkpoint_bytes,
@@ -40,15 +41,19 @@ __all__ = [
     "TrainerState",
     "checkpoint_bytes",
     "checkpoint_folders",
+    "early_stop",
     "find_checkpoints",
     "find_damage",
     "folder_step",
     "has_average",
+    "is_best",
     "is_whole",
     "json_problem",
+    "judge",
     "load_checkpoint",
     "load_weights",
     "model_problems",
+    "name_best",
     "optimizer_problems",
     "read_complete",
     "read_fragments",

@@ -44,10 +44,16 @@ class Retention:
     """Number of the newest checkpoints to keep."""
     keep_every: int
     """Checkpoints of steps that are a multiple of it are kept for good; 0: none."""
+    best: int | None = None
+    """Step of the checkpoint that is kept as the best one; None: none is."""
 
     def to_delete(self, steps: Sequence[int]) -> list[int]:
         """Select the steps to delete from the steps of all whole checkpoints, given in ascending order."""
-        return [step for step in steps[: -self.keep_last] if not (self.keep_every and step % self.keep_every == 0)]
+        return [step for step in steps[: -self.keep_last] if not self.keeps(step)]
+
+    def keeps(self, step: int) -> bool:
+        """Whether a checkpoint is kept that is none of the newest."""
+        return step == self.best or (self.keep_every > 0 and step % self.keep_every == 0)
 
 
 def commit_checkpoint(

@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from colt5dist.errors import SaveError
 from colt5dist.storage.complete_file import FileEntry, rank_file_name
+from colt5dist.train.checkpoint.best import name_best
 from colt5dist.train.checkpoint.commit import Retention, commit_checkpoint, delete_old
 from colt5dist.train.checkpoint.folders import temporary_folder
 from colt5dist.train.checkpoint.trainer_state import TrainerState
@@ -97,6 +99,12 @@ class Saver:
         if self.failure is None:
             where = ", written in the background" if in_background else ""
             self.say(f"checkpoint of step {state.step}: training paused for {time.monotonic() - begin:.2f} s{where}")
+
+    def name_best(self, state: TrainerState) -> None:
+        """Name the best checkpoint anew, without a save; the next one does it where this fails."""
+        if self.rank == 0:
+            with suppress(OSError):
+                name_best(self.root, self.run_id, state, self.config.keep_best)
 
     def advance(self, *, must: bool = False) -> None:
         """Continue a save in the background with its next part; call it when `has_ended` is true on all ranks.
@@ -201,10 +209,17 @@ class _Save:
     def _commit(self) -> None:
         root, run_id, config = self.saver.root, self.saver.run_id, self.saver.config
         self.notes += commit_checkpoint(root, self.step, self.state, self._files, run_id)
+        try:
+            best = name_best(root, run_id, TrainerState(**self.state), config.keep_best)
+        except OSError as error:  # the new one is whole nevertheless
+            self.notes.append(f"the best checkpoint could not be named: {error}; no older one is deleted")
+            return
         if self.state["skipped_in_a_row"]:  # the run may have to go back to an older one
             return
         try:
-            delete_old(root, run_id, self.step, Retention(keep_last=config.keep_last, keep_every=config.keep_every))
+            delete_old(
+                root, run_id, self.step, Retention(keep_last=config.keep_last, keep_every=config.keep_every, best=best)
+            )
         except OSError as error:  # the new one is whole nevertheless
             self.notes.append(f"an older checkpoint could not be deleted: {error}")
 

@@ -39,3 +39,13 @@ class TrainerState:
     """Ranges [first, sample after the last] of samples around those spikes; left out like those of data.skip."""
     first_held_out_loss: float | None = None
     """Held-out loss before the first step, in nats per token."""
+    best_key: str = ""
+    """Key of evaluations by which the following are judged; empty before the first one that is."""
+    best_value: float | None = None
+    """Best value of it so far; None where no value was a number."""
+    best_step: int = 0
+    """Step of that evaluation."""
+    evaluations_since_best: int = 0
+    """Evaluations after it, none of them better."""
+    evaluation_left_out: bool = False
+    """Whether a request to stop has cut the evaluation of this step short, which the next start then makes up for."""

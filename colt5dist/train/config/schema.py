@@ -16,6 +16,7 @@ from colt5dist.data.order.mixture import parse_mixture
 from colt5dist.marks import keeps_result, of_a_host
 from colt5dist.model.config import CoLT5Config
 from colt5dist.train.config.deepspeed_sections import deepspeed_problems
+from colt5dist.train.config.evaluation_keys import evaluation_problems
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,12 @@ class TrainConfig:
     """Held-out samples per evaluation, the same ones each time."""
     eval_shuffled_inputs: bool = keeps_result(False)
     """Also evaluate with each sample given its neighbour's input; shows how much the decoder uses the encoder."""
+    eval_generate_samples: int = keeps_result(0)
+    """With data.mixture=pairs: held-out pairs, the first ones, for whose inputs each evaluation but the one before the
+    first step also generates texts and scores them; 0: none."""
+    early_stopping_patience: int | None = keeps_result(None)
+    """Evaluations in a row, none of them better than the best one before, after which the run is finished, by the key
+    of checkpoint.keep_best, or eval/loss; null: no early stop."""
     routing_every: int = keeps_result(100)
     """Steps between two records of the routers' statistics; 0: none."""
     max_minutes: float | None = keeps_result(None)
@@ -74,7 +81,11 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "log_every", "eval_samples"):
             if getattr(self, name) < 1:
                 found.append(f"train.{name}: {getattr(self, name)} is not positive; use 1 or more")
-        for name in ("eval_every", "routing_every", "z_loss"):
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            found.append(
+                f"train.early_stopping_patience: {self.early_stopping_patience} is not positive; use 1 or more, or null"
+            )
+        for name in ("eval_every", "eval_generate_samples", "routing_every", "z_loss"):
             if getattr(self, name) < 0:
                 found.append(f"train.{name}: {getattr(self, name)} is negative; use 0 or more")
         for name in ("max_minutes", "timeout_minutes"):
@@ -226,6 +237,9 @@ class CheckpointConfig:
     """Number of newest whole checkpoints to keep; older ones are deleted once a newer one is whole."""
     keep_every: int = keeps_result(0)
     """Checkpoints of steps that are a multiple of it are never deleted; 0: none."""
+    keep_best: str | None = keeps_result(None)
+    """A key of evaluations, for instance eval/loss: an evaluation that is the best so far by it saves a checkpoint, and
+    the best one is kept besides the others; null: none is."""
     on_error: Literal["continue", "stop"] = keeps_result("continue")
     """What happens if a checkpoint cannot be written. The last one of a run, or before a stop, always ends the run with
     status 74. Older checkpoints are not changed in any case."""
@@ -363,7 +377,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             found.append(f"seed: {self.seed} is outside [0, 2**32); use for instance 0")
         if not any(line.startswith(("model.", "data.", "train.")) for line in found):
-            found += self._architecture_problems() + self._input_multiple_problems()
+            found += self._architecture_problems() + self._input_multiple_problems() + evaluation_problems(self)
             for number, stage in enumerate(self.stages[1:]):
                 later = stage.model.problems() + stage.train.problems() + stage._input_multiple_problems()
                 found += [f"data.length_schedule[{number}]: {line}" for line in later]

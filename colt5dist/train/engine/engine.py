@@ -383,15 +383,7 @@ class Engine:
             return self._call(module, batch, collect_routing)
 
     def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
-        """Have the model write as it is now, greedily and uncompiled; not at stage 3, where its weights are sharded.
-
-        Args:
-            input_ids: (b, n) int64, as the model's own `generate` takes it.
-            settings: the model's own; without draws, so no random state changes.
-
-        Returns:
-            What is written, (b, new tokens) int64.
-        """
+        """The model's own `generate` as it is now, without a graph; not at stage 3, where its weights are sharded."""
         assert self.stage != 3
         if isinstance(self.module, CoLT5):
             settings["cuda_graph"] = False
@@ -412,6 +404,10 @@ class Engine:
             sample_index=batch["sample_index"],
             collect_routing=collect_routing,
         )
+
+    def as_written(self) -> AbstractContextManager[None]:
+        """A context in which layers run as they are written, not compiled."""
+        return self._code(compiled=False)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the global loss to those of its other micro-batches."""

@@ -19,7 +19,7 @@ import torch
 
 import colt5dist
 from colt5dist.data import Sources
-from colt5dist.data.standard_library import STANDARD_LIBRARY
+from colt5dist.data.standard_library import STANDARD_LIBRARIES
 from colt5dist.errors import ConfigError
 from colt5dist.marks import OF_A_HOST
 from colt5dist.train.config.differences import settings_that_must_be_alike
@@ -106,7 +106,8 @@ def what_decides_a_step(
     for name, sources in (validation or {}).items():
         found[f"shards of the validation set {name}"] = ["data", f"text {sources.fingerprint[:16]}"]
     found["tokenizer of the shards"] = ["data", shards.tokenizer.fingerprint[:16]]
-    if STANDARD_LIBRARY in ([source.shards for source in config.data.sources] or [config.data.shards]):
+    named = [source.shards for source in config.data.sources] or [config.data.shards]
+    if any(name in STANDARD_LIBRARIES for name in named):
         found["Python"] = ["version", platform.python_version()]
     found |= {f"package {name}": ["version", number] for name, number in package_versions().items()}
     found |= {f"library {name}": ["version", number] for name, number in library_versions().items()}

@@ -57,10 +57,13 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         *optimizer_lines(config),
         f"checkpoint: {checkpoint_bytes(shapes, config) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, plus "
         "one while it is written",
-        f"sentinels needed: {required_sentinels(config.data)}",
+        f"sentinels needed: {0 if config.data.is_pairs else required_sentinels(config.data)}",
         f"tokens of the run: {input_and_target(*run_tokens)}, in {count(train.steps, 'step')}",
-        f"text of the run: {tokens_of_run(config, text_tokens_of_sample):,} tokens before corruption (a start prints "
-        "how many passes over the shards that is)",
+        f"pairs of the run: {train.steps * train.global_batch_size:,} (a start prints how many passes over the shards "
+        "that is)"
+        if config.data.is_pairs
+        else f"text of the run: {tokens_of_run(config, text_tokens_of_sample):,} tokens before corruption (a start "
+        "prints how many passes over the shards that is)",
     ]
     for first_step, stage in zip(config.stage_starts, config.stages, strict=True):
         if len(config.stages) > 1:

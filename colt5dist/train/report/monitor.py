@@ -150,6 +150,22 @@ class Monitor:
         if self._wandb:
             self._wandb.log(step, known)
 
+    def complete(self, step: int, record: Record) -> None:
+        """Add numbers to the record of the last step before this start, if it was logged.
+
+        Args:
+            step: number of the step.
+            record: numbers by name.
+        """
+        if not self.is_first:
+            return
+        known = [found for found in read_metrics(self._metrics_path.parent) if found["step"] == step]
+        before = known[-1] if known else {}
+        self._drop_metrics(step - 1)
+        self.record(
+            step, record, notes={name: value for name, value in before.items() if name not in ("step", *record)}
+        )
+
     def histograms(self, step: int, counts: dict[str, torch.Tensor]) -> None:
         """Write histograms to TensorBoard.
 

@@ -25,6 +25,7 @@ def summary(
     *,
     unigram_entropy: float,
     tokens_per_second: float | None,
+    finished_early: str | None = None,
 ) -> str:
     """Summarise a run: held-out loss before and after, speed, its folder, and how to look at it.
 
@@ -35,6 +36,7 @@ def summary(
         unigram_entropy: entropy of the held-out target tokens' frequencies, in nats: the loss of a model that only
             knows how often each token occurs.
         tokens_per_second: speed of this start; None if it trained no step.
+        finished_early: why the run is finished before its last step, if it is.
 
     Returns:
         Several lines.
@@ -45,7 +47,8 @@ def summary(
         records = []
     evaluations = [r for r in records if r.get("eval/loss") is not None]
     first_loss = state.first_held_out_loss
-    lines = [f"stopped at step {state.step} ({stopped})" if stopped else f"finished at step {state.step}"]
+    why = stopped or finished_early
+    lines = [f"{'stopped' if stopped else 'finished'} at step {state.step}{f' ({why})' if why else ''}"]
     if first_loss is not None and evaluations:
         last = evaluations[-1]
         lines.append(
@@ -78,6 +81,8 @@ def summary(
                 f"held-out loss with another sample's input: {last['eval/loss_shuffled_inputs']:.4f} ({change:+.1%}; "
                 "near 0 % until the decoder reads the encoder)"
             )
+    if state.best_value is not None:
+        lines.append(f"best evaluation: {state.best_key} {state.best_value:.4f} at step {state.best_step}")
     if tokens_per_second:
         lines.append(f"speed: {tokens_per_second:,.0f} tokens/s")
     lines.append(f"run: {run_dir}")

@@ -130,6 +130,8 @@ def _execution(config: RunConfig, on_gpu: bool) -> Unread:
         yield "health.on_spike", "no checkpoint is written to go back to; set checkpoint.every_steps"
     elif health.spike_window >= steps:
         yield "health.on_spike", f"a loss is compared with health.spike_window={health.spike_window} earlier steps"
+    if config.train.early_stopping_patience is not None and not config.train.eval_every:
+        yield "train.early_stopping_patience", "train.eval_every=0 evaluates after the last step only"
     every, keep = checkpoint.every_steps, checkpoint.keep_every
     if keep and checkpoint.every_minutes is None and (not every or math.lcm(every, keep) > steps):
         yield "checkpoint.keep_every", f"with checkpoint.every_steps={every} no such step up to {steps} is saved"

@@ -278,6 +278,12 @@ def test_begun_work_is_not_mixed_with_other_work(inputs: Path, tmp_path: Path) -
         prepare(config(inputs, tmp_path / "shards", strict=True, commit_seconds=0))
     with pytest.raises(ConfigError, match="was begun with other inputs or settings"):
         prepare(config(inputs, tmp_path / "shards", text_key="id"))
+    state = tmp_path / "shards.partial/state.json"
+    begun = state.read_text()
+    state.write_text(json.dumps(json.loads(begun) | {"format": 1}))
+    with pytest.raises(ConfigError, match="was begun by another version of colt5dist; delete it"):
+        prepare(config(inputs, tmp_path / "shards", strict=True, commit_seconds=0))
+    state.write_text(begun)
     with (
         locked(tmp_path / "shards.partial/lock", wait=False),
         pytest.raises(ConfigError, match="is being written by another prepare"),

@@ -62,6 +62,36 @@ def test_deepspeeds_configuration_is_derived_from_ours(tmp_path: Path) -> None:
     assert "optimizer" not in derived and "scheduler" not in derived
 
 
+PAIRS = ("data.mixture=pairs", "train.eval_generate_samples=4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["checkpoint.keep_best=eval/los"], "checkpoint.keep_best: no evaluation of this run has 'eval/los'; use"),
+        (["checkpoint.keep_best=eval/f1", *PAIRS[:1]], "use one of eval/loss, eval/bits_per_byte, eval/loss/pairs"),
+        (["train.eval_generate_samples=4"], "train.eval_generate_samples: only pairs have answers to generate"),
+        ([*PAIRS, "zero.stage=3"], "train.eval_generate_samples: no rank has whole weights at zero.stage=3"),
+        (["train.eval_generate_samples=-1"], "train.eval_generate_samples: -1 is negative"),
+        (["train.early_stopping_patience=0"], "train.early_stopping_patience: 0 is not positive"),
+        (["model.dropout=1.0"], "model.dropout: 1.0; use a share in [0, 1)"),
+    ],
+    ids=["unknown", "no texts", "no pairs", "stage 3", "negative", "patience", "dropout"],
+)
+def test_settings_of_fine_tuning_that_do_not_fit(tmp_path: Path, settings: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, "", *settings)
+    assert words in str(raised.value) and len(str(raised.value).splitlines()) == 1
+
+
+def test_every_score_of_texts_can_choose_the_best(tmp_path: Path) -> None:
+    for key in ("eval/loss/pairs", "eval/rouge_geometric_mean", "eval/rouge2", "eval/f1", "eval/exact_match"):
+        assert load(tmp_path, "", *PAIRS, f"checkpoint.keep_best={key}").checkpoint.keep_best == key
+    others = ("data.validation=[{name: books, shards: x}]", "train.ema=0.99")
+    for key in ("eval/books/loss", "eval/ema/loss"):
+        assert load(tmp_path, "", *others, f"checkpoint.keep_best={key}").checkpoint.keep_best == key
+
+
 def test_no_clipping_is_passed_to_deepspeed(tmp_path: Path) -> None:
     """DeepSpeed's own default is 1.0."""
     config = load(tmp_path, "", "optimizer.gradient_clipping=0")

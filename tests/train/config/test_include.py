@@ -102,5 +102,6 @@ def test_where_a_relative_name_was_looked_for(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     assert problem(Path("nowhere.yaml")) == (
         f"nowhere.yaml: no such configuration file; looked for {tmp_path}/nowhere.yaml; name one that exists, or one "
-        "that comes with the package: base, causal_tiny, large, tiny, xl"
+        "that comes with the package: base, causal_tiny, finetune_base, finetune_tiny, large, "
+        "tiny, xl"
     )

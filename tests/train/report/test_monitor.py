@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colt5dist.train.report.monitor import Monitor, read_metrics
+from colt5dist.train.report.tensorboard.tags import place
 
 
 def test_records_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
@@ -27,6 +28,20 @@ def test_records_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("1_loss/all/train")
     assert [(event.step, event.value) for event in scalars] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_the_record_of_the_step_before_a_start_can_be_completed(tmp_path: Path) -> None:
+    with Monitor(tmp_path, is_first=True, first_step=0, num_steps=9) as monitor:
+        for step in (1, 2):
+            monitor.record(step, {"loss": float(step)}, notes={"skipped_batch": [[0, 8]]})
+    with Monitor(tmp_path, is_first=True, first_step=2, num_steps=9) as monitor:
+        monitor.complete(2, {"eval/loss": 5.0})
+        monitor.record(3, {"loss": 3.0})
+    last = {"step": 2, "loss": 2.0, "skipped_batch": [[0, 8]], "eval/loss": 5.0}
+    assert read_metrics(tmp_path)[1:] == [last, {"step": 3, "loss": 3.0}]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars(place("eval/loss").tag)] == [(2, 5.0)]
+    assert [(event.step, event.value) for event in events.Scalars(place("loss").tag)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
