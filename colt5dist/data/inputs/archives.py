@@ -29,7 +29,7 @@ def list_members(path: Path) -> tuple[list[zipfile.ZipInfo], int, int]:
     try:
         with zipfile.ZipFile(path) as archive:
             files = [member for member in archive.infolist() if not member.is_dir()]
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
         raise ConfigError(f"--input: {path} cannot be read as a zip archive ({error}); download it again") from None
     files = [member for member in files if not _is_hidden(member)]
     read = [member for member in files if _name(member) in HELD_OUT_MEMBERS]
@@ -44,6 +44,9 @@ def list_members(path: Path) -> tuple[list[zipfile.ZipInfo], int, int]:
                 f"--input: {path}: {member.filename} is encrypted, or compressed in a way that is not known; unpack "
                 "the archive, and give its files"
             )
+    names = [member.filename for member in read]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"--input: {path} holds {twice[0]} twice; unpack it, and give its files of pairs")
     tests = sum(_name(member) == TEST_MEMBER for member in files)
     return sorted(read, key=lambda member: member.filename), tests, len(files) - len(read) - tests
 

@@ -2,13 +2,14 @@
 
 import gzip
 import io
+import lzma
 import zipfile
 import zlib
 from typing import BinaryIO
 
 import zstandard
 
-DAMAGE = (EOFError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
+DAMAGE = (EOFError, NotImplementedError, lzma.LZMAError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
 """Exceptions that reading a damaged stream raises, besides OSError."""
 
 READ_BYTES = 1 << 17

@@ -18,6 +18,8 @@ DESCRIPTION = "files that describe a data set"
 UNLISTED = "files that their data set does not list"
 CARD = "README.md"
 CARD_BEGIN = b"---"
+TABLES = (".parquet", ".arrow", ".jsonl")
+"""Endings of the files that a card describes."""
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "index.json")
 
 
@@ -88,7 +90,7 @@ def splits_note(folder: Path) -> str:
 def cards(paths: Iterable[Path]) -> set[Path]:
     """The cards among the files of a folder: each README.md with settings that has tables in or below its folder."""
     paths = list(paths)
-    tables = {parent for path in paths if path.suffix in (".parquet", ".arrow") for parent in path.parents}
+    tables = {parent for path in paths if path.suffix in TABLES for parent in path.parents}
     return {path for path in paths if path.name == CARD and path.parent in tables and _begins(path, CARD_BEGIN)}
 
 

@@ -6,12 +6,12 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from colt5dist.data.inputs.archives import ZIP_SUFFIX, is_held_out, list_members
+from colt5dist.data.inputs.archives import HELD_OUT_MEMBERS, TEST_MEMBER, ZIP_SUFFIX, is_held_out, list_members
 from colt5dist.data.inputs.dataset_folders import DESCRIPTION, DatasetFolders, cards, splits_note
 from colt5dist.data.inputs.mds import MDS_SUFFIXES
 from colt5dist.data.inputs.megatron import index_of, is_token_file, token_file_problem
@@ -155,7 +155,7 @@ NO_ENDING = "files without an ending"
 HIDDEN = "hidden files and folders"
 NO_FILE = "pipes, devices, and links that lead nowhere"
 NOT_ENTERED = "folders that a pattern matches (name the folder itself to read it)"
-TESTS = "test.jsonl in zip archives, which has no targets"
+TESTS = "test.jsonl, which has no targets"
 OTHER_MEMBERS = "other files in zip archives"
 
 
@@ -212,7 +212,7 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
     common = os.path.commonpath([path.parent for path in paths])
     inputs = [InputFile(path, path.relative_to(common).as_posix(), size) for path, size in found.values()]
     if pairs:
-        inputs = [part for file in inputs for part in _opened(file, not_read)]
+        inputs = [part for file in _by_splits(inputs, not_read) for part in _opened(file, not_read)]
     kinds = {kind: number for kind, number in not_read.items() if number}
     return Inputs(sorted(inputs, key=lambda file: file.name), kinds, tuple(dict.fromkeys(notes)))
 
@@ -228,6 +228,21 @@ def _without_descriptions(names: list[str], not_read: Counter[str], datasets: Da
         else:
             read[name] = None
     return list(read)
+
+
+def _by_splits(inputs: list[InputFile], not_read: Counter[str]) -> list[InputFile]:
+    """The files of pairs; of a folder that has both train.jsonl and validation.jsonl, the second is held out."""
+    splits = {file: _bare_name(file.path) for file in inputs}
+    held_out = {(file.path.parent, split) for file, split in splits.items() if split in HELD_OUT_MEMBERS}
+    found = []
+    for file, split in splits.items():
+        if not all((file.path.parent, name) in held_out for name in HELD_OUT_MEMBERS):
+            found.append(file)
+        elif split == TEST_MEMBER:
+            not_read[TESTS] += 1
+        else:
+            found.append(replace(file, held_out=HELD_OUT_MEMBERS.get(split)))
+    return found
 
 
 def _opened(file: InputFile, not_read: Counter[str]) -> list[InputFile]:

@@ -55,7 +55,8 @@ def read_mds(path: Path, column: str, first: int) -> Iterator[tuple[Any, int]]:
                 return
             place, encoding = _find(description, column, number)
             if compression:
-                _skip(stream, int(offsets[min(first, number)] - offsets[0]))
+                for size in np.diff(offsets[: first + 1]).tolist():
+                    _exactly(stream, size)  # read as before: where damage shows depends on how much is read at a time
             else:
                 stream.seek(int(offsets[min(first, number)]))
             for begin, end in zip(offsets[first:-1].tolist(), offsets[first + 1 :].tolist(), strict=True):
@@ -80,15 +81,6 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
         parts.append(block)
         left -= len(block)
     return b"".join(parts)
-
-
-def _skip(stream: BinaryIO, size: int) -> None:
-    """Read and forget: the place where a damaged file fails depends on how it is read."""
-    while size:
-        block = stream.read(min(size, BLOCK))
-        if not block:
-            raise DamagedError("the file ends within it")
-        size -= len(block)
 
 
 def _description(stream: BinaryIO, size: int) -> dict[str, Any]:

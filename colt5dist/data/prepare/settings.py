@@ -107,7 +107,6 @@ USAGE = """prepare.py --input GLOB [GLOB ...] --output DIR [option ...]
        prepare.py verify SHARDS
        prepare.py info SHARDS
        prepare.py show SHARDS --config FILE --sample N"""
-PLOT = "needs matplotlib: pip install 'colt5dist[bench]'"
 
 
 class Parser(argparse.ArgumentParser):
@@ -171,7 +170,7 @@ def parse_prepare(arguments: list[str], description: str | None) -> tuple[Prepar
     add("--strict", action="store_true", help="stop at the first document that cannot be read")
     size = "largest size of a shard in bytes (default: %(default)s)"
     add("--shard-bytes", type=int, default=defaults.shard_bytes, metavar="BYTES", help=size)
-    add("--histogram", type=_path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
+    add("--histogram", type=_path, metavar="PNG", help="draw a plot of the document lengths")
     options = vars(parser.parse_args(arguments))
     histogram = options.pop("histogram")
     options["text_key"], options["text_keys"] = split_text_keys(options["text_key"], defaults.text_key)
@@ -191,7 +190,7 @@ def parse_info(arguments: list[str]) -> argparse.Namespace:
     """Return the options of `info`: shards (folder or address), histogram."""
     parser = _parser("Print what a folder of shards holds and what it was made from.")
     parser.add_argument("shards", type=_pattern, help="folder or address of the shards")
-    parser.add_argument("--histogram", type=_path, metavar="PNG", help=f"draw a plot of the document lengths ({PLOT})")
+    parser.add_argument("--histogram", type=_path, metavar="PNG", help="draw a plot of the document lengths")
     return parser.parse_args(arguments)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import shutil
 import struct
 from collections.abc import Callable
@@ -312,6 +313,22 @@ def test_damage_within_a_file(files: dict[str, Path], tmp_path: Path) -> None:
         assert found == number and said.startswith(message)
     ids.with_suffix(".idx").write_bytes(index)
     assert reason(files["ids"].read_bytes() + b"xx", ids) == (11, "2 bytes follow its last document")
+
+
+def test_damage_shows_at_the_same_record_from_wherever_reading_begins(tmp_path: Path) -> None:
+    """In a compressed shard it does not show at once; so a resumed prepare must lose the same documents."""
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("abcdefgh ", k=4000)) for _ in range(300)]
+    write_mds(tmp_path / "mds", texts, compression=".gz", shards=1)
+    (path,) = (tmp_path / "mds").glob("*.gz")
+    content = bytearray(path.read_bytes())
+    place = len(content) * 4 // 5
+    content[place : place + 300] = rng.randbytes(300)
+    path.write_bytes(content)
+    whole = shown(items(path))
+    assert 200 < len(whole) < 300 and whole[-1][2] == "unreadable"
+    for line in range(0, len(whole), 7):
+        assert shown(items(path, line)) == whole[line:]
 
 
 def test_columns_that_hold_no_text(files: dict[str, Path], tmp_path: Path) -> None:

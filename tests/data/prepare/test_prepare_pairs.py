@@ -114,16 +114,45 @@ def test_an_archive_of_scrolls_keeps_its_own_split(tmp_path: Path) -> None:
     prepared = make(tmp_path / "task.zip", tmp_path / "shards", validation_fraction=0.01)
     shards = open_shards(tmp_path / "shards")
     assert stored(shards) == [*PAIRS[60:], *SEVERAL[30:]] and stored(shards.validation) == PAIRS[:60]
-    assert prepared.inputs.lines() == ["not read, test.jsonl in zip archives, which has no targets: 1"]
+    assert prepared.inputs.lines() == ["not read, test.jsonl, which has no targets: 1"]
     assert prepared.problems.examples["no text under 'output'"] == [f"{tmp_path / 'task.zip'}: task/train.jsonl:178"]
     assert warning_lines(prepared.manifest, prepared.validation, prepared.problems, prepared.inputs) == []
     assert "training: 177 pairs" in summary_lines(prepared.manifest, prepared.validation, prepared.problems)[0]
     assert "holds pairs of an input and a target (data.mixture: pairs)" in info_lines(shards)
+    with zipfile.ZipFile(tmp_path / "task.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    prepared = make(tmp_path / "unpacked", tmp_path / "again", validation_fraction=0.01)
+    again = open_shards(tmp_path / "again")
+    assert stored(again) == stored(shards) and stored(again.validation) == stored(shards.validation)
+    assert "not read, test.jsonl, which has no targets: 1" in prepared.inputs.lines()
     (tmp_path / "bad.zip").write_bytes((tmp_path / "task.zip").read_bytes()[:-40])
     with pytest.raises(ConfigError, match=r"bad\.zip cannot be read as a zip archive"):
         make(tmp_path / "bad.zip", tmp_path / "bad")
     with pytest.raises(ConfigError, match=r"task\.zip is a \.zip file"):
         make(tmp_path / "task.zip", tmp_path / "bad", pairs=False)
+
+
+def test_damaged_archives(tmp_path: Path) -> None:
+    """What cannot be read of a member is counted; an archive with two members of one name is refused."""
+    with zipfile.ZipFile(tmp_path / "task.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("task/train.jsonl", lines(PAIRS))
+    content = bytearray((tmp_path / "task.zip").read_bytes())
+    for place in (len(content) // 3, 60):  # of the data, and of what describes its compression
+        damaged = bytearray(content)
+        damaged[place : place + 8] = b"\xff" * 8
+        (tmp_path / "bad.zip").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"bad\.zip"):
+            make(tmp_path / "bad.zip", tmp_path / "bad", strict=True)
+    needed = content.index(b"PK\1\2") + 6  # the version that a reader needs, in the directory
+    content[needed] = 151
+    (tmp_path / "newer.zip").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"newer\.zip cannot be read as a zip archive"):
+        make(tmp_path / "newer.zip", tmp_path / "bad")
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("task/train.jsonl", lines(PAIRS[:5]))
+        archive.writestr("task/train.jsonl", lines(PAIRS[5:]))
+    with pytest.raises(ConfigError, match=r"twice\.zip holds task/train\.jsonl twice"):
+        make(tmp_path / "twice.zip", tmp_path / "bad")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

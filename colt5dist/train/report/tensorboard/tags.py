@@ -63,8 +63,8 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     (
         r"eval/loss_shuffled_inputs",
         f"{LOSS}/shuffled_inputs",
-        f"Held-out loss when the decoder is given the encoder output of another sample, {NATS}. Healthy: far above the "
-        "held-out loss after some thousand steps. Equal to it: the decoder does not use the encoder.",
+        f"Held-out loss when the decoder is given the encoder output of another sample, {NATS}. Healthy: above the "
+        "held-out loss, and ever further. Equal to it: the decoder does not use the encoder yet.",
     ),
     (
         r"z_loss",
