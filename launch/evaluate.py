@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         common |= {"rank": ranks.rank, "world_size": ranks.world_size}
         with joined_processes(ranks.world_size, ranks.local_rank) as device:
             if options.routing_map is not None:
-                common = {"step": options.step, "device": device, "is_first": ranks.is_first}
+                common = {"step": options.step, "ema": options.ema, "device": device, "is_first": ranks.is_first}
                 report = draw_trained(options.path, options.routing_map, options.shards, **common)
             elif options.pairs is not None:
                 of_pairs = options.of_pairs

@@ -161,6 +161,8 @@ def pretrain(config: RunConfig, ranks: Ranks) -> int:
             try:
                 with collected_by_step():
                     reason = train(run)
+                with heartbeat.patient("ending", plan.state.step):
+                    monitor.finish()
             except SaveError:
                 stop.obeyed("STOP")
                 raise

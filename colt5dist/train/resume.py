@@ -56,8 +56,9 @@ class StartPlan:
     """What the user is told about it."""
 
     def is_finished(self, config: RunConfig) -> bool:
-        """Whether the last step is already done, or an early stop has ended the run."""
-        return self.state.step >= config.train.steps or early_stop(self.state, config) is not None
+        """Whether the last step is already done and evaluated, or an early stop has ended the run."""
+        done = self.state.step >= config.train.steps and not self.state.evaluation_left_out
+        return done or early_stop(self.state, config) is not None
 
 
 def plan_start(

@@ -207,7 +207,7 @@ def test_another_setting_is_refused_and_can_be_allowed(half: Path, run_pretrain:
     refused = run_pretrain(half, *SAME, "optimizer.lr=0.1", launcher="deepspeed", check=False)
     assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error")]
-    assert "optimizer.lr: 0.1 here, 0.003 in the run that is resumed" in line
+    assert "optimizer.lr: 0.1 here, 0.002 in the run that is resumed" in line
     assert "Traceback" not in refused.stderr
     run_pretrain(half, *SAME, "optimizer.lr=0.1", "resume_allow=[optimizer.lr]")
 
@@ -301,7 +301,7 @@ def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretr
     (record,) = read_metrics(run_dir)
     before = json.loads((run_dir / "checkpoints" / "step_00000002" / "trainer.json").read_text())["state"]
     assert before["first_held_out_loss"] == pytest.approx(read_metrics(reference[0])[-1]["eval/loss"], rel=1e-6)
-    assert record["step"] == 2 and record["lr"] == pytest.approx(0.003 * 2 / 4)
+    assert record["step"] == 2 and record["lr"] == pytest.approx(0.002 * 2 / 4)
     first = f"held-out loss before the first step: {before['first_held_out_loss']:.4f} "
     assert done.stdout.index(first) < done.stdout.index("step 1/2 | loss ") < done.stdout.index("step 2/2 | loss ")
 

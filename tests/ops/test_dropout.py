@@ -49,3 +49,14 @@ def test_what_stays_is_scaled_and_so_is_its_gradient(dtype):
     torch.testing.assert_close(out, torch.where(kept, x / 0.75, torch.zeros_like(x)))
     out.sum().backward()
     torch.testing.assert_close(x.grad, kept.to(dtype) / 0.75)
+
+
+@pytest.mark.gpu
+def test_compiled_it_drops_the_same_elements():
+    """In a compiled layer numbers are drawn in registers, where products must wrap around all the same."""
+    keys = torch.tensor([3, -5, 2**40], device="cuda")
+    x = torch.randn(3, 300, 520, device="cuda")
+    compiled = torch.compile(drop_elements, fullgraph=True, dynamic=False)
+    for place in (0, 7):
+        expected = drop_elements(x, keys, rate=0.1, place=place)
+        torch.testing.assert_close(compiled(x, keys, rate=0.1, place=place), expected, rtol=1e-6, atol=0)

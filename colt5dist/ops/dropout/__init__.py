@@ -18,6 +18,10 @@ GOLDEN = 0x9E3779B9
 multiple the masks are shifted copies; about one pair of tokens in three million is one."""
 _MIX = (0x7FEB352D, 0x846CA68B - 2**32)
 """Factors of the mixing function of `counter_random`, as int32."""
+_GOLDEN = GOLDEN - 2**32
+"""GOLDEN as int32."""
+_INVERSE = pow(GOLDEN, -1, 2**32)
+"""What GOLDEN times this is 1, modulo 2^32; it is below 2^31."""
 
 
 def kept_elements(keys: Tensor, num_tokens: int, num_features: int, *, rate: float, place: int) -> Tensor:
@@ -33,10 +37,11 @@ def kept_elements(keys: Tensor, num_tokens: int, num_features: int, *, rate: flo
     Returns:
         (b, n, d) bool; an element is a function of its key, the place, its token's and its feature's number, and rate.
     """
-    tokens = (counter_words(keys, num_tokens, stream=place, seed=0) - 2**31).to(torch.int32).unsqueeze(-1)
-    features = torch.arange(num_features, dtype=torch.int64, device=keys.device)
-    features = (((features * GOLDEN) & 0xFFFFFFFF) - 2**31).to(torch.int32)
-    words = tokens + features
+    tokens = (counter_words(keys, num_tokens, stream=place, seed=0) - 2**31).to(torch.int32) ^ -(2**31)
+    features = torch.arange(num_features, dtype=torch.int32, device=keys.device)
+    # token + GOLDEN * feature, but the product is one of data: PyTorch's compiler would take that of a place and a
+    # constant for an address, which does not wrap around
+    words = ((tokens * _INVERSE).unsqueeze(-1) + features) * _GOLDEN
     words = (words ^ ((words >> 16) & 0xFFFF)) * _MIX[0]
     words = (words ^ ((words >> 15) & 0x1FFFF)) * _MIX[1]
     words = words ^ ((words >> 16) & 0xFFFF)

@@ -40,7 +40,8 @@ def draw_trained(
     file: Path,
     shards: Sequence[str] = (),
     *,
-    step: int | None = None,
+    step: int | str | None = None,
+    ema: bool = False,
     sample: int = 0,
     device: torch.device | None = None,
     is_first: bool = True,
@@ -51,7 +52,8 @@ def draw_trained(
         path: a run folder, a checkpoint inside one, or an exported folder.
         file: PNG file of the map; the other picture is beside it, with `_kinds` in its name.
         shards: one shard set; none: the run's own.
-        step: of a run folder, the step of the checkpoint; None: the newest.
+        step: of a run folder, the step of the checkpoint, or "best"; None: the newest.
+        ema: whether to take the averaged weights of a checkpoint.
         sample: number of the held-out sample.
         device: where to run the model; None: the CPU.
         is_first: whether this process writes the files.
@@ -70,7 +72,7 @@ def draw_trained(
         config = replace(config, shards=shards[0], sources=[])
     elif not stored.is_checkpoint:
         raise ConfigError("--shards: an exported folder does not say where its shards are; name the folder")
-    model, tokenizer = load(path, step=step, device=device)
+    model, tokenizer = load(path, step=step, ema=ema, device=device)
     sources = open_sources(config)
     if sources.tokenizer.fingerprint != tokenizer.tokenizer.fingerprint:
         raise ConfigError(f"--shards: {config.shards} was made with another tokenizer than {path} was trained with")

@@ -56,7 +56,7 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
         f"parameters: {num_parameters:,}",
         *optimizer_lines(config),
         f"checkpoint: {checkpoint_bytes(shapes, config) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, plus "
-        "one while it is written",
+        f"{'the best one, and ' if config.checkpoint.keep_best else ''}one while it is written",
         f"sentinels needed: {0 if config.data.is_pairs else required_sentinels(config.data)}",
         f"tokens of the run: {input_and_target(*run_tokens)}, in {count(train.steps, 'step')}",
         f"pairs of the run: {train.steps * train.global_batch_size:,} (a start prints how many passes over the shards "

@@ -80,6 +80,11 @@ class Monitor:
             self._progress.start()
         return self
 
+    def finish(self) -> None:
+        """Wait until Weights & Biases, if it is in use, has all numbers of a run that did not fail."""
+        if self.is_first and self._wandb:
+            self._wandb.finish(failed=False)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -404,11 +404,12 @@ def _row(option: Option, steps: int, mark: str) -> str:
 def _checkpoint_lines(config: RunConfig, size: int, steps: int) -> list[str]:
     """What checkpoints take on disk."""
     kept = config.checkpoint.keep_last
+    best = config.checkpoint.keep_best is not None
     forever = steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
     extra = f", and {forever:,} that are never deleted" if forever else ""
     return [
-        f"checkpoint: {size / 1e9:.2f} GB; on disk at most {(kept + forever + 1) * size / 1e9:.2f} GB: "
-        f"the newest {kept}, one while it is written{extra}"
+        f"checkpoint: {size / 1e9:.2f} GB; on disk at most {(kept + best + forever + 1) * size / 1e9:.2f} "
+        f"GB: the newest {kept},{' the best,' if best else ''} one while it is written{extra}"
     ]
 
 

@@ -1,7 +1,8 @@
 """The numbers of a run in Weights & Biases, where `monitor.wandb` asks for it."""
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class WeightsAndBiases:
                 allow_val_change=True,
                 settings=wandb.Settings(console="off"),  # the console stays the run's own
             )
-        except wandb.Error as error:
+        except (wandb.Error, OSError, ValueError) as error:
             raise ConfigError(
                 f"monitor.wandb: {first_line(error)}; run `wandb login`, set WANDB_MODE=offline, or monitor.wandb=false"
             ) from None
@@ -63,8 +64,19 @@ class WeightsAndBiases:
             step: number of the step.
             values: numbers by key; those that are None are left out.
         """
-        self._run.log({key: value for key, value in values.items() if value is not None}, step=step)
+        self._try(lambda run: run.log({key: value for key, value in values.items() if value is not None}, step=step))
 
     def finish(self, *, failed: bool) -> None:
-        """End the run, and wait until it is written."""
-        self._run.finish(exit_code=int(failed))
+        """End the run, and wait until it is written; a second call does nothing."""
+        self._try(lambda run: run.finish(exit_code=int(failed)))
+        self._run = None
+
+    def _try(self, write: Callable[[Any], object]) -> None:
+        """Write, unless an earlier attempt failed: what fails is one warning, and the training goes on."""
+        if self._run is None:
+            return
+        try:
+            write(self._run)
+        except Exception as error:  # whatever the package or its service raises
+            self._run = None
+            print(f"WARNING: monitor.wandb: {first_line(error)}; nothing more is written there", file=sys.stderr)

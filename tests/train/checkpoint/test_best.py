@@ -15,6 +15,7 @@ from colt5dist.train.checkpoint.best import name_best
 from colt5dist.train.checkpoint.commit import Retention, delete_old, wait_for_deletions
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
+from colt5dist.train.resume import StartPlan
 
 RUN_ID = "0123456789abcdef"
 
@@ -32,6 +33,17 @@ def decisions(run: RunConfig, state: TrainerState, values: list[float | None]) -
         judge(state, run, {"eval/loss": 0.0, key: value})
         found.append((is_best(state, run), early_stop(state, run) is not None))
     return found
+
+
+def test_a_run_whose_last_evaluation_was_cut_short_is_not_finished() -> None:
+    """The next start makes up for it, where the best checkpoint depends on it."""
+    for keep_best, finished in (("eval/loss", False), ("null", True)):
+        run, state = config(f"checkpoint.keep_best={keep_best}"), TrainerState(step=4)
+        judge(state, run, {})
+        plan = StartPlan(None, None, state, ())
+        assert plan.is_finished(run) == finished
+        judge(state, run, {"eval/loss": 1.0})
+        assert plan.is_finished(run)
 
 
 def test_losses_are_better_when_smaller_and_scores_when_greater() -> None:

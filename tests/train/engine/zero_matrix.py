@@ -113,7 +113,8 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
     ranks = ranks_from_environment()
     device = initialise_process_group(ranks, 5)
     flat = True if "--flat" in settings else None
-    settings = [setting for setting in settings if setting != "--flat"]
+    chosen = [setting.partition("=")[2].split(",") for setting in settings if setting.startswith("--loads=")]
+    settings = [setting for setting in settings if not setting.startswith("--")]
     results: dict[str, object] = {}
     for stage in stages:
         config = load_config(TINY, [*settings, f"zero.stage={stage}"])
@@ -146,6 +147,8 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
             results[f"moments {stage}"] = 8 * sum(num_elements(s) for s in parameter_shapes(config).values())
     for written in stages:
         for stage in stages:
+            if chosen and f"{written}{stage}" not in chosen[0]:
+                continue
             config = load_config(TINY, [*settings, f"zero.stage={stage}"])
             engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage else None)
             source = step_folder(folder / f"stage{written}", 3)
