@@ -67,9 +67,9 @@ MICRO_SETTINGS = (
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run two files at a time if all tests are run; selected tests run in this process."""
+    """Run three files at a time if all tests are run, as some only wait; selected tests run in this process."""
     chosen = config.option.markexpr or config.option.keyword or config.args_source is config.ArgsSource.ARGS
-    return 0 if chosen else min(2, len(os.sched_getaffinity(0)))
+    return 0 if chosen else min(3, len(os.sched_getaffinity(0)) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

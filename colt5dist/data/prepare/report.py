@@ -137,13 +137,16 @@ def check_plot(path: Path | None) -> None:
         raise ConfigError(f"--histogram: {path} needs matplotlib; pip install matplotlib, or leave it out")
 
 
-def plot_lengths(counts: Sequence[int], path: Path) -> None:
+def plot_lengths(counts: Sequence[int] | None, path: Path) -> None:
     """Draw the histogram of `length_lines` as a PNG file.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or the shards do not say how long their documents are (counts is None).
     """
     from matplotlib.figure import Figure
+
+    if counts is None:
+        raise ConfigError("--histogram: these shards do not say how long their documents are; leave it out")
 
     used = [bits for bits, number in enumerate(counts) if number]
     bins = list(range(used[0], used[-1] + 1))

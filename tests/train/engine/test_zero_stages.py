@@ -107,7 +107,8 @@ def bf16(
     found = {}
     for offload in ("none", "optimizer"):
         folder = tmp_path_factory.mktemp(offload)
-        settings = (*micro_settings, "train.micro_batch_size=2", "train.precision=bf16", f"zero.offload={offload}")
+        own = ("train.micro_batch_size=2", "train.precision=bf16", f"zero.offload={offload}")
+        settings = (*micro_settings, *own, "--loads=11,12,13,21,22,23,31,32,33")
         found[offload] = run_matrix(folder / "out.json", folder, settings, 2, stages="123")
     return found
 

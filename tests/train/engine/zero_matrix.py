@@ -134,6 +134,8 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
             Saver(root, engine, config.checkpoint, run_id="matrix").save(state)
             steps += [train_step(engine, config, step) for step in (4, 5)]
             results[f"train {stage}"] = [(loss, norm) for loss, norm, _ in steps]
+            if chosen:
+                continue  # rollbacks are not asked for
             memory = [live_bytes()]
             for _ in range(10):
                 go_back(engine, step_folder(root, 3))
