@@ -63,7 +63,30 @@ MICRO_SETTINGS = (
     "train.compile=off",
     "monitor.held_out_sample=false",
 )
-"""A complete CoLT5 of some ten thousand parameters; the threshold makes stage 3 shard even its smallest ones."""
+"""A complete CoLT5 of some ten thousand parameters, as settings of a run; the threshold makes stage 3 shard even its
+smallest ones."""
+
+TINY_MODEL = {
+    "vocab_size": 384,
+    "d_model": 32,
+    "num_decoder_layers": 1,
+    "head_dim": 8,
+    "num_heads": 4,
+    "num_light_heads": 1,
+    "num_heavy_heads": 3,
+    "light_ff_dim": 24,
+    "heavy_ff_dim": 64,
+    "ff_dim": 48,
+    "light_radius": 15,
+    "router_n_iters": 20,
+}
+"""Fields of a `CoLT5Config` of about that size, for models that are not trained."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin files in their order: by number of tests, as pytest-xdist has it, the longest single test would be last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -18,7 +18,7 @@ from colt5dist.data import Batch, DataConfig, Sources, data_problems, held_out_b
 from colt5dist.data.read.held_out import held_out_samples
 from colt5dist.errors import ConfigError
 from colt5dist.model.causal_colt5 import CausalCoLT5
-from colt5dist.model.colt5 import CoLT5
+from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.pretrained.processes import sum_over_processes
 
 EDGES = tuple(256 * 4**power for power in range(6))
@@ -181,17 +181,22 @@ def evaluate(
 
 def token_losses(model: CoLT5 | CausalCoLT5, batch: Batch) -> NDArray[np.float64]:
     """Loss of every target token of a micro-batch, (b, t), in nats; 0 where masked."""
+    return run_batch(model, batch).token_loss.double().cpu().numpy()
+
+
+def run_batch(model: CoLT5 | CausalCoLT5, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
+    """A trained model's output for a micro-batch, which is copied to the model's device."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        output = model(
+        return model(
             batch["input_ids"].to(device),
             batch["decoder_input_ids"].to(device),
             batch["target_ids"].to(device),
             input_mask=batch["input_mask"].to(device),
             target_mask=batch["target_mask"].to(device),
             sample_index=batch["sample_index"].to(device),
+            collect_routing=collect_routing,
         )
-    return output.token_loss.double().cpu().numpy()
 
 
 class _Sums:

@@ -48,8 +48,8 @@ def evaluate(
 
     Returns:
         The loss in nats per token, in all and by objective, and in bits per byte of the target text: `eval/...` of the
-        held-out samples, and `eval/NAME/...` of each further set; and
-        `eval/ema/loss` of the averaged weights (`train.ema`), once they have taken in a step.
+        held-out samples, and `eval/NAME/...` of each further set; and `eval/ema/loss` of the averaged weights
+        (`train.ema`), once they have taken in a step.
 
     Raises:
         CutShortError: on all ranks, if `stop_wanted` returns True.

@@ -4,27 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import TINY_MODEL, load_script
 
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.data.model_tokenizer import TOKENIZER_FOLDER, ModelTokenizer
 from colt5dist.data.tokenizer import ByteTokenizer
 
-TINY = {
-    "vocab_size": 384,
-    "d_model": 32,
-    "num_decoder_layers": 1,
-    "head_dim": 8,
-    "num_heads": 4,
-    "num_light_heads": 1,
-    "num_heavy_heads": 3,
-    "light_ff_dim": 24,
-    "heavy_ff_dim": 64,
-    "ff_dim": 48,
-    "light_radius": 15,
-    "router_n_iters": 20,
-    "window_size": 16,
-}
+TINY = TINY_MODEL | {"window_size": 16}
 
 
 @pytest.fixture(scope="module")

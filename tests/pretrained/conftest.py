@@ -2,25 +2,11 @@
 
 import pytest
 import torch
+from conftest import TINY_MODEL
 
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.data.model_tokenizer import ModelTokenizer
 from colt5dist.data.tokenizer import ByteTokenizer
-
-TINY = {
-    "vocab_size": 384,
-    "d_model": 32,
-    "num_decoder_layers": 1,
-    "head_dim": 8,
-    "num_heads": 4,
-    "num_light_heads": 1,
-    "num_heavy_heads": 3,
-    "light_ff_dim": 24,
-    "heavy_ff_dim": 64,
-    "ff_dim": 48,
-    "light_radius": 15,
-    "router_n_iters": 20,
-}
 
 
 @pytest.fixture
@@ -36,7 +22,7 @@ def tiny():
     def make(**fields):
         torch.manual_seed(0)
         causal = fields.get("architecture") == "causal"
-        config = CoLT5Config(**(TINY | {"num_encoder_layers": 0 if causal else 1} | fields))
+        config = CoLT5Config(**(TINY_MODEL | {"num_encoder_layers": 0 if causal else 1} | fields))
         model = (CausalCoLT5 if causal else CoLT5)(config)
         with torch.no_grad():
             for parameter in model.parameters():

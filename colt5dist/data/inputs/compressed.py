@@ -10,7 +10,8 @@ from typing import BinaryIO
 import zstandard
 
 DAMAGE = (EOFError, NotImplementedError, lzma.LZMAError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile)
-"""Exceptions that reading a damaged stream raises, besides OSError."""
+"""Exceptions that reading a damaged stream raises, besides OSError; NotImplementedError is that of zipfile, for ways of
+packing that it does not know."""
 
 READ_BYTES = 1 << 17
 MAX_WINDOW = 1 << 31  # the largest that `zstd --long` makes; the package's default refuses more than 128 MiB

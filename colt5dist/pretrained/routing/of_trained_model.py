@@ -10,7 +10,7 @@ import torch
 from colt5dist.data import data_problems, held_out_batches, open_sources
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
-from colt5dist.pretrained.evaluation import data_config
+from colt5dist.pretrained.evaluation import data_config, run_batch
 from colt5dist.pretrained.load import load
 from colt5dist.pretrained.routing.document import document_routing
 from colt5dist.pretrained.routing.pictures import draw_kinds, draw_map
@@ -79,17 +79,7 @@ def draw_trained(
     if problems := data_problems(config, sources, model.config.vocab_size):
         raise ConfigError("\n".join(problems))
     batch = held_out_batches(sources, config, num_samples=sample + 1, micro_batch_size=1, rank=0, world_size=1)[sample]
-    place = next(model.parameters()).device
-    with torch.no_grad():
-        output = model(
-            batch["input_ids"].to(place),
-            batch["decoder_input_ids"].to(place),
-            batch["target_ids"].to(place),
-            input_mask=batch["input_mask"].to(place),
-            target_mask=batch["target_mask"].to(place),
-            sample_index=batch["sample_index"].to(place),
-            collect_routing=True,
-        )
+    output = run_batch(model, batch, collect_routing=True)
     if not output.routing:
         raise ConfigError(f"{path}: model.encoder {model.config.encoder} has no routers, so nothing is routed")
     document = document_routing(output.routing, batch, 0, tokenizer)

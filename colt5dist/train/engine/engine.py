@@ -382,11 +382,14 @@ class Engine:
         with self._code(compiled=compiled):
             return self._call(module, batch, collect_routing)
 
-    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
-        """The model's own `generate` as it is now, without a graph; not at stage 3, where its weights are sharded."""
+    def generate(self, input_ids: torch.Tensor, *, cuda_graph: bool = False, **settings: Any) -> torch.Tensor:
+        """The model's own `generate` as it is now; no collective. Not at stage 3, where its weights are sharded.
+
+        A CUDA graph of an encoder-decoder's step (`cuda_graph`) pays where many tokens are written.
+        """
         assert self.stage != 3
         if isinstance(self.module, CoLT5):
-            settings["cuda_graph"] = False
+            settings["cuda_graph"] = cuda_graph
         with self._code(compiled=False):
             return cast(CoLT5, self.module).generate(input_ids, seed=0, **settings)
 
@@ -404,10 +407,6 @@ class Engine:
             sample_index=batch["sample_index"],
             collect_routing=collect_routing,
         )
-
-    def as_written(self) -> AbstractContextManager[None]:
-        """A context in which layers run as they are written, not compiled."""
-        return self._code(compiled=False)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the global loss to those of its other micro-batches."""

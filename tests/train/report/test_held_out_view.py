@@ -6,6 +6,7 @@ from typing import Any
 import markdown
 import pytest
 import torch
+from conftest import TINY_MODEL
 
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.data.model_tokenizer import ModelTokenizer
@@ -21,20 +22,6 @@ from colt5dist.train.report.held_out_view import (
 from colt5dist.train.report.tensorboard.texts import code_block, literal
 
 TOKENIZER = ModelTokenizer(ByteTokenizer(), num_modes=0, num_sentinels=6)
-SIZES = {
-    "vocab_size": 384,
-    "d_model": 32,
-    "num_decoder_layers": 1,
-    "head_dim": 8,
-    "num_heads": 4,
-    "num_light_heads": 1,
-    "num_heavy_heads": 3,
-    "light_ff_dim": 24,
-    "heavy_ff_dim": 64,
-    "ff_dim": 48,
-    "light_radius": 15,
-    "router_n_iters": 20,
-}
 
 
 @dataclass
@@ -54,7 +41,7 @@ def writer(architecture: str, stage: int = 1) -> Writer:
     """An untrained model that writes something else for each input."""
     torch.manual_seed(0)
     causal = architecture == "causal"
-    config = CoLT5Config(**SIZES, architecture=architecture, num_encoder_layers=0 if causal else 1)
+    config = CoLT5Config(**TINY_MODEL, architecture=architecture, num_encoder_layers=0 if causal else 1)
     model = (CausalCoLT5 if causal else CoLT5)(config)
     with torch.no_grad():
         for parameter in model.parameters():
