@@ -77,23 +77,6 @@ def check_unchanged(settings: Mapping[str, Sequence[str]], path: Path) -> None:
     write_whole(path, json.dumps(known, indent=1).encode())
 
 
-def free_place(job: Job, running: Sequence[tuple[Job, int]], parallel: int, num_gpus: int) -> int | None:
-    """Return the number of the GPU on which a run may start now, the one with the fewest runs; None: it has to wait.
-
-    Args:
-        job: the run.
-        running: the runs that train now, each with the number of its GPU.
-        parallel: how many may train at once on a GPU.
-        num_gpus: number of GPUs.
-    """
-    load = Counter(gpu for _, gpu in running)
-    if job.alone:
-        return None if load[0] else 0
-    taken = {gpu for other, gpu in running if other.alone}
-    free = [gpu for gpu in range(num_gpus) if load[gpu] < parallel and gpu not in taken]
-    return min(free, key=lambda gpu: load[gpu], default=None)
-
-
 def train(jobs: Sequence[Job], parallel: int, deadline: float, gpus: Sequence[str | None] = (None,)) -> dict[str, str]:
     """Start or continue runs, some at a time, until all ended or the time is up; then stop them with a checkpoint.
 
@@ -113,7 +96,7 @@ def train(jobs: Sequence[Job], parallel: int, deadline: float, gpus: Sequence[st
     problems: dict[str, str] = {}
     try:
         while (waiting or running) and time.monotonic() < deadline:
-            while started := _next(waiting, list(running.values()), parallel, len(gpus)):
+            while started := next_start(waiting, list(running.values()), parallel, len(gpus)):
                 job, gpu = started
                 waiting.remove(job)
                 running[_start(job, gpus[gpu])] = started
@@ -134,23 +117,27 @@ def train(jobs: Sequence[Job], parallel: int, deadline: float, gpus: Sequence[st
     return problems
 
 
-def _next(
+def next_start(
     waiting: Sequence[Job], running: Sequence[tuple[Job, int]], parallel: int, num_gpus: int
 ) -> tuple[Job, int] | None:
-    """Return the run to start now, and the number of its GPU.
+    """Return the run to start now, and the number of its GPU; None: all have to wait.
 
     The first GPU takes nothing else while a run waits that needs it alone; with one GPU, nothing starts before that.
+
+    Args:
+        waiting: the runs that have not started, in their order.
+        running: the runs that train now, each with the number of its GPU.
+        parallel: how many may train at once on a GPU.
+        num_gpus: number of GPUs.
     """
+    load = Counter(gpu for _, gpu in running)
     alone = next((job for job in waiting if job.alone), None)
-    if alone is not None and free_place(alone, running, parallel, num_gpus) is not None:
+    if alone is not None and not load[0]:
         return alone, 0
-    others = [job for job in waiting if not job.alone]
-    if not others:
-        return None
-    if alone is not None:  # as if it ran already
-        running = [*running, (alone, 0)]
-    gpu = free_place(others[0], running, parallel, num_gpus)
-    return None if gpu is None else (others[0], gpu)
+    is_kept = alone is not None or any(job.alone for job, _ in running)
+    free = [gpu for gpu in range(num_gpus) if load[gpu] < parallel and not (is_kept and gpu == 0)]
+    other = next((job for job in waiting if not job.alone), None)
+    return (other, min(free, key=lambda gpu: load[gpu])) if other is not None and free else None
 
 
 def _start(job: Job, gpu: str | None) -> subprocess.Popen[bytes]:
