@@ -117,9 +117,10 @@ def compare(
 
     result: dict[str, Any] = {"step": step, "seeds": seeds, "equal_time": None, "gpu_seconds": None}
     result["equal_steps"] = of([first[seed][step] - second[seed][step] for seed in seeds])
-    if seconds[0] is not None and seconds[1] is not None:
+    measured = [own for own in seconds if own is not None]
+    if len(measured) == 2:
         last = [min(max(of_variant[seed]) for seed in seeds) for of_variant in (first, second)]
-        time_of = [steps * own for steps, own in zip(last, seconds, strict=True)]
+        time_of = [steps * own for steps, own in zip(last, measured, strict=True)]
         # the one that sets the time ends exactly at its last step: rounded, that might lie behind the last evaluation
         steps = [own if t == min(time_of) else own * (min(time_of) / t) for own, t in zip(last, time_of, strict=True)]
         pairs = [(loss_at(first[seed], steps[0]), loss_at(second[seed], steps[1])) for seed in seeds]

@@ -56,7 +56,8 @@ def visible_gpus() -> list[str | None]:
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = map(str, range(count)) if named is None else (name.strip() for name in named.split(","))
-    return list(names)[:count] or [None]
+    gpus: list[str | None] = [*names][:count]
+    return gpus or [None]
 
 
 def check_unchanged(settings: Mapping[str, Sequence[str]], path: Path) -> None:
