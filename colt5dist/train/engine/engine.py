@@ -31,7 +31,7 @@ from colt5dist.train.engine.micro_batch_forms import MicroBatchForms
 from colt5dist.train.engine.micro_batch_graph import MicroBatchGraphs, arrange, to_device, without_needless_mask
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import training_loss
-from colt5dist.train.optimizer.groups import build_optimizer
+from colt5dist.train.optimizer.groups import LR_FACTOR, build_optimizer
 from colt5dist.train.optimizer.muon import Muon
 from colt5dist.train.optimizer.weight_average import WeightAverage
 
@@ -260,7 +260,7 @@ class Engine:
         assert self._micro_batch == self._num_micro_batches
         self._micro_batch = 0
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(LR_FACTOR, 1.0)
         applied, norm = self.gradients.step()
         if applied and self.average is not None:
             self.average.update()
