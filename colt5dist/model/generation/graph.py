@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from colt5dist.errors import first_line
+from colt5dist.ops.failed_capture import clean_up_failed_capture
 
 PLAIN_STEPS = 2
 """Steps that run before one is captured: kernels are compiled and libraries set up by then."""
@@ -72,6 +73,7 @@ class RepeatedStep:
         except RuntimeError as error:
             print(f"generate: decoding runs without a CUDA graph ({first_line(error)})", file=sys.stderr)
             self._stream = None
+            clean_up_failed_capture(self._device)
             return
         finally:
             if collects:

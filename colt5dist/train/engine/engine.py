@@ -176,7 +176,7 @@ class Engine:
             return self._replay(self.forms.graphs, batch, num_targets, collect_routing, timed)
         on_device = to_device(batch, self.device)
         compiled = self.forms.compiled and not collect_routing
-        given = without_needless_mask(on_device, batch) if compiled else on_device
+        given = on_device if collect_routing or self.device.type == "cpu" else without_needless_mask(on_device, batch)
         # around the backward pass, too, in which activation checkpointing runs the layers again
         with self.forms.code(compiled=compiled):
             with timed(), record_function("forward"):

@@ -11,6 +11,7 @@ from torch import nn
 from colt5dist.data.read.batch import Batch
 from colt5dist.errors import first_line
 from colt5dist.model.colt5 import CoLT5Output
+from colt5dist.ops.failed_capture import clean_up_failed_capture
 from colt5dist.train.engine.compile import (
     PassNumbers,
     compile_layers,
@@ -200,6 +201,7 @@ class MicroBatchForms:
             restore_layers(self.module)
         gc.collect()
         if self.device.type == "cuda":
+            clean_up_failed_capture(self.device)
             torch.cuda.empty_cache()
         left = "no CUDA graph; layers are launched one by one" if in_capture else "the layers are not compiled"
         self.news.append(f"note: train.compile: {left}, slower ({reason})")
