@@ -1,8 +1,8 @@
 """Forward, loss and backward of a micro-batch as one CUDA graph: one launch, however slow the host is.
 
 A graph is captured for each form of micro-batch: its shapes, and whether any input is padded. All share one memory
-pool, because one runs after the other. Padding needs masks, and PyTorch's attention kernels take half as long again
-with a mask; so rows are arranged such that as few micro-batches as possible have any.
+pool, because one runs after the other. Padding costs attention a little more work, so rows are arranged such that as
+few micro-batches as possible have any.
 """
 
 import gc
