@@ -207,7 +207,7 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
     lines.append(
         f"recommended (*): ZeRO stage {best.stage}, micro-batch {best.micro_batch_size}, activation checkpointing "
         f"{best.checkpointing}: {best.total_bytes / GIB:.1f} GiB per GPU, {_or_less(best.step_seconds)} s per step, "
-        f"{_duration(best.step_seconds * steps)}"
+        f"{duration(best.step_seconds * steps)}"
     )
     return "\n".join([*lines, "  " + _command(config_file, settings, gpus, best, config)])
 
@@ -410,8 +410,8 @@ def _or_less(number: float) -> str:
     return f"{number:.3g}" if number >= 1e-3 else "<0.001"
 
 
-def _duration(seconds: float) -> str:
-    """How long a run takes, in the unit that a person would use: `3.2 days`, `40 minutes`, `under a minute`."""
+def duration(seconds: float) -> str:
+    """Say how long a run takes, in the unit that a person would use: `3.2 days`, `40 minutes`, `under a minute`."""
     for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
