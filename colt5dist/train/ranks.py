@@ -123,9 +123,10 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise _not_connected(ranks.world_size, str(error).splitlines()[0]) from error
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu":
         places = gather_objects((socket.gethostname(), sorted(os.sched_getaffinity(0))))
-        torch.set_num_threads(threads_of_rank(places, ranks.rank))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads_of_rank(places, ranks.rank))
     return device
 
 
