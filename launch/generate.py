@@ -30,7 +30,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--input-key", default="input", help="key of the text (default: %(default)s)")
     add("--output-key", default="output", help="key of what was written (default: %(default)s)")
     add("--fill", action="store_true", help="fill the blanks of the text")
-    add("--max-new-tokens", type=int, default=256, help="most tokens, with --fill of each blank (default: %(default)s)")
+    add("--max-new-tokens", type=int, help="most tokens (default: 256), with --fill of each blank (default: 64)")
     add("--temperature", type=float, default=0.0, help="0: the likeliest tokens; above 0: drawn (default: %(default)s)")
     add("--top-k", type=int, help="draw from the k likeliest tokens only")
     add("--top-p", type=float, help="draw from the likeliest tokens with this sum of probabilities only")
@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> int:
 
     names = "temperature top_k top_p num_beams length_penalty num_return_sequences seed".split()
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
-    settings["max_answer_tokens" if options.fill else "max_new_tokens"] = options.max_new_tokens
+    name, usual = ("max_answer_tokens", 64) if options.fill else ("max_new_tokens", 256)
+    settings[name] = usual if options.max_new_tokens is None else options.max_new_tokens
     place = {"device": options.device, "dtype": TYPES.get(options.dtype), "step": options.step, "ema": options.ema}
     try:
         if options.text is not None:

@@ -1,7 +1,7 @@
 """Pretrain a CoLT5: `deepspeed launch/pretrain.py [--config FILE] [key=value ...]`.
 
 Without arguments it trains a tiny model on the running Python's standard library, on all GPUs, or on CPU processes.
-`--print-config` prints the resolved configuration, `--dry-run` also what the run would need.
+`--print-config` prints the resolved configuration, `--dry-run` what the run would do and need.
 """
 
 import argparse
@@ -43,6 +43,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
+    is_first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+    if is_first and not (options.print_config or options.dry_run):
+        print("loading libraries and shards", flush=True)
     # OpenMP reads it when PyTorch is loaded. Threads that spin while they wait for each other take the cores from those
     # that they wait for: beside another busy process, a step on two cores took ten times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -69,7 +72,7 @@ def main(arguments: list[str]) -> int:
             from colt5dist.train.report.plan import cluster, plan_report
 
             if ranks.is_first:
-                print(dry_run_report(config, options.gpus or ranks.world_size), flush=True)
+                print(dry_run_report(config, ranks.world_size, num_gpus=options.gpus), flush=True)
                 if options.gpus is not None:
                     print(plan_report(options.config, options.settings, cluster(options.gpus)), flush=True)
                 print("\n".join(check_start(config, ranks)))
@@ -87,8 +90,7 @@ def main(arguments: list[str]) -> int:
 
 def command() -> int:
     """Run the command with the arguments of this process, as its main script; returns the exit status."""
-    # until there is something to save, Ctrl-C ends the start at once, like SIGTERM
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C ends the start like SIGTERM
     outlive_readers()
     return main(sys.argv[1:])
 

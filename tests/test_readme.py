@@ -38,6 +38,7 @@ OF_OTHERS = {
     "--nodes": "srun",
     "--ntasks-per-node": "srun",
     "--gpus-per-node": "srun",
+    "--cpus-per-task": "srun",
     "--logdir": "tensorboard",
     "--samples_per_plugin": "tensorboard",
     "--signal": "sbatch",

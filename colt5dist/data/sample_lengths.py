@@ -43,15 +43,18 @@ def length_notes(config: DataConfig) -> list[str]:
             share = length.noise_tokens / length.raw_tokens
         if share >= 0.98 * objective.noise_rate:
             continue
+        input_length, target_length = PUBLISHED_LENGTHS
         if (config.input_length, config.target_length) == PUBLISHED_LENGTHS:
-            notes.append(
-                f"{objective.name} has a mean of {share:.1%} of its text in the target instead of "
-                f"{objective.noise_rate:.0%}, because {config.target_length} target tokens hold no more; these are the "
-                "CoLT5 paper's own lengths, and nothing needs to be changed"
+            advice = "these are the CoLT5 paper's own lengths, and nothing needs to be changed"
+        elif round(config.input_length * target_length / input_length) == config.target_length:
+            advice = (
+                f"{config.input_length}/{config.target_length} is the proportion of the CoLT5 paper's lengths "
+                f"({input_length}/{target_length}), and nothing needs to be changed"
             )
         else:
-            notes.append(
-                f"data.target_length: {config.target_length} target tokens reduce the noise of {objective.name} from "
-                f"{objective.noise_rate:.0%} to {share:.1%} of the text; targets are never cut"
-            )
+            advice = "a larger data.target_length holds more"
+        notes.append(
+            f"{objective.name}: targets of at most {config.target_length} tokens hold on average {share:.1%} of its "
+            f"text, not {objective.noise_rate:.0%}; {advice}"
+        )
     return notes

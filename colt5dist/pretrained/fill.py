@@ -24,6 +24,8 @@ class Filled(NamedTuple):
     """The whole text; what is not a blank is as it was, to the character."""
     answers: tuple[str, ...]
     """What stands in each blank."""
+    num_tokens: tuple[int, ...]
+    """Tokens that were written for each blank; max_answer_tokens where the answer may have been cut there."""
 
 
 def fill(model: CoLT5 | CausalCoLT5, tokenizer: ModelTokenizer, text: str, **settings: Any) -> str:
@@ -182,4 +184,4 @@ def put_back(
     """The text with its answers; ids are those of the pieces."""
     texts = [text_after(tokenizer, before, answer) for before, answer in zip(ids[:-1], answers, strict=True)]
     whole = pieces[0] + "".join(answer + piece for answer, piece in zip(texts, pieces[1:], strict=True))
-    return Filled(whole, tuple(texts))
+    return Filled(whole, tuple(texts), tuple(map(len, answers)))

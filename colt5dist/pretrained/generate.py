@@ -1,5 +1,6 @@
 """What `launch/generate.py` does: one text, or a file of texts, with a stored model."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from colt5dist.data.model_tokenizer import ModelTokenizer
 from colt5dist.errors import ConfigError
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5
-from colt5dist.pretrained.fill import fill_texts
+from colt5dist.pretrained.fill import Filled, fill_texts
 from colt5dist.pretrained.load import load
 from colt5dist.pretrained.write_texts import batches, read_lines, write_lines, write_texts
 
@@ -102,4 +103,23 @@ def _write(
     if not fills:
         return write_texts(model, tokenizer, texts, first_index=first, **settings)
     filled = fill_texts(model, tokenizer, texts, first_index=first, **settings)
+    for number, results in enumerate(filled):
+        for line in dict.fromkeys(line for result in results for line in blank_notes(result, **settings)):
+            print(f"note: text {first + number}: {line}", file=sys.stderr)
     return [[result.text for result in results] for results in filled]
+
+
+def blank_notes(filled: Filled, *, max_answer_tokens: int, **settings: Any) -> list[str]:
+    """A line for each blank that still looks blank: white space alone, as much as there may be.
+
+    Args:
+        filled: a text whose blanks are filled.
+        max_answer_tokens: most tokens in a blank.
+        settings: others of `fill_texts`, which are not read.
+    """
+    return [
+        f"<{number}>: {size} tokens, all of them white space, cut at --max-new-tokens; the model has perhaps read too "
+        "little"
+        for number, (answer, size) in enumerate(zip(filled.answers, filled.num_tokens, strict=True))
+        if size == max_answer_tokens and answer.isspace()
+    ]

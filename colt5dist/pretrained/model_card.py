@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import colt5dist
+from colt5dist.data.order.mixture import parse_mixture
 from colt5dist.errors import ConfigError
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5
@@ -43,7 +44,7 @@ def model_card(stored: StoredModel, model: CoLT5 | CausalCoLT5) -> str:
     if state.get("samples_consumed"):
         rows.append(("samples", f"{state['samples_consumed']:,}"))
     rows.append(("lengths", f"{data.get('input_length')} input and {data.get('target_length')} target tokens"))
-    rows.append(("objectives", f"{data.get('mixture')}"))
+    rows.append(("objectives (`data.mixture`)", _objectives(data.get("mixture"))))
     if state.get("data_fingerprint"):
         rows.append(("fingerprint of the training text", f"`{state['data_fingerprint']}`"))
     record = last_evaluation(stored.root / "metrics.jsonl", stored.step)
@@ -59,10 +60,12 @@ tags: [colt5, long-document]
 
 # A {kind}
 
-It was trained with colt5dist {colt5dist.__version__}, whose layers it needs:
-`pip install 'colt5dist[hf]'`.
+It was trained with colt5dist {colt5dist.__version__}, whose layers it needs: `pip install '/path/to/colt5dist[hf]'`,
+where the path is that of a checkout of colt5dist, or of a wheel of it.
 
 ```python
+FOLDER = "."  # the folder of this file
+
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained(FOLDER, trust_remote_code=True)
@@ -97,6 +100,15 @@ def last_evaluation(path: Path, step: int) -> dict[str, Any]:
         if isinstance(record, dict) and record.get("eval/loss") is not None and record.get("step", step + 1) <= step:
             found = record
     return found
+
+
+def _objectives(mixture: Any) -> str:
+    """The mixture, and behind the name of one the objectives that it stands for."""
+    try:
+        names = ", ".join(parse_mixture(mixture).names)
+    except (ConfigError, TypeError):
+        return str(mixture)
+    return mixture if mixture == names else f"{mixture}: {names} (span_N: spans of about N tokens are removed)"
 
 
 def _versions(path: Path) -> dict[str, Any]:

@@ -118,14 +118,27 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
         _skip_shared_memory_op()
     try:
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise _not_connected(ranks.world_size, str(error).splitlines()[0]) from error
+    if device.type == "cpu":
+        places = gather_objects((socket.gethostname(), sorted(os.sched_getaffinity(0))))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads_of_rank(places, ranks.rank))
     return device
+
+
+def threads_of_rank(places: list[tuple[str, list[int]]], rank: int) -> int:
+    """Threads with which a rank computes on CPUs: its cores, shared out among the ranks that may use the same ones.
+
+    Args:
+        places: host name of every rank, and the numbers of the cores that it may use (Slurm may give each task its own,
+            other launchers give all ranks of a host all cores).
+        rank: number of the rank.
+    """
+    return max(1, len(places[rank][1]) // places.count(places[rank]))
 
 
 class Meeting:

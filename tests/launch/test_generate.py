@@ -19,11 +19,16 @@ def main():
     return load_script("generate").main
 
 
-def stored(folder, model_class, **fields):
+def stored(folder, model_class, only=None, **fields):
+    """Folder of an untrained model; one that writes `only` this letter, where it is given."""
     torch.manual_seed(0)
     model = model_class(CoLT5Config(**(TINY | fields)))
     with torch.no_grad():
         model.loss.weight.normal_(std=0.5)
+        if only is not None:  # layers that add nothing to embeddings of ones, and one output row that is not zero
+            for name, p in model.named_parameters():
+                p.fill_(float("norm" in name or "embedding" in name))
+            model.loss.weight[ByteTokenizer().encode(only)[0]] = 1.0
     model.save_pretrained(folder)
     ModelTokenizer(ByteTokenizer(), num_modes=0, num_sentinels=10).save(folder / TOKENIZER_FOLDER)
     return str(folder)
@@ -54,8 +59,19 @@ def test_a_text_is_written(main, path, capsys):
 def test_blanks_are_filled(main, path, capsys):
     fill = ["--text", "2 + 2 = ___.", "--fill", "--max-new-tokens", "4", "--num-beams", "2"]
     assert main([path, "--device", "cpu", *fill]) == 0
-    text = printed(capsys)
-    assert text.startswith("2 + 2 = ") and text.endswith(".") and "___" not in text
+    captured = capsys.readouterr()
+    text = captured.out.removesuffix("\n")
+    assert captured.err == "" and text.startswith("2 + 2 = ") and text.endswith(".") and "___" not in text
+
+
+def test_a_blank_that_still_looks_blank_is_named(main, tmp_path, capsys):
+    folder = stored(tmp_path, CoLT5, num_encoder_layers=1, only=" ")
+    for options, tokens in (([], 64), (["--max-new-tokens", "3"], 3)):
+        assert main([folder, "--device", "cpu", "--fill", "--text", "a ___ b", *options]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == f"a {' ' * tokens} b\n"
+        start = f"note: text 0: <0>: {tokens} tokens, all of them white space, cut at --max-new-tokens; "
+        assert captured.err.startswith(start) and captured.err.count("\n") == 1
 
 
 def test_lines_of_a_file_whatever_the_batch_size(main, path, tmp_path):

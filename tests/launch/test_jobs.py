@@ -98,6 +98,14 @@ def test_a_slurm_job_requeues_itself(ranks: str, statuses: list[int], tmp_path: 
     assert Slurm(tmp_path, ranks).starts() == statuses
 
 
+def test_the_log_of_a_slurm_job_says_where_each_start_begins(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, ends_with("finished", 0, SAVES))
+    first, second = (slurm.start(restart).communicate(timeout=30)[0] for restart in (0, 1))
+    when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.match(rf"pretrain.sbatch: start 1 of job 41, {when}, newest checkpoint none\n", first)
+    assert re.match(rf"pretrain.sbatch: start 2 of job 41, {when}, newest checkpoint step_0\n", second)
+
+
 def test_a_slurm_job_near_its_time_limit_stops_the_run_and_is_requeued(tmp_path: Path) -> None:
     waits = 'touch "$RUN_DIR/started"; until [ -e "$RUN_DIR/STOP" ]; do sleep 0.05; done'
     slurm = Slurm(tmp_path, ends_with("stopped", 0, waits))

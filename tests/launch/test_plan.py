@@ -38,6 +38,7 @@ def test_dry_run_shows_the_plan_of_other_gpus(pretrain_main: Main, capsys: pytes
     out = capsys.readouterr().out
     assert "8 samples = 8 devices x 1 micro-batch x 1" in out
     assert "plan: 8 GPUs (H100, 80 GiB each) on 1 host" in out and "recommended (*): ZeRO stage 1" in out
+    assert "<0.001 s per step, under a minute\n" in out
 
 
 def test_what_is_tight_says_what_it_needs(main: Main, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ Main = Callable[[list[str]], int]
 CASES = {
     "unknown key": (["train.stepps=3"], "train.stepps: no such key; did you mean train.steps?"),
     "unknown section": (["trian.steps=3"], "did you mean train.steps?"),
+    "no key is near": (["foo.bar=3"], "foo.bar: no such key; --print-config lists all keys"),
     "section for value": (["train=3"], "train: is a section"),
     "not key=value": (["train.steps"], "not of the form key=value"),
     "not an integer": (["train.steps=many"], "train.steps: Value 'many'"),

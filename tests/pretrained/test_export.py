@@ -57,6 +57,7 @@ def test_what_is_in_it(run_dir: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "| held-out loss (nats per target token) | 4.2500 |" in card and "AutoModelForSeq2SeqLM" in card
     assert f"{sum(p.numel() for p in model.parameters()):,}" in card
+    assert "pip install '/path/to/colt5dist[hf]'" in card and "colt5: prefix_lm, span_3, span_8, span_64 (" in card
     config = (exported / "config.json").read_text()
     assert "python-stdlib" not in config and str(run_dir) not in config
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import MICRO_SETTINGS
 
 from colt5dist.errors import ConfigError
-from colt5dist.train.ranks import Ranks, _complete_environment, ranks_from_environment
+from colt5dist.train.ranks import Ranks, _complete_environment, ranks_from_environment, threads_of_rank
 from colt5dist.train.slurm import first_host, tasks_per_node
 
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -90,6 +90,14 @@ def test_one_task_is_one_process(environment: pytest.MonkeyPatch) -> None:
     alone = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
     assert place(environment, SLURM_PROCID="0", SLURM_NTASKS="1") == alone
     assert place(environment, SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_STEP_NUM_TASKS="1") == alone
+
+
+def test_threads_are_the_cores_of_a_rank_or_its_share_of_them() -> None:
+    """Two tasks that Slurm gave two cores each, two ranks that may use all four of a host, and three that share two."""
+    own = [("a", [0, 1]), ("a", [2, 3])]
+    shared = [("b", [0, 1, 2, 3])] * 2 + [("c", [0, 1])] * 3
+    places = own + shared
+    assert [threads_of_rank(places, rank) for rank in range(7)] == [2, 2, 2, 2, 1, 1, 1]
 
 
 REFUSED = {

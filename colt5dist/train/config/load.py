@@ -144,10 +144,10 @@ def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | No
 
 
 def _did_you_mean(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         last = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.5)]
+        near = [last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
     return f"did you mean {near[0]}?" if near else "--print-config lists all keys"
 
 

@@ -91,7 +91,7 @@ def preflight(ranks: Ranks, hosts: list[str], device: torch.device, *, multiply:
         f"rank {rank} on {host} ({f'cuda:{int(row.local_rank)}' if device.type == 'cuda' else 'cpu'})"
         for rank, (host, row) in enumerate(zip(hosts, rows, strict=True))
     ]
-    warnings = slow_devices([row.product_rate for row in rows], places)
+    warnings = slow_devices([row.product_rate for row in rows], places, on_gpu=device.type == "cuda")
     warnings += slow_links([row.inside_seconds for row in rows], inside, 4 * sizes.sent, hosts)
     warnings += slow_links([row.between_seconds for row in rows], between, 4 * sizes.sent, hosts)
     faults = wrong_results(rows, places)
@@ -226,16 +226,20 @@ def measure_ring(length: int, ring: list[int], rank: int, device: torch.device) 
     return min(seconds) if ring[rank] != rank else 0.0
 
 
-def slow_devices(rates: list[float], places: list[str]) -> list[str]:
+def slow_devices(rates: list[float], places: list[str], *, on_gpu: bool) -> list[str]:
     """Name the ranks whose products are slow.
 
     Args:
         rates: floating-point operations per second of every rank.
         places: every rank in words.
+        on_gpu: whether the devices are GPUs.
     """
     median = statistics.median(rates)
+    follows = "training continues, and every step waits for this rank"
+    if not on_gpu:
+        follows += "; does something else use its cores?"
     return [
-        f"{place}: products {_flops(rate)}, {rate / median:.0%} of the median {_flops(median)}"
+        f"{place}: products {_flops(rate)}, {rate / median:.0%} of the median {_flops(median)}; {follows}"
         for place, rate in zip(places, rates, strict=True)
         if rate < SLOW * median
     ]

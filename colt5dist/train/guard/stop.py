@@ -21,7 +21,9 @@ from colt5dist.train.ranks import sum_over_ranks
 
 STOP_AT_ONCE_SECONDS = 3.0
 """A second Ctrl-C later than this ends the process at once; an earlier one may come from the launcher."""
-STOP_MESSAGE = b"\nsignal: the run ends after this step and its checkpoint; another Ctrl-C ends it without them\n"
+STOP_MESSAGE = "the run ends after this step and its checkpoint"
+SECOND_MESSAGE = "; another Ctrl-C ends it without them"
+"""What follows it after Ctrl-C."""
 
 
 class StopReason(Enum):
@@ -106,7 +108,9 @@ class StopRequests:
             self._first_interrupt = self._first_interrupt or now
         if not self.signalled and self.watch_files:
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, STOP_MESSAGE)  # not print: this handler may have interrupted a print
+                second = SECOND_MESSAGE if number == signal.SIGINT else ""
+                line = f"\n{signal.Signals(number).name}: {STOP_MESSAGE}{second}\n"
+                os.write(2, line.encode())  # not print: this handler may have interrupted a print
         self.signalled = True
 
 

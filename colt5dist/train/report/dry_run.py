@@ -11,7 +11,6 @@ from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 from colt5dist.data.sample_lengths import length_notes, required_sentinels, text_tokens_of_sample
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import checkpoint_bytes
-from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import engine_stage, library_problems
 from colt5dist.train.engine.engine import build_model, num_elements, parameter_shapes
@@ -30,12 +29,13 @@ from colt5dist.wording import count
 WORLD_SIZES = (1, 8, 64)
 
 
-def dry_run_report(config: RunConfig, world_size: int) -> str:
-    """Write the resolved configuration and the figures that follow from it as text.
+def dry_run_report(config: RunConfig, world_size: int, *, num_gpus: int | None = None) -> str:
+    """Write the figures that follow from a configuration as text.
 
     Args:
         config: the run.
-        world_size: number of devices; the memory table shows further numbers.
+        world_size: number of processes that make the report, and so of devices.
+        num_gpus: number of devices instead; None: not given. The memory table shows further numbers.
 
     Returns:
         The report, several lines.
@@ -43,6 +43,8 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     Raises:
         ConfigError: the batch sizes do not divide among the devices, or DeepSpeed refuses its section.
     """
+    is_alone = num_gpus is None and world_size == 1
+    world_size = num_gpus or world_size
     problems = config.batch_problems(world_size) or library_problems(config, world_size, on_gpu=True)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -51,8 +53,7 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     num_parameters = sum(map(num_elements, shapes.values()))
     run_tokens = [tokens_of_run(config, attrgetter(f"{side}_length")) for side in ("input", "target")]
     lines = [
-        config_to_yaml(config).rstrip(),
-        "",
+        f"run: {config.run_dir} (--print-config prints its configuration)",
         f"parameters: {num_parameters:,}",
         *optimizer_lines(config),
         f"checkpoint: {checkpoint_bytes(shapes, config) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, plus "
@@ -68,7 +69,7 @@ def dry_run_report(config: RunConfig, world_size: int) -> str:
     for first_step, stage in zip(config.stage_starts, config.stages, strict=True):
         if len(config.stages) > 1:
             lines.append(f"from step {first_step:,} on:")
-        lines += stage_lines(stage, world_size)
+        lines += stage_lines(stage, world_size, is_alone=is_alone)
     lines.append("model states per GPU in GB (activations come on top):")
     sizes = sorted({world_size, *WORLD_SIZES})
     lines.append("  ZeRO stage " + "".join(f"{count(size, 'GPU'):>12}" for size in sizes))
@@ -118,17 +119,19 @@ def input_and_target(num_input: int, num_target: int) -> str:
     return (f"{num_input:,} input, " if num_input else "") + f"at most {num_target:,} target"
 
 
-def stage_lines(stage: RunConfig, world_size: int) -> list[str]:
+def stage_lines(stage: RunConfig, world_size: int, *, is_alone: bool) -> list[str]:
     """Lines on one stage of the run: batch, FLOPs, memory of activations, and data plan.
 
     Args:
         stage: configuration of the stage.
         world_size: number of devices.
+        is_alone: whether the one device stands for this process, and no number of GPUs was given.
     """
     data, batch = stage.data, stage.train.global_batch_size
     activations = activation_bytes(stage, stage.micro_batch_size(world_size), on_gpu=True) / 1e9
     lines = [
-        f"batch: {count(batch, 'sample')} = {describe_batch(stage, world_size)}",
+        f"batch: {count(batch, 'sample')} = {describe_batch(stage, world_size)}"
+        f"{' (1 device: this process alone; --gpus N for a run on N GPUs)' if is_alone else ''}",
         f"tokens per step: {input_and_target(batch * data.input_length, batch * data.target_length)}",
         f"FLOPs per step: {step_flops(stage):.3e} (multiply-add = 2, backward = 2 forwards, as routed)",
         f"activations per GPU: about {activations:.2f} GB, or less (activation checkpointing: "

@@ -54,6 +54,9 @@ BYTES_PER_SECOND_IN_HOST = 150e9
 BYTES_PER_SECOND_BETWEEN_HOSTS = 25e9
 """Assumed rate for each GPU between hosts (200 Gbit/s)."""
 
+EQUAL_SECONDS = 1e-3
+"""Step times that differ by less are equal: launching a step's kernels alone takes longer, and is not estimated."""
+
 PLANNED_KEYS = ("zero.stage", "train.micro_batch_size", "train.activation_checkpointing")
 """What a plan chooses, unless it is given."""
 
@@ -199,8 +202,8 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
         )
     lines.append(
         f"recommended (*): ZeRO stage {best.stage}, micro-batch {best.micro_batch_size}, activation checkpointing "
-        f"{best.checkpointing}: {best.total_bytes / GIB:.1f} GiB per GPU, {best.step_seconds:.3g} s per step, "
-        f"{best.step_seconds * steps / 86400:.3g} days"
+        f"{best.checkpointing}: {best.total_bytes / GIB:.1f} GiB per GPU, {_or_less(best.step_seconds)} s per step, "
+        f"{duration(best.step_seconds * steps)}"
     )
     return "\n".join([*lines, "  " + _command(config_file, settings, gpus, best, config)])
 
@@ -349,14 +352,15 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
 def recommend(options: Sequence[Option]) -> Option | None:
     """The fastest way that fits with a reserve, else the fastest that is tight; None if nothing fits.
 
-    Of ways that are as fast (to 1 %) the lowest stage, and then the largest micro-batch.
+    Of ways that are as fast (to 1 %, or to `EQUAL_SECONDS`) the lowest stage, and then the largest micro-batch.
     """
     for fits in ("yes", "tight"):
         able = [option for option in options if option.fits == fits]
         if able:
-            limit = 1.01 * min(option.step_seconds for option in able)
+            fastest = min(option.step_seconds for option in able)
+            limit = max(1.01 * fastest, fastest + EQUAL_SECONDS)
             fast = [option for option in able if option.step_seconds <= limit]
-            return min(fast, key=lambda option: (option.stage, -option.micro_batch_size))
+            return min(fast, key=lambda option: (option.stage, -option.micro_batch_size, option.step_seconds))
     return None
 
 
@@ -380,8 +384,21 @@ def _row(option: Option, steps: int, mark: str) -> str:
     days = option.step_seconds * steps / 86400
     return (
         f"{mark} {option.stage:>5} {option.checkpointing:<17} {option.micro_batch_size:>11} {memory}  {option.fits:<5} "
-        f"{option.step_seconds:>8.3g} {days:>8.3g}"
+        f"{_or_less(option.step_seconds):>8} {_or_less(days):>8}"
     )
+
+
+def _or_less(number: float) -> str:
+    """Three digits of a number, or `<0.001`: nothing smaller is known from an estimate."""
+    return f"{number:.3g}" if number >= 1e-3 else "<0.001"
+
+
+def duration(seconds: float) -> str:
+    """Say how long a run takes, in the unit that a person would use: `3.2 days`, `40 minutes`, `under a minute`."""
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return "under a minute"
 
 
 def _checkpoint_lines(config: RunConfig, size: int, steps: int) -> list[str]:

@@ -49,6 +49,8 @@ def summary(
     first_loss = state.first_held_out_loss
     why = stopped or finished_early
     lines = [f"{'stopped' if stopped else 'finished'} at step {state.step}{f' ({why})' if why else ''}"]
+    if stopped:
+        lines[0] += "; the same command continues it"
     if first_loss is not None and evaluations:
         last = evaluations[-1]
         lines.append(

@@ -78,8 +78,15 @@ def test_notes_name_the_objectives_that_are_lowered() -> None:
     assert not length_notes(DataConfig(input_length=4096, target_length=8190))
     notes = length_notes(DataConfig(input_length=16384, target_length=910))
     assert len(notes) == 4
-    assert "span_3 from 15% to 4.1%" in notes[1]
+    assert notes[1] == (
+        "span_3: targets of at most 910 tokens hold on average 4.1% of its text, not 15%; a larger data.target_length "
+        "holds more"
+    )
     # at the paper's own lengths only the prefix is longer than its rate says, and that is no mistake of the user
     (note,) = length_notes(DataConfig(input_length=4096, target_length=910))
-    assert note.startswith("prefix_lm has a mean of 10.0% of its text in the target instead of 50%")
+    assert note.startswith("prefix_lm: targets of at most 910 tokens hold on average 10.0% of its text, not 50%; ")
     assert note.endswith("these are the CoLT5 paper's own lengths, and nothing needs to be changed")
+    (note,) = length_notes(DataConfig(input_length=512, target_length=114))
+    assert note.endswith(
+        "; 512/114 is the proportion of the CoLT5 paper's lengths (4096/910), and nothing needs to be changed"
+    )

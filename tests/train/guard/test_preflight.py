@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colt5dist.train.guard.preflight import ring_between_hosts, ring_inside_hosts, slow_links
+from colt5dist.train.guard.preflight import ring_between_hosts, ring_inside_hosts, slow_devices, slow_links
 
 SCRIPT = Path(__file__).with_name("preflight_ranks.py")
 RATES = r"preflight: 2 ranks, products [\d-]+ [GT]FLOP/s(-\d+ TFLOP/s)?, all-reduce [\d.]+ GB/s; took [\d.]+ s\n"
@@ -58,5 +58,8 @@ def test_a_slow_link_is_named_and_not_its_neighbours() -> None:
     links = [0.01, 0.01, 0.05, 0.01, 0.01]  # from each rank to the next
     seconds = [max(links[rank], links[rank - 1]) for rank in range(5)]
     (line,) = slow_links(seconds, ring, 10**8, hosts)
+    devices = {on_gpu: slow_devices([10e12, 4e12, 10e12], ["a", "b", "c"], on_gpu=on_gpu) for on_gpu in (True, False)}
+    assert devices[True][0].endswith("of the median 10 TFLOP/s; training continues, and every step waits for this rank")
+    assert devices[False] == [f"{devices[True][0]}; does something else use its cores?"]
     assert line == "link from rank 2 on c to rank 3 on d: 2.00 GB/s, 20% of the median 10 GB/s"
     assert slow_links([0.0, 0.0], [0, 1], 10**8, ["a", "b"]) == []

@@ -41,7 +41,10 @@ def test_a_signal_is_a_request_and_repeated_ones_change_nothing(
     for repeated in (number, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), repeated)
         assert stop.reason() is StopReason.SIGNAL
-    assert capfd.readouterr().err.count("the run ends after this step") == 1
+    printed = capfd.readouterr().err
+    assert printed.startswith(f"\n{number.name}: the run ends after this step and its checkpoint")
+    assert printed.count("the run ends after this step") == 1
+    assert ("another Ctrl-C" in printed) == (number is signal.SIGINT)
 
 
 def test_files_count_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from colt5dist.train.report.plan import (
     Cluster,
     Option,
     cluster,
+    duration,
     expected_mfu,
     plan_options,
     recommend,
@@ -93,7 +94,16 @@ def test_the_fastest_that_fits_is_recommended() -> None:
     assert recommend([small, large, option(2, 1, 50, 1.5)]) == option(2, 1, 50, 1.5)
     assert recommend([tight, too_large]) is tight
     assert recommend([too_large]) is None
+    quick = [option(3, 1, 20, 1e-4), option(1, 1, 20, 5e-4), option(1, 2, 20, 4e-4), option(1, 2, 20, 9e-4)]
+    assert recommend(quick) is quick[2]  # a thousandth of a second is no difference
     assert shown([small, too_large, option(1, 64, 200, 0.5), sharded], small) == [small, too_large, sharded]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.0, "under a minute"), (150, "2.5 minutes"), (7200, "2 hours"), (1e6, "11.6 days")], ids=str
+)
+def test_the_time_of_a_run_has_the_unit_of_a_person(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_given_keys_are_not_varied_and_offload_is_left_out() -> None:

@@ -26,6 +26,11 @@ def test_held_out_figures(tmp_path: Path) -> None:
     assert any("another sample's input: 3.3000 (+10.0%" in line for line in lines)
 
 
+def test_a_run_that_stopped_says_how_to_go_on(tmp_path: Path) -> None:
+    text = summary(tmp_path, TrainerState(step=4), "signal", unigram_entropy=1.0, tokens_per_second=None)
+    assert text.splitlines()[0] == "stopped at step 4 (signal); the same command continues it"
+
+
 @pytest.mark.parametrize("loss", [0.0, 3.0])
 def test_targets_without_a_known_token(tmp_path: Path, loss: float) -> None:
     """No byte of text, and one token only: the lines say what could not be measured, and why."""
