@@ -132,7 +132,7 @@ class MicroBatchForms:
                 what = f"layers for {_name(form)}"
                 if self.graphs is not None:
                     what = f"forward and backward of {_name(form)} in one CUDA graph,"
-                self.news.append(f"compile: {what} made in {seconds:.1f} s{notes[form_of(form)]}")
+                self.news.append(f"compile: {what} made in {seconds:.1f} s{notes.get(form_of(form), '')}")
 
     def _on_device(self, batch: Batch) -> Batch:
         return without_needless_mask(to_device(batch, self.device), batch)
