@@ -67,16 +67,17 @@ def _backward(
         log_sum = log_sum.transpose(1, 2).contiguous().transpose(1, 2)
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, log_sum, 0.0, False)
     else:
+        # all rows have the same lengths, so the tensors that would give each row's are not there, and
         # without dropout the kernels do not look at the state of their random numbers
-        none = torch.empty(0, dtype=torch.int64, device=q.device)
-        lengths = (none, none, q.shape[2], k.shape[2])
+        state = torch.empty(0, dtype=torch.int64, device=q.device)
+        lengths = (None, None, q.shape[2], k.shape[2])
         if _takes_cudnn(q):
             grads = aten._scaled_dot_product_cudnn_attention_backward(
-                grad, q, k, v, out, log_sum.unsqueeze(-1), none, none, None, *lengths, 0.0, False
+                grad, q, k, v, out, log_sum.unsqueeze(-1), state, state, None, *lengths, 0.0, False
             )
         else:
             grads = aten._scaled_dot_product_flash_attention_backward(
-                grad, q, k, v, out, log_sum, *lengths, 0.0, False, none, none
+                grad, q, k, v, out, log_sum, *lengths, 0.0, False, state, state
             )
     return _as_projection(grads[0]), _as_projection(grads[1]), _as_projection(grads[2])
 
