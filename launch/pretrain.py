@@ -1,7 +1,7 @@
 """Pretrain a CoLT5: `deepspeed launch/pretrain.py [--config FILE] [key=value ...]`.
 
 Without arguments it trains a tiny model on the running Python's standard library, on all GPUs, or on CPU processes.
-`--print-config` prints the resolved configuration, `--dry-run` what the run would do and need.
+`--print-config` prints the resolved configuration, `--dry-run` also what the run would need.
 """
 
 import argparse

@@ -53,7 +53,6 @@ def test_tokens_of_a_run_with_a_schedule(pretrain_main: Main, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert f"tokens of the run: {80 * 1536:,} input, at most {80 * 342:,} target, in 20 steps" in out
     assert "8 samples = 1 device x 2 micro-batches x 4 (1 device: this process alone; --gpus N for " in out
-    assert out.startswith("run: runs/tiny (--print-config prints its configuration)\nparameters: ")
     assert pretrain_main(["--dry-run", "--config", str(CONFIGS / "causal_tiny.yaml"), "train.steps=1"]) == 0
     assert "tokens of the run: at most 16,384 target, in 1 step\n" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from colt5dist.data.order.mixture import lengths_of_mixture, parse_mixture
 from colt5dist.data.sample_lengths import length_notes, required_sentinels, text_tokens_of_sample
 from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import checkpoint_bytes
+from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import engine_stage, library_problems
 from colt5dist.train.engine.engine import build_model, num_elements, parameter_shapes
@@ -30,7 +31,7 @@ WORLD_SIZES = (1, 8, 64)
 
 
 def dry_run_report(config: RunConfig, world_size: int, *, num_gpus: int | None = None) -> str:
-    """Write the figures that follow from a configuration as text.
+    """Write the resolved configuration and the figures that follow from it as text.
 
     Args:
         config: the run.
@@ -53,7 +54,8 @@ def dry_run_report(config: RunConfig, world_size: int, *, num_gpus: int | None =
     num_parameters = sum(map(num_elements, shapes.values()))
     run_tokens = [tokens_of_run(config, attrgetter(f"{side}_length")) for side in ("input", "target")]
     lines = [
-        f"run: {config.run_dir} (--print-config prints its configuration)",
+        config_to_yaml(config).rstrip(),
+        "",
         f"parameters: {num_parameters:,}",
         *optimizer_lines(config),
         f"checkpoint: {checkpoint_bytes(shapes, config) / 1e9:.2f} GB; {config.checkpoint.keep_last} are kept, plus "
