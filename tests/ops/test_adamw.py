@@ -46,9 +46,7 @@ def compare(size: int, weight_decay: float, scale: float, copied: torch.dtype | 
         optimizer.step()
         given = gradient.clone()
         clear = number % 2 == 0
-        adamw_(
-            weights, given, exp_avg, exp_avg_sq, step=number, scale=scale, copy=copy, clear=clear, **settings, **how
-        )
+        adamw_(weights, given, exp_avg, exp_avg_sq, step=number, scale=scale, copy=copy, clear=clear, **settings, **how)
         assert torch.equal(given, torch.zeros_like(given) if clear else gradient)
     state = optimizer.state[expected]
     assert relative_error(weights, expected.detach()) <= 1e-6
@@ -58,8 +56,7 @@ def compare(size: int, weight_decay: float, scale: float, copied: torch.dtype | 
         assert torch.equal(copy, weights.to(copy.dtype))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("weight_decay", "scale"), [(0.0, 1.0), (0.1, 0.3)])
 @pytest.mark.parametrize("size", [1, 37, BLOCK, BLOCK + 37])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_fifty_steps_are_those_of_torch(implementation: str, size: int, weight_decay: float, scale: float) -> None:

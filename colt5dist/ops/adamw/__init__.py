@@ -77,9 +77,7 @@ def adamw_(
         adamw_reference_(weights, gradient, exp_avg, exp_avg_sq, copy, scalars, clear=clear)
 
 
-def _scalars(
-    step: float, lr: float, betas: Sequence[float], eps: float, weight_decay: float, scale: float
-) -> Scalars:
+def _scalars(step: float, lr: float, betas: Sequence[float], eps: float, weight_decay: float, scale: float) -> Scalars:
     """The factors of a step, in float64 here; an implementation rounds each once, to float32."""
     beta1, beta2 = betas
     return Scalars(
