@@ -95,6 +95,8 @@ class Engine:
                 "train.deterministic"
             )
         self.gradients = self._choose_gradients(config, flat_gradients)
+        if isinstance(self.gradients, GradientSums) and self.gradients.note:
+            self.forms.news.append(self.gradients.note)
         if compiled:
             assert isinstance(self.gradients, GradientSums)
             self.forms.begin(self._pass, self.gradients, graphs=config.train.compile == "auto")

@@ -6,7 +6,7 @@ what remains per step are a few operators on flat tensors:
 
     each micro-batch    gradient of a parameter -> added in float32 (stage 2 on several ranks: kept, then reduced)
     after the last      sum over ranks, each rank keeping its own partition (reduce-scatter)
-    step                norm, clipping and AdamW on the partition, the new weights gathered
+    step                norm; clipping and AdamW on the partition; the new weights gathered
 
 Weights, moments and partitions stay where DeepSpeed 0.19.8 has them, so that checkpoints do not change. What is taken
 from it is in `_layouts` alone (tests/train/engine/test_flat_gradients.py probes it): stages 1 and 2
@@ -25,6 +25,7 @@ from torch import nn
 
 from colt5dist.ops.accumulate import accumulate_
 from colt5dist.train.engine.gradient_sums import GradientSums
+from colt5dist.train.optimizer.adamw import FlatWeights, step_in_one_pass
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class FlatGradients(GradientSums):
             for name, (group, offset, count) in self._places.items()
         }
 
-    def clear(self) -> None:
-        super().clear()
+    def clear(self, *, sums_are_zero: bool = False) -> None:
+        super().clear(sums_are_zero=sums_are_zero)
         for whole in self.incoming:
             whole.zero_()
         self._reduced = False
@@ -164,6 +165,17 @@ class FlatGradients(GradientSums):
         for layout in self.layouts:
             layout.master.grad = None
         self.optimizer.update_lp_params()
+
+    def _apply_in_one_pass(self, parts: list[torch.Tensor], coefficient: float, *, clear: bool) -> None:
+        alone = self.world_size == 1
+        groups = self.optimizer.optimizer.param_groups
+        flats = [
+            FlatWeights(group, layout.master, part, layout.weights if alone else None)
+            for group, layout, part in zip(groups, self.layouts, parts, strict=True)
+        ]
+        step_in_one_pass(self.optimizer.optimizer, flats, coefficient, clear=clear)
+        if not alone:
+            self.optimizer.update_lp_params()  # copies this rank's partition, and gathers the others'
 
 
 def _copy(target: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from colt5dist.ops.implementation import HAS_TRITON
 from colt5dist.train.engine.gradients import LARGEST, are_bad
+from colt5dist.train.optimizer.adamw import can_step_in_one_pass, problem_of_one_pass
 from colt5dist.train.ranks import sum_over_ranks
 
 
@@ -27,6 +29,8 @@ class GradientSums(ABC):
 
     sums: list[torch.Tensor]
     """One a group of parameters, float32: what gradients are added to."""
+    one_pass: bool
+    """Whether clipping, AdamW, the weights' 16-bit copy and zeroing the sums are one pass over memory: on GPUs."""
 
     def __init__(self, deepspeed: Any, *, clipping: float, reduce_dtype: torch.dtype) -> None:
         self.optimizer = deepspeed.optimizer
@@ -34,6 +38,13 @@ class GradientSums(ABC):
         self.reduce_dtype = reduce_dtype
         self.world_size, self.rank = deepspeed.world_size, deepspeed.global_rank
         self._parameters: list[nn.Parameter] = list(deepspeed.module.parameters())
+        device = self._parameters[0].device
+        self.one_pass = device.type == "cuda" and HAS_TRITON and can_step_in_one_pass(self.optimizer.optimizer)
+        self.note: str | None = None
+        """A line for the log, where AdamW's fast way fails here."""
+        if self.one_pass and (problem := problem_of_one_pass(device)):
+            self.one_pass = False
+            self.note = f"note: AdamW steps in several passes over memory, slower ({problem})"
         self._refused = False
         self._dropped: dict[str, torch.Tensor] | None = None
         self._norm: float | None = None
@@ -81,10 +92,11 @@ class GradientSums(ABC):
     def last_norms(self) -> dict[str, torch.Tensor]:
         """Norm of each parameter's gradient after the first micro-batch of a step, as far as this rank has it."""
 
-    def clear(self) -> None:
-        """Forget the gradients."""
-        for total in self.sums:
-            total.zero_()
+    def clear(self, *, sums_are_zero: bool = False) -> None:
+        """Forget the gradients; `sums_are_zero`: the sums need no zeros any more."""
+        if not sums_are_zero:
+            for total in self.sums:
+                total.zero_()
 
     @abstractmethod
     def after_backward(self) -> None:
@@ -134,13 +146,18 @@ class GradientSums(ABC):
         if norm is None:
             norm = float(sum_over_ranks(self.summary())) ** 0.5
         applied = not self._refused and norm <= LARGEST
+        sums_are_zero = False
         if applied:
-            coefficient = self.clipping / (norm + 1e-6) if self.clipping > 0 else 1.0
+            coefficient = min(self.clipping / (norm + 1e-6), 1.0) if self.clipping > 0 else 1.0
             parts = self.own_sums()
-            if coefficient < 1:
-                torch._foreach_mul_(parts, coefficient)
-            self._apply(parts)
-        self.clear()
+            if self.one_pass:
+                sums_are_zero = parts is self.sums  # else they are parts of the sums
+                self._apply_in_one_pass(parts, coefficient, clear=sums_are_zero)
+            else:
+                if coefficient < 1:
+                    torch._foreach_mul_(parts, coefficient)
+                self._apply(parts)
+        self.clear(sums_are_zero=sums_are_zero)
         self._refused = False
         self._norm = None
         return applied, norm
@@ -148,3 +165,7 @@ class GradientSums(ABC):
     @abstractmethod
     def _apply(self, parts: list[torch.Tensor]) -> None:
         """Step the optimizer on this rank's partitions, given their gradients; the new weights go to all ranks."""
+
+    @abstractmethod
+    def _apply_in_one_pass(self, parts: list[torch.Tensor], coefficient: float, *, clear: bool) -> None:
+        """The same by `step_in_one_pass`, which scales the gradients by `coefficient` and, if asked, clears them."""

@@ -2,12 +2,12 @@
 
     a layer's gradients are there    summed over ranks in one collective, beside the next layer's backward pass
     each sum                         added in float32 to this rank's part
-    step                             norm, clipping and AdamW on the part; then `ShardedWeights` gathers anew
+    step                             norm; clipping and AdamW on the part; then `ShardedWeights` gathers anew
 
 Shards, moments and sums stay where DeepSpeed 0.19.8 has them. What is taken from it (probed by
-tests/train/engine/test_flat_gradients.py): `fp32_partitioned_groups_flat`, `grad_partitions_flat_buffer`,
-`grad_position`, `sub_group_to_group_id`, `_reassign_or_swap_out_partitioned_parameters`, and what `ShardedWeights`
-uses.
+tests/train/engine/test_flat_gradients.py): `fp32_partitioned_groups_flat`, `fp16_partitioned_groups_flat`,
+`grad_partitions_flat_buffer`, `grad_position`, `sub_group_to_group_id`,
+`_reassign_or_swap_out_partitioned_parameters`, and what `ShardedWeights` uses.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from torch import nn
 from colt5dist.ops.accumulate import accumulate_
 from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.engine.sharded_weights import ShardedWeights, Unit, as_one_collective
+from colt5dist.train.optimizer.adamw import FlatWeights, step_in_one_pass
 
 
 class ShardedGradients(GradientSums):
@@ -135,4 +136,15 @@ class ShardedGradients(GradientSums):
         for number, master in enumerate(self.masters):
             master.grad = None
             self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        self.weights.reset()
+
+    def _apply_in_one_pass(self, parts: list[torch.Tensor], coefficient: float, *, clear: bool) -> None:
+        optimizer = self.optimizer
+        flats = []
+        for number, (master, part) in enumerate(zip(self.masters, parts, strict=True)):
+            group = optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[number]]
+            shards = optimizer.fp16_partitioned_groups_flat[number]  # the parameters' `ds_tensor` are views of it
+            same = shards.data_ptr() == master.data_ptr()  # in float32
+            flats.append(FlatWeights(group, master, part, None if same else shards))
+        step_in_one_pass(optimizer.optimizer, flats, coefficient, clear=clear)
         self.weights.reset()

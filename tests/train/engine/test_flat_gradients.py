@@ -1,7 +1,8 @@
 """`FlatGradients` and `ShardedGradients` train as DeepSpeed's own hooks do: ZeRO 1-3, on one and two CPU processes.
 
 This also probes the semi-private places of DeepSpeed that flat_gradients.py, sharded_gradients.py and
-sharded_weights.py in colt5dist/train/engine rely on.
+sharded_weights.py in colt5dist/train/engine rely on. Steps of an odd number are AdamW in one pass over memory, the
+others torch's own, so that each way goes on from the other.
 """
 
 import json

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES [--flat] SETTING...
 
-With --flat, stages 1-3 sum gradients by FlatGradients and ShardedGradients also on CPUs.
+With --flat, stages 1-3 sum gradients by FlatGradients and ShardedGradients also on CPUs. AdamW is then one pass over
+memory in every step of an odd number, and torch's own in the others.
 
 Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
 """
@@ -30,9 +31,11 @@ from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.compile import LAYERS
 from colt5dist.train.engine.engine import Engine, num_elements, parameter_shapes
 from colt5dist.train.engine.fragments import refresh_parameters
+from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.engine.micro_batch_graph import to_device
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import LossSums, count_target_tokens
+from colt5dist.train.optimizer.adamw import can_step_in_one_pass
 from colt5dist.train.ranks import finish_process_group, initialise_process_group, ranks_from_environment
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
@@ -77,6 +80,8 @@ def train_step(engine: Engine, config: RunConfig, step: int, *, spoil: bool = Fa
         engine.backward(loss)
         sums.add(on_device, output)
     loss = sums.read().loss
+    if isinstance(engine.gradients, GradientSums) and can_step_in_one_pass(engine.torch_optimizer):
+        engine.gradients.one_pass = step % 2 == 1
     applied, norm = engine.step(LEARNING_RATE)
     return loss, norm, applied
 
