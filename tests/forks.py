@@ -112,10 +112,12 @@ def import_everything() -> None:
     import atexit
     import gc
 
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
     import colt5dist.train.pretrain  # noqa: F401
 
+    assert deepspeed.ops.__compatible_ops__  # it looks on first access what can be compiled here
     gc.freeze()
     atexit.register(gc.unfreeze)  # libraries would say of frozen objects that they were left; forks do not come here
 
