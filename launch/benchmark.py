@@ -13,6 +13,9 @@ import colt5dist.benchmark
 from colt5dist.errors import ConfigError
 from colt5dist.wording import summary
 
+HELPERS = {"side_by_side"}
+"""Modules in the folder of the benchmarks that are none."""
+
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names.
@@ -20,7 +23,7 @@ def main(arguments: list[str]) -> int:
     Returns:
         The exit status: 0, 1 if a result is wrong, 2 if the command is wrong or the machine lacks what it needs.
     """
-    names = sorted(module.name for module in pkgutil.iter_modules(colt5dist.benchmark.__path__))
+    names = sorted({module.name for module in pkgutil.iter_modules(colt5dist.benchmark.__path__)} - HELPERS)
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, names))
         folder = Path(colt5dist.benchmark.__path__[0])

@@ -3,8 +3,9 @@
 Every curve is a run of `launch/pretrain.py`. Runs of one seed see the same samples in the same order, all runs are
 measured on the same held-out samples, and variants are compared by their differences seed by seed, with 95 % t
 intervals: at equal steps, and at equal GPU time. GPU time is steps times the seconds of a step, which a short run of
-each variant measures while nothing else runs; so runs may train side by side (--parallel) and be stopped (--minutes).
-The same command continues where it was stopped. Intervals are of single comparisons, not corrected for their number.
+each variant measures on the first GPU while nothing else runs there; so runs may train side by side, on all GPUs
+(--parallel), and be stopped (--minutes). The same command continues where it was stopped. Intervals are of single
+comparisons, not corrected for their number.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 from colt5dist.benchmark import Interval, device_line, interval, verdict
-from colt5dist.benchmark.step import MOST_LINES, with_children_ended
+from colt5dist.benchmark.side_by_side import STOPPED, Job, check_unchanged, train, visible_gpus
+from colt5dist.benchmark.step import with_children_ended
 from colt5dist.data import DataConfig, open_shards, required_sentinels
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
-from colt5dist.packaged import CONFIGS, SCRIPTS
+from colt5dist.packaged import SCRIPTS
 from colt5dist.train.report.monitor import read_metrics
 
 VARIANTS = {
@@ -59,6 +60,13 @@ SIZES = (
     "schedule.warmup_steps=200",
 )
 """The model and its learning rate, which does not depend on the number of steps."""
+QUICK = (
+    "checkpoint.every_steps=0",
+    "checkpoint.every_minutes=5",
+    "checkpoint.keep_last=1",
+    "monitor.held_out_sample=false",
+)
+"""Few checkpoints, and no pictures and texts beside the numbers; this changes no result."""
 MICRO_BATCH_TOKENS = 1 << 17
 TIMED_STEPS, SKIPPED_STEPS = 30, 15
 """Steps of the run that measures the time of a step, and how many of them come before those that count."""
@@ -66,34 +74,8 @@ HELD_OUT_SHARE = 0.05
 OWN_KEYS = {"run_dir", "seed", "train.steps", "train.eval_every", "train.eval_samples", "train.global_batch_size"}
 OWN_KEYS |= {"data.shards", "data.sources", "data.input_length", "data.target_length"}
 """Keys that the options give."""
-SAVE_SECONDS = 300.0
-"""Seconds that a trainer may take to write its checkpoint after it is asked to stop."""
-POLL_SECONDS = 0.5
-STOPPED = 75
-"""Exit status of a trainer that was stopped, and of this command when the minutes are up before all runs ended."""
-
 Points = dict[int, float]
 """Held-out loss in nats per token by step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run of the trainer."""
-
-    name: str
-    """Its folder below the folder of all runs."""
-    folder: Path
-    settings: tuple[str, ...]
-    steps: int
-
-    def command(self) -> list[str]:
-        """Return the command that starts the run or continues it."""
-        script = [str(SCRIPTS / "pretrain.py"), "--config", str(CONFIGS / "base.yaml")]
-        return [sys.executable, *script, f"run_dir={self.folder}", f"train.steps={self.steps}", *self.settings]
-
-    def is_done(self) -> bool:
-        """Whether its records reach the last step."""
-        return any(record["step"] >= self.steps for record in read_metrics(self.folder))
 
 
 def loss_at(points: Points, step: float) -> float | None:
@@ -121,7 +103,7 @@ def compare(
     Returns:
         `step`, the last that both have evaluated with some seed, and the `seeds` that have it; `equal_steps` and
         `equal_time`: mean and half of the difference first - second, and the verdict; `gpu_seconds` of equal_time, the
-        time of the faster variant for these steps. None if no seed has a step in common.
+        longest time that both trained with all of these seeds. None if no seed has a step in common.
     """
     common = {seed: first[seed].keys() & second[seed].keys() for seed in first.keys() & second.keys()}
     step = max((step for steps in common.values() for step in steps), default=None)
@@ -135,14 +117,16 @@ def compare(
 
     result: dict[str, Any] = {"step": step, "seeds": seeds, "equal_time": None, "gpu_seconds": None}
     result["equal_steps"] = of([first[seed][step] - second[seed][step] for seed in seeds])
-    if seconds[0] is not None and seconds[1] is not None:
-        fastest = min(seconds[0], seconds[1])
-        # the faster one's step is exactly `step`: rounded, it might lie behind the last evaluation
-        steps = [step * (fastest / own) for own in (seconds[0], seconds[1])]
+    measured = [own for own in seconds if own is not None]
+    if len(measured) == 2:
+        last = [min(max(of_variant[seed]) for seed in seeds) for of_variant in (first, second)]
+        time_of = [steps * own for steps, own in zip(last, measured, strict=True)]
+        # the one that sets the time ends exactly at its last step: rounded, that might lie behind the last evaluation
+        steps = [own if t == min(time_of) else own * (min(time_of) / t) for own, t in zip(last, time_of, strict=True)]
         pairs = [(loss_at(first[seed], steps[0]), loss_at(second[seed], steps[1])) for seed in seeds]
         known = [a - b for a, b in pairs if a is not None and b is not None]
         if len(known) == len(seeds):
-            result |= {"equal_time": of(known), "gpu_seconds": step * fastest}
+            result |= {"equal_time": of(known), "gpu_seconds": min(time_of)}
     return result
 
 
@@ -242,9 +226,7 @@ def common_settings(options: argparse.Namespace, shards: Path, length: int) -> t
         *SIZES,
         f"train.global_batch_size={options.batch}",
         f"train.micro_batch_size={min(options.batch, max(1, MICRO_BATCH_TOKENS // length))}",
-        "checkpoint.every_steps=0",
-        "checkpoint.every_minutes=5",
-        "checkpoint.keep_last=1",
+        *QUICK,
     )
 
 
@@ -252,100 +234,38 @@ def jobs_of(options: argparse.Namespace, shards: Path, length: int) -> tuple[lis
     """Return the runs that are timed alone, one per variant, and those that give the curves, seed after seed."""
     common, runs = common_settings(options, shards, length), options.output.absolute() / "runs"
 
-    def job(name: str, variant: str, steps: int, *own: str) -> Job:
+    def job(name: str, variant: str, steps: int, *own: str, alone: bool = False) -> Job:
         name = f"{length}/{name}"
         settings = (*common, *own, *options.set, *options.variants[variant])
-        return Job(name=name, folder=runs / name, settings=settings, steps=steps)
+        return Job(name=name, folder=runs / name, settings=settings, steps=steps, alone=alone)
 
     timing = ("train.log_every=1", "train.eval_every=0", "train.eval_samples=1", "train.routing_every=0")
     curve = (
         f"train.log_every={min(50, options.eval_every)}",
         f"train.eval_every={options.eval_every}",
         f"train.eval_samples={options.eval_samples}",
-        f"train.routing_every={options.eval_every}",
+        "train.routing_every=0",
     )
-    return [job(f"{name}-time", name, TIMED_STEPS, *timing) for name in options.variants], [
-        job(f"{name}-{seed}", name, options.steps, f"seed={seed}", *curve)
+    return [job(f"{name}-time", name, TIMED_STEPS, *timing, alone=True) for name in options.timed], [
+        job(f"{name}-{seed}", name, options.steps_of[name], f"seed={seed}", *curve)
         for seed in range(options.seeds)
         for name in options.variants
     ]
-
-
-def check_unchanged(settings: Mapping[str, Sequence[str]], path: Path) -> None:
-    """Refuse runs, also finished ones, whose text or settings changed since an earlier start; all are kept in a file.
-
-    Args:
-        settings: those of every run, by its name.
-        path: the file.
-
-    Raises:
-        ConfigError: something was started with other settings.
-    """
-    known: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, now in settings.items():
-        if changed := sorted(set(known.setdefault(name, list(now))) ^ set(now)):
-            what = ", ".join(changed)
-            raise ConfigError(f"{path}: {name} was started with other settings ({what}); use another --output")
-    write_whole(path, json.dumps(known, indent=1).encode())
-
-
-def train(jobs: Sequence[Job], parallel: int, deadline: float) -> dict[str, str]:
-    """Start or continue runs, some at a time, until all ended or the time is up; then stop them with a checkpoint.
-
-    Returns:
-        What went wrong, by the name of the run.
-    """
-    waiting = [job for job in jobs if not job.is_done()]
-    running: dict[subprocess.Popen[bytes], Job] = {}
-    problems: dict[str, str] = {}
-    try:
-        while (waiting or running) and time.monotonic() < deadline:
-            while waiting and len(running) < parallel:
-                job = waiting.pop(0)
-                job.folder.parent.mkdir(parents=True, exist_ok=True)
-                with open(f"{job.folder}.log", "ab") as log:
-                    process = subprocess.Popen(job.command(), stdout=log, stderr=log, start_new_session=True)
-                running[process] = job
-            time.sleep(POLL_SECONDS)
-            for process in [process for process in running if process.poll() is not None]:
-                _ended(process, running.pop(process), problems)
-    finally:
-        for process in running:
-            process.terminate()
-        latest = time.monotonic() + SAVE_SECONDS
-        for process, job in running.items():
-            try:
-                process.wait(max(0.0, latest - time.monotonic()))
-                _ended(process, job, problems)
-            except subprocess.TimeoutExpired:
-                problems[job.name] = f"wrote no checkpoint within {SAVE_SECONDS:.0f} s of the request to stop"
-            with_children_ended(process)
-    return problems
-
-
-def _ended(process: subprocess.Popen[bytes], job: Job, problems: dict[str, str]) -> None:
-    """Print how a run ended; a signal ends one that is still starting, which has nothing to save."""
-    if process.returncode in (0, STOPPED, -signal.SIGTERM):
-        step = max((record["step"] for record in read_metrics(job.folder)), default=0)
-        print(f"{job.name}: {'done' if step >= job.steps else 'stopped'}, step {step}", flush=True)
-        return
-    lines = Path(f"{job.folder}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-MOST_LINES:]
-    problems[job.name] = "\n    ".join([f"ended with status {process.returncode}", *lines])
 
 
 def read_results(
     options: argparse.Namespace, length: int, timed: Sequence[Job], curves: Sequence[Job]
 ) -> dict[str, Any]:
     """Read the records of all runs with inputs of a length, and compare the variants."""
-    seconds: dict[str, float | None] = {}
-    for name, job in zip(options.variants, timed, strict=True):
+    seconds: dict[str, float | None] = dict.fromkeys(options.variants)
+    for name, job in zip(options.timed, timed, strict=True):
         records = read_metrics(job.folder) if job.is_done() else []
         times = [record["step_seconds"] for record in records if record["step"] > SKIPPED_STEPS]
         seconds[name] = statistics.median(times) if times else None
     runs: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
     for number, job in enumerate(curves):
         seed, place = divmod(number, len(options.variants))
-        records = [record for record in read_metrics(job.folder) if record["step"] <= options.steps]
+        records = [record for record in read_metrics(job.folder) if record["step"] <= job.steps]
         if points := {r["step"]: r["eval/loss"] for r in records if r.get("eval/loss") is not None}:
             runs[list(options.variants)[place]][seed] = points
     comparisons = []
@@ -422,7 +342,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--steps", type=int, default=1500, metavar="N", help="steps of a run (default: %(default)s)")
     add("--eval-every", type=int, default=250, metavar="N", help="steps between evaluations (default: %(default)s)")
     add("--eval-samples", type=int, default=64, metavar="N", help="held-out samples (default: %(default)s)")
-    add("--parallel", type=int, default=1, metavar="N", help="runs side by side on the GPU (default: %(default)s)")
+    add("--steps-of", nargs="+", default=[], metavar="NAME=N", help="other numbers of steps of some variants")
+    add("--timed", nargs="*", metavar="NAME", help="variants whose step is timed, for equal GPU time (default: all)")
+    add("--parallel", type=int, default=1, metavar="N", help="runs side by side on each GPU (default: %(default)s)")
     add("--minutes", type=float, default=math.inf, metavar="M", help="stop with checkpoints after so long (no limit)")
     add("--text", nargs="+", metavar="GLOB", help="files of text (default: *.py of the installed packages)")
     add("--vocabulary", type=int, default=8000, metavar="IDS", help="ids of the tokenizer (default: %(default)s)")
@@ -439,6 +361,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise ConfigError(f"--variants: {variant}: give each variant a name of its own, of letters, digits and _")
         named[name] = tuple(settings.split(",")) if colon else VARIANTS[name]
     options.variants = named
+    options.timed = list(named) if options.timed is None else options.timed
+    if unknown := [name for name in options.timed if name not in named]:
+        raise ConfigError(f"--timed: {', '.join(unknown)}; use some of {', '.join(named)}")
+    steps_of = dict.fromkeys(named, options.steps)
+    for entry in options.steps_of:
+        name, _, number = entry.partition("=")
+        if name not in named or not number.isascii() or not number.isdigit() or int(number) < 1:
+            raise ConfigError(f"--steps-of: {entry}; use NAME=N, with one of {', '.join(named)} and 1 step or more")
+        steps_of[name] = int(number)
+    options.steps_of = steps_of
     for setting in [*options.set, *(setting for settings in named.values() for setting in settings)]:
         if setting.partition("=")[0] in OWN_KEYS or "=" not in setting:
             raise ConfigError(f"--set, --variants: {setting}: give key=value, of a key that no option sets")
@@ -478,8 +410,7 @@ def main(arguments: list[str]) -> int:
         check_unchanged({"text": text, **settings}, options.output / "settings.json")
         problems: dict[str, str] = {}
         for timed, curves in lengths.values():
-            problems |= train(timed, 1, deadline)
-            problems |= train(curves, options.parallel, deadline)
+            problems |= train([*timed, *curves], options.parallel, deadline, visible_gpus())
     except KeyboardInterrupt:
         print("stopped; the same command continues", flush=True)
         return STOPPED

@@ -9,6 +9,7 @@ LongT5 of Hugging Face (transient-global attention) is trained on random tokens,
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class Result:
 def base_case(length: int, *, stage: int = 1, dense: bool = False, micro_batch: int | None = None) -> Case:
     """CoLT5-Base, or dense T5 of its size, at an input length; the global batch is that of the published table."""
     global_batch = {4096: 32, 16_384: 8, 65_536: 4}.get(length, 8)
-    fastest = {4096: 16, 16_384: 4, 65_536: 1} if not dense else {4096: 8, 16_384: 2, 65_536: 1}
+    fastest = {4096: 32, 16_384: 8, 65_536: 2} if not dense else {4096: 16, 16_384: 4, 65_536: 1}
     settings = [f"data.input_length={length}", f"zero.stage={stage}", f"train.global_batch_size={global_batch}"]
     settings.append(f"train.micro_batch_size={micro_batch or fastest.get(length, 1)}")
     if dense:
@@ -107,6 +108,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "xl": (xl_case(),),
 }
 """Groups of rows, by the name on the command line."""
+GROUPS = (*CASES, "long_t5")
 
 
 def measure(case: Case, *, gpus: int, steps: int, settings: Sequence[str], seconds: float) -> Result:
@@ -123,6 +125,7 @@ def measure(case: Case, *, gpus: int, steps: int, settings: Sequence[str], secon
             "train.eval_samples=8",
             "train.eval_every=0",
             "train.routing_every=0",
+            "monitor.held_out_sample=false",
             "checkpoint.every_steps=0",
             "schedule.warmup_steps=100",
             f"profile.steps=[{last + 1},{last + 1}]",
@@ -308,9 +311,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    groups = [*CASES, "long_t5"]
     parser.add_argument(
-        "groups", nargs="*", metavar="GROUP", help=f"rows to measure: {', '.join(groups)} (default: all)"
+        "groups", nargs="*", metavar="GROUP", help=f"rows to measure: {', '.join(GROUPS)} (default: all)"
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[1], metavar="N", help="GPUs of this host (default: 1)")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="only rows of these input lengths")
@@ -320,13 +322,29 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for every row of ours")
     parser.add_argument("--output", type=Path, metavar="JSON", help="file for the figures")
     options = parser.parse_args(arguments)
-    unknown = [group for group in options.groups if group not in groups]
+    unknown = [group for group in options.groups if group not in GROUPS]
     if unknown:
-        raise ConfigError(f"benchmark step: no group {unknown[0]!r}; use some of {', '.join(groups)}")
+        raise ConfigError(f"benchmark step: no group {unknown[0]!r}; use some of {', '.join(GROUPS)}")
     print(device_line())
     print(HEADER, flush=True)
-    results = []
-    for group in options.groups or groups:
+    results: list[Result] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a trainer is ended on the way out
+    try:
+        measure_groups(options, results)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if options.output:
+            content = {"device": device_line(), "results": [asdict(result) for result in results]}
+            options.output.write_text(json.dumps(content, indent=1))
+    return 1 if any(result.problem for result in results) else 0
+
+
+def measure_groups(options: argparse.Namespace, results: list[Result]) -> None:
+    """Measure the rows that are asked for, one after the other; each is printed and added to the results."""
+    for group in options.groups or GROUPS:
         for gpus in options.gpus if group in CASES else [1]:
             for case in CASES.get(group, ()):
                 length = next((int(s.partition("=")[2]) for s in case.settings if "input_length" in s), 4096)
@@ -344,10 +362,6 @@ def main(arguments: list[str]) -> int:
                 result = measure_long_t5(length, steps=options.steps, seconds=options.seconds)
                 results.append(result)
                 print(line(result), flush=True)
-    if options.output:
-        content = {"device": device_line(), "results": [asdict(result) for result in results]}
-        options.output.write_text(json.dumps(content, indent=1))
-    return 1 if any(result.problem for result in results) else 0
 
 
 def scaled(case: Case, gpus: int) -> Case:

@@ -12,6 +12,7 @@ from colt5dist.ops.soft_topk import soft_topk_problems
 ARCHITECTURES = ("encoder_decoder", "causal")
 ENCODERS = ("conditional", "dense", "light")
 LIGHT_POSITIONS = ("rotary", "relative")
+ROUTER_SCORES = ("soft", "straight_through")
 MAX_DENOMINATOR = 4096
 """Largest denominator of the fractions that num_heavy_tokens and heavy_key_value_ratio are rounded to."""
 
@@ -48,6 +49,8 @@ class CoLT5Config:
         memory_size: causal: admitted keys/values of earlier windows, the newest ones, that heavy attention sees.
         light_positions: positions in light attention: rotary, or relative: T5's learned bias of the distance.
         fetch_k_ratio: sum of the soft scores for one routed token, 1 or more.
+        router_scores: soft: the soft scores multiply what the heavy branches read and write; straight_through: 1
+            multiplies, with the gradient of the soft scores.
         router_eps: final temperature of the soft top-k, above 0.
         router_n_iters: iterations of coordinate descent.
         router_eps_init: temperature of the first iteration; None: router_eps.
@@ -84,6 +87,7 @@ class CoLT5Config:
     memory_size: int = 1024
     light_positions: str = "rotary"
     fetch_k_ratio: float = 1.125
+    router_scores: str = "soft"
     router_eps: float = 1.0
     router_n_iters: int = 50
     router_eps_init: float | None = None
@@ -130,6 +134,7 @@ class CoLT5Config:
             "architecture": ARCHITECTURES,
             "encoder": ENCODERS,
             "light_positions": LIGHT_POSITIONS,
+            "router_scores": ROUTER_SCORES,
             "routing": ROUTINGS,
         }
         for name, allowed in choices.items():

@@ -1,7 +1,8 @@
 """CoLT5's choices for its layers (arXiv 2303.09752), as keyword arguments: the encoder and the causal model share them.
 
-Scores multiply (no straight-through), those of keys/values the heavy branch's input; gated GELU without bias; no null
-tokens; one RMSNorm before each routed layer. Our choice where the paper is silent: rotary positions.
+Scores multiply, those of keys/values the heavy branch's input (`router_scores=straight_through`: 1 multiplies); gated
+GELU without bias; no null tokens; one RMSNorm before each routed layer. Our choice where the paper is silent: rotary
+positions.
 """
 
 import math
@@ -28,7 +29,7 @@ def router_settings(config: CoLT5Config, *, seed: int, stream: int) -> dict[str,
         stream: the layer's first stream of random numbers; each route of the layer draws from a stream of its own.
     """
     return {
-        "router_straight_through": False,
+        "router_straight_through": config.router_scores == "straight_through",
         "router_kwargs": {
             "n_iters": config.router_n_iters,
             "fetch_k_ratio": config.fetch_k_ratio,

@@ -112,11 +112,11 @@ def forward_and_backward(run: Run, step: int, micro_batches: list[Batch]) -> Loc
             batch, num_targets, collect_routing=collect_routing, timed=run.meter.computing
         )
         sums.add(on_device, output)
-    for line in engine.news:
+    for line in engine.forms.news:
         run.monitor.say(line)
         if not run.ranks.is_first and line.startswith("note: "):
             print(f"rank {run.ranks.rank}: {line}", file=sys.stderr, flush=True)
-    engine.news.clear()
+    engine.forms.news.clear()
     routed_mask = on_device["target_mask" if run.config.model.architecture == "causal" else "input_mask"]
     routing = record_routing(run.monitor, step, output.routing, routed_mask)
     return LocalStep(micro_batches=micro_batches, sums=sums, routing_due=routing_due, routing=routing)

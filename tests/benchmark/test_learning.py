@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import time
 
 import pytest
 from conftest import ROOT, TRAINER_VARIABLES
@@ -47,6 +45,12 @@ def test_variants_are_compared_seed_by_seed_at_equal_steps_and_equal_gpu_time():
     assert learning.loss_at(first[0], 150) == pytest.approx(slope * math.log(150))
     assert learning.loss_at(first[0], 401) is None and learning.loss_at(first[0], 99) is None
     assert learning.compare(first, {7: {400: 1.0}}, (1.0, 1.0)) is None
+    # a dearer variant needs fewer steps: 200 of 0.056 s and the first one's 400 of 0.028 s are the same time
+    fewer = {seed: {100: points[100], 200: points[200]} for seed, points in second.items()}
+    found = learning.compare(first, fewer, (0.028, 0.056))
+    assert found is not None and found["step"] == 200 and found["equal_steps"]["mean"] == pytest.approx(-0.101)
+    assert found["gpu_seconds"] == pytest.approx(11.2)
+    assert found["equal_time"]["mean"] == pytest.approx(-0.101 + slope * math.log(2))
     unmeasured = learning.compare(first, second, (None, 1.0))
     assert unmeasured is not None and unmeasured["equal_time"] is None
 
@@ -85,6 +89,9 @@ def test_a_package_is_one_document_without_copies_and_vendored_folders(tmp_path)
         (["--variants", "own:train.steps=3"], "train.steps=3: give key=value, of a key that no option sets"),
         (["--seeds", "0"], "--seeds: 0; use 1 or more"),
         (["--minutes", "0"], "--minutes: 0.0; use a number above 0"),
+        (["--timed", "own"], "--timed: own; use some of learned, static"),
+        (["--steps-of", "dense=0"], "--steps-of: dense=0; use NAME=N"),
+        (["--steps-of", "own=3"], "--steps-of: own=3; use NAME=N, with one of learned"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, wrong, message):
@@ -99,6 +106,7 @@ def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
     timed, curves = learning.jobs_of(options, ensure_standard_library_shards(), 8192)
     assert [job.name for job in timed[:2]] == ["8192/learned-time", "8192/static-time"]
     assert [job.name for job in curves[5:7]] == ["8192/own-0", "8192/learned-1"]
+    assert all(job.alone for job in timed) and not any(job.alone for job in curves)
     configs = [load_config(job.command()[3], job.command()[4:]) for job in curves[:7]]
     assert [c.model.routing for c in configs] == ["learned", "static", "random", *["learned"] * 4]
     assert [c.model.encoder for c in configs] == [*["conditional"] * 3, "light", "dense", *["conditional"] * 2]
@@ -106,55 +114,6 @@ def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
     assert {str(c.data) for c in configs} == {str(configs[0].data)} and {str(c.train) for c in configs} == {
         str(configs[0].train)
     }
-    learning.check_unchanged({"a": ["x=1", "y=2"]}, tmp_path / "settings.json")
-    with pytest.raises(ConfigError, match=r"a was started with other settings \(x=1, x=3\)"):
-        learning.check_unchanged({"a": ["x=3", "y=2"]}, tmp_path / "settings.json")
-
-
-TRAINER = """
-import json, pathlib, signal, sys, time
-folder, steps, other = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-folder.mkdir(exist_ok=True)
-if not other:
-    sys.exit("no GPU is left")
-while not folder.with_name(other).exists():
-    time.sleep(0.01)
-log = folder / "metrics.jsonl"
-done = len(log.read_text().splitlines()) if log.exists() else 0
-with log.open("a") as file:
-    for step in range(done + 1, steps + 1):
-        file.write(json.dumps({"step": step}) + "\\n")
-"""
-"""Obeys a signal and continues as the trainer does; trains once the run `other` has begun, and fails without a name."""
-
-
-class WaitingJob(learning.Job):
-    """A run of TRAINER, whose setting is the name of the other run."""
-
-    def command(self):
-        return [sys.executable, "-c", TRAINER, str(self.folder), str(self.steps), *self.settings]
-
-
-def test_runs_train_side_by_side_are_stopped_and_continue(tmp_path, capsys):
-    def job(name: str, other: str) -> learning.Job:
-        return WaitingJob(name=name, folder=tmp_path / name, settings=(other,), steps=3)
-
-    def minutes(count: int) -> float:
-        return time.monotonic() + 60 * count
-
-    # each of the first two waits for the other: they train at the same time, or not at all
-    jobs = [job("first", "second"), job("second", "first"), job("broken", "")]
-    problems = learning.train(jobs, 2, minutes(5))
-    assert [j.is_done() for j in jobs] == [True, True, False]
-    assert list(problems) == ["broken"] and "ended with status 1" in problems["broken"]
-    assert "no GPU is left" in problems["broken"] and "second: done, step 3" in capsys.readouterr().out
-    assert learning.train([job("late", "never")], 1, time.monotonic() + 1) == {}
-    assert "late: stopped, step 0" in capsys.readouterr().out
-    # a finished run is not started again, nor is anything when the time is up
-    again = [job("late", "first"), job("first", "")]
-    assert learning.train(again, 1, time.monotonic() - 1) == {} and not again[0].is_done()
-    assert learning.train(again, 1, minutes(5)) == {} and again[0].is_done()
 
 
 def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"heavy_key_value_ratio": 8.0}, {"encoder": "dense"}]
-ENCODERS += [{"light_positions": "relative"}, {"encoder": "light"}]
-NAMES = ["learned", "static", "random", "all keys", "dense", "relative bias", "light"]
+ENCODERS += [{"light_positions": "relative"}, {"encoder": "light"}, {"router_scores": "straight_through"}]
+NAMES = ["learned", "static", "random", "all keys", "dense", "relative bias", "light", "straight through"]
 each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=NAMES)
 
 
@@ -174,3 +174,22 @@ def test_initial_weights_and_scores(build, batch):
             module.router.routing_tokens.register_forward_hook(lambda m, args, out: scores.append(out.flatten()))
     model(**(batch | {"input_mask": None}))
     assert torch.cat(scores).std().item() == pytest.approx(1.0, rel=0.3)
+
+
+@pytest.mark.parametrize("scores", ["soft", "straight_through"])
+def test_straight_through_scores_are_one_and_pick_the_same_tokens(build, batch, scores):
+    """What multiplies the keys/values of valid tokens, and the gradient of the vectors that chose them."""
+    model, seen = build(router_scores=scores), []
+    layer = model.encoder.layers[0].attention
+    layer.heavy_attn.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["normalized_scores_kv"]), with_kwargs=True
+    )
+    one = {name: values[:1] for name, values in batch.items()}
+    output = model(**one, collect_routing=True)
+    output.token_loss.sum().backward()
+    assert bool((seen[0] == 1).all()) == (scores == "straight_through")
+    assert ((seen[0] > 0) & (seen[0] <= 1)).all()
+    assert layer.router.routing_tokens.weight.grad.count_nonzero() > 0
+    first_layer = build()(**one, collect_routing=True).routing[0]
+    for here, there in zip(output.routing[0], first_layer, strict=True):
+        assert torch.equal(here.indices, there.indices)

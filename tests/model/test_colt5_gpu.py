@@ -8,6 +8,7 @@ pytestmark = pytest.mark.gpu
 ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"encoder": "dense"}, {"encoder": "light"}]
 each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=["learned", "static", "random", "dense", "light"])
 # flash kernels want heads of a multiple of 8, Triton's soft top-k rows of any length
+SMALL_WEIGHTS = {"initializer_range": 0.02, "embedding_init_std": 0.02}
 LONGER = {"head_dim": 64, "num_heads": 4, "d_model": 64, "light_radius": 127}
 
 
@@ -44,7 +45,8 @@ def run(model, batch):
 def test_float32_is_what_the_cpu_computes(build, long_batch, fields, masked):
     if not masked:
         del long_batch["input_mask"]
-    fields = LONGER | fields | {"router_implementation": "scalar"}
+    # small weights: with larger ones the layers amplify what two devices round differently
+    fields = LONGER | fields | SMALL_WEIGHTS | {"router_implementation": "scalar"}
     loss, gradients = run(build(**fields), long_batch)
     gpu_loss, gpu_gradients = run(build(**fields).cuda(), on_gpu(long_batch))
     torch.testing.assert_close(gpu_loss, loss, rtol=0, atol=2e-4)

@@ -96,6 +96,7 @@ def test_budgets_are_whole_numbers(fields, multiple, length, routed):
         ("light_radius", 0),
         ("fetch_k_ratio", 0.9),
         ("fetch_k_ratio", float("inf")),
+        ("router_scores", "hard"),
         ("router_eps", 0.0),
         ("router_eps", float("inf")),
         ("router_n_iters", 0),

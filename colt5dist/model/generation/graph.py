@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from colt5dist.errors import first_line
+from colt5dist.ops.failed_capture import clean_up_failed_capture
 
 PLAIN_STEPS = 2
 """Steps that run before one is captured: kernels are compiled and libraries set up by then."""
@@ -38,15 +39,13 @@ class RepeatedStep:
 
     def __call__(self) -> None:
         """Run the step once."""
+        if self._num_plain == PLAIN_STEPS and self._captured is None and self._stream is not None:
+            self._capture()
         if self._captured is not None:
             self._captured.replay()
             return
         if self._stream is None:
             self._step()
-            return
-        if self._num_plain == PLAIN_STEPS and self._capture():
-            assert self._captured is not None
-            self._captured.replay()
             return
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -55,8 +54,8 @@ class RepeatedStep:
         current.wait_stream(self._stream)
         self._num_plain += 1
 
-    def _capture(self) -> bool:
-        """Record the step; returns whether that worked."""
+    def _capture(self) -> None:
+        """Record the step; where that fails, it goes on without a graph."""
         assert self._stream is not None
         graph = torch.cuda.CUDAGraph()
         collects = gc.isenabled()
@@ -74,10 +73,9 @@ class RepeatedStep:
         except RuntimeError as error:
             print(f"generate: decoding runs without a CUDA graph ({first_line(error)})", file=sys.stderr)
             self._stream = None
-            self._step()
-            return False
+            clean_up_failed_capture(self._device)
+            return
         finally:
             if collects:
                 gc.enable()
         self._captured = graph
-        return True

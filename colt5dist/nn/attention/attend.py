@@ -4,13 +4,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from colt5dist.ops.masked_attention import masked_attention
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v.
 
-    On CUDA, flash attention takes no mask: it can serve only without one. With one, PyTorch chooses between its
-    memory-efficient kernel and cuDNN's. Where no fused kernel takes the types and shapes, as for float64, PyTorch
-    falls back to plain products, which do hold the matrix.
+    Where no fused kernel takes the types and shapes, as for float64 on CUDA, PyTorch falls back to plain products,
+    which do hold the matrix.
 
     Args:
         q: (b, h, i, dim).
@@ -28,13 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if causal:
         raise ValueError("causal: takes no mask; put the padding at the end")
-    if mask.dim() < 4:
-        mask = mask[:, None, None, :] if mask.dim() == 2 else mask.unsqueeze(2)
-    has_key = mask.any(dim=-1, keepdim=True)
-    # a row without any valid key attends to all of them, for softmax over nothing is NaN in some kernels, and is then
-    # erased
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~has_key)
-    return out.masked_fill(~has_key, 0.0)
+    return masked_attention(q, k, v, mask.unsqueeze(1) if mask.dim() == 2 else mask)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -122,6 +122,8 @@ class OptimizerConfig:
     what it computes); it is PyTorch's, which uses the smaller of lr and 1 / sqrt(step), and no betas and eps."""
     lr: float = 1e-3
     """Largest learning rate, reached at the end of the warm-up."""
+    router_lr_factor: float = 1.0
+    """Factor of the learning rate for the routing vectors, above 0."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment, in [0, 1)."""
     beta2: float = 0.95
@@ -138,7 +140,7 @@ class OptimizerConfig:
     def problems(self) -> list[str]:
         """Check these fields; returns what is wrong, one line per problem."""
         found = []
-        for name in ("lr", "eps"):
+        for name in ("lr", "router_lr_factor", "eps"):
             if getattr(self, name) <= 0:
                 found.append(f"optimizer.{name}: {getattr(self, name)} is not positive; use a number above 0")
         for name in ("beta1", "beta2", "momentum"):

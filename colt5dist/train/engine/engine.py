@@ -2,8 +2,7 @@
 
 import gc
 import math
-import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -13,19 +12,10 @@ from torch import nn
 from torch.profiler import record_function
 
 from colt5dist.data.read.batch import Batch
-from colt5dist.errors import first_line
 from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5, CoLT5Output
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.compile import (
-    LAYERS,
-    PassNumbers,
-    compile_layers,
-    difference,
-    restore_layers,
-    use_cache,
-    without_compiled_code,
-)
+from colt5dist.train.engine.compile import LAYERS, use_cache
 from colt5dist.train.engine.deepspeed_json import (
     deepspeed_config,
     engine_stage,
@@ -37,33 +27,13 @@ from colt5dist.train.engine.flat_gradients import FlatGradients
 from colt5dist.train.engine.fragments import flat_weights, place_matrices, refresh_parameters
 from colt5dist.train.engine.gradient_sums import GradientSums
 from colt5dist.train.engine.gradients import DeepSpeedGradients
-from colt5dist.train.engine.micro_batch_graph import (
-    MicroBatchGraphs,
-    arrange,
-    form_of,
-    is_padded,
-    to_device,
-    with_other_padding,
-    without_needless_mask,
-)
+from colt5dist.train.engine.micro_batch_forms import MicroBatchForms
+from colt5dist.train.engine.micro_batch_graph import MicroBatchGraphs, arrange, to_device, without_needless_mask
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
 from colt5dist.train.losses import training_loss
-from colt5dist.train.optimizer.groups import build_optimizer
+from colt5dist.train.optimizer.groups import LR_FACTOR, build_optimizer
 from colt5dist.train.optimizer.muon import Muon
 from colt5dist.train.optimizer.weight_average import WeightAverage
-from colt5dist.train.ranks import sum_over_ranks
-
-
-class CompileError(RuntimeError):
-    """Layers cannot be compiled, or compiled ones compute something else."""
-
-
-class CaptureError(RuntimeError):
-    """A CUDA graph cannot be made, or computes something else than what it was made of."""
-
-
-WARM_UP_RUNS = 2
-"""Passes before a capture: the first compiles, the second makes the workspaces that compiled code needs."""
 
 
 class Engine:
@@ -108,30 +78,26 @@ class Engine:
                 model = build_model(config)
         else:
             model = build_model(config)
-        self._compiled = on_gpu and flat_gradients and config.train.compile != "off" and not config.train.deterministic
-        self._wrapped = self._compiled
-        if self._compiled:
-            compile_layers(model)
+        compiled = on_gpu and flat_gradients and config.train.compile != "off" and not config.train.deterministic
+        self.forms = MicroBatchForms(model, device, compiled=compiled)
+        """Which code runs a micro-batch."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, config.optimizer), config=settings
         )
         place_matrices(self)
         self.average = WeightAverage(flat_weights(self), config.train.ema) if config.train.ema else None
         """The moving average of the weights (`train.ema`), if there is one."""
-        self.news: list[str] = []
-        """Lines for the log about what has been compiled; whoever prints them clears the list."""
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
-        if on_gpu and not self._compiled and config.train.compile != "off" and self.deepspeed.global_rank == 0:
-            self.news.append(
+        if on_gpu and not compiled and config.train.compile != "off" and self.deepspeed.global_rank == 0:
+            self.forms.news.append(
                 "note: train.compile: layers are not compiled; it serves runs without zero.offload and without "
                 "train.deterministic"
             )
         self.gradients = self._choose_gradients(config, flat_gradients)
-        self._proven: set[Hashable] = set()
-        self._graphs: MicroBatchGraphs | None = None
-        if self._compiled and config.train.compile == "auto":
-            self._graphs = MicroBatchGraphs(self._pass, device)
+        if compiled:
+            assert isinstance(self.gradients, GradientSums)
+            self.forms.begin(self._pass, self.gradients, graphs=config.train.compile == "auto")
 
     def _choose_gradients(self, config: RunConfig, flat: bool) -> GradientSums | DeepSpeedGradients:
         """What sums, judges and applies the gradients."""
@@ -157,16 +123,9 @@ class Engine:
         self.gradients.after_backward()
         return CoLT5Output(output.token_loss.detach(), output.z_loss.detach(), ())
 
-    def _dropped_pass(self, batch: Batch, num_targets: torch.Tensor) -> PassNumbers:
-        """The same, whose gradients go nowhere."""
-        assert isinstance(self.gradients, GradientSums)
-        with self.gradients.dropped() as norms:
-            output = self._pass(batch, num_targets)
-        return PassNumbers(output.token_loss.sum(), norms)
-
     def arrange(self, micro_batches: list[Batch]) -> list[Batch]:
         """A step's micro-batches with their rows in the order in which they run fastest."""
-        return micro_batches if self._graphs is None else arrange(micro_batches)
+        return micro_batches if self.forms.graphs is None else arrange(micro_batches)
 
     def change_lengths(self, stage: RunConfig) -> None:
         """Go on with the micro-batches and the share of routed tokens of another stage of the run."""
@@ -179,9 +138,7 @@ class Engine:
         if hasattr(self.deepspeed.optimizer, "gradient_accumulation_steps"):
             self.deepspeed.optimizer.gradient_accumulation_steps = self._num_micro_batches
         model_config: Any = self.module.config
-        if self._graphs is not None:
-            self._graphs = MicroBatchGraphs(self._pass, self.device)  # those that are there were made for other lengths
-        self._proven.clear()
+        self.forms.forget()
         model_config.num_heavy_tokens = stage.model.num_heavy_tokens
 
     @property
@@ -214,15 +171,14 @@ class Engine:
         Returns:
             The micro-batch on the device, and the model's output; both may be overwritten by the next call.
         """
-        if self._compiled and form_of(batch) not in self._proven:
-            self._prove(batch, num_targets)
-        if self._graphs is not None:
-            return self._replay(self._graphs, batch, num_targets, collect_routing, timed)
+        self.forms.prove(batch, num_targets)
+        if self.forms.graphs is not None:
+            return self._replay(self.forms.graphs, batch, num_targets, collect_routing, timed)
         on_device = to_device(batch, self.device)
-        compiled = self._compiled and not collect_routing
-        given = without_needless_mask(on_device, batch) if compiled else on_device
+        compiled = self.forms.compiled and not collect_routing
+        given = on_device if collect_routing or self.device.type == "cpu" else without_needless_mask(on_device, batch)
         # around the backward pass, too, in which activation checkpointing runs the layers again
-        with self._code(compiled=compiled):
+        with self.forms.code(compiled=compiled):
             with timed(), record_function("forward"):
                 output = self.forward(given, collect_routing=collect_routing)
                 loss = training_loss(output, num_targets, self.z_loss)
@@ -249,137 +205,23 @@ class Engine:
                 output = output._replace(routing=self.forward(on_device, collect_routing=True).routing)
         return on_device, output
 
-    def _prove(self, batch: Batch, num_targets: torch.Tensor) -> None:
-        """Compile and capture for a shape, with padding and without, and leave what fails or computes something else.
-
-        Both forms at once: so a lack of memory shows at the start, and no rank compiles in the middle of a run.
-        """
-        forms = [batch] if batch["input_mask"].numel() == 0 else [batch, with_other_padding(batch)]
-        for of_form in forms:
-            if self._compiled:
-                self._prove_form(of_form, num_targets)
-            self._proven.add(form_of(of_form))
-
-    def _prove_form(self, batch: Batch, num_targets: torch.Tensor) -> None:
-        begin = time.monotonic()
-        size, n = batch["input_ids"].shape if batch["input_ids"].numel() else batch["target_ids"].shape
-        form = f"{size} x {n} tokens {'with' if is_padded(batch) else 'without'} padding"
-        on_device = without_needless_mask(to_device(batch, self.device), batch)
-        try:
-            with self._together(CompileError):
-                compared = self._compile(on_device, num_targets)
-            if self._graphs is not None:
-                self._capture(self._graphs, batch, on_device, num_targets)
-        except (CompileError, CaptureError) as error:
-            self._fall_back(in_capture=isinstance(error, CaptureError), cause=first_cause(error))
-            return
-        what = f"layers for {form}" if self._graphs is None else f"forward and backward of {form} in one CUDA graph,"
-        proof = "" if compared else "; not compared with the plain layers: no room for those"
-        self.news.append(f"compile: {what} made in {time.monotonic() - begin:.1f} s{proof}")
-
-    def _fall_back(self, *, in_capture: bool, cause: BaseException) -> None:
-        """Leave the graphs, or the compiled layers, free their memory, and say so.
-
-        Raises:
-            torch.OutOfMemoryError: there is no room for the first form, with which the plain layers would not help.
-        """
-        assert isinstance(self.gradients, GradientSums)
-        self.gradients.forget_unfinished()
-        out_of_memory = isinstance(cause, torch.OutOfMemoryError)
-        if out_of_memory and not in_capture and not self._proven:
-            raise cause
-        in_capture = in_capture or out_of_memory
-        reason = first_line(cause)
-        self._graphs = None
-        if not in_capture:
-            self._compiled = self._wrapped = False
-            restore_layers(self.module)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        left = "no CUDA graph; layers are launched one by one" if in_capture else "the layers are not compiled"
-        self.news.append(f"note: train.compile: {left}, slower ({reason})")
-
-    def _compile(self, on_device: Batch, num_targets: torch.Tensor) -> bool:
-        """Run compiled layers for the first time, and compare them with the layers as they are written.
-
-        Returns:
-            Whether there was room to compare them.
-
-        Raises:
-            RuntimeError: they compute something else.
-        """
-        for _ in range(WARM_UP_RUNS):
-            compiled = self._dropped_pass(on_device, num_targets)
-        try:
-            with self._code(compiled=False):
-                plain = self._dropped_pass(on_device, num_targets)
-        except torch.OutOfMemoryError:  # they keep more activations
-            gc.collect()
-            torch.cuda.empty_cache()
-            return False
-        problem = difference(compiled, plain)
-        if problem:
-            raise RuntimeError(f"compiled, {problem}")
-        return True
-
-    def _capture(self, graphs: MicroBatchGraphs, batch: Batch, on_device: Batch, num_targets: torch.Tensor) -> None:
-        """Capture a graph, replay it, and compare; before the first micro-batch of a step, whose gradients are zero.
-
-        Raises:
-            CaptureError: on all ranks, if it cannot be captured, or computes something else.
-        """
-        assert isinstance(self.gradients, GradientSums) and self._micro_batch == 0
-        try:
-            with self._together(CaptureError):
-                launched = self._numbers(self._pass(on_device, num_targets))
-                graphs.add(batch, num_targets)
-            with self._together(CaptureError):
-                problem = difference(self._numbers(graphs.run(batch, num_targets)[1]), launched)
-                if problem:
-                    raise RuntimeError(f"in a CUDA graph, {problem}")
-        finally:
-            self.gradients.clear()
-
-    @contextmanager
-    def _together(self, kind: type[Exception]) -> Iterator[None]:
-        """Have what fails within it on one rank fail on all, for what follows may wait for the other ranks.
-
-        Raises:
-            kind: on all ranks; its cause is the error of this rank, if it is this one that failed.
-        """
-        failure = None
-        try:
-            yield
-        except Exception as error:  # whatever a compiler or a capture may raise
-            failure = error
-        if float(sum_over_ranks(torch.tensor(float(failure is not None), device=self.device))):
-            raise kind("it failed on another rank") from failure
-
-    def _numbers(self, output: CoLT5Output) -> PassNumbers:
-        """What the first pass of a step computed; the gradients are cleared."""
-        assert isinstance(self.gradients, GradientSums)
-        numbers = PassNumbers(output.token_loss.sum(), self.gradients.last_norms())
-        self.gradients.clear()
-        return numbers
-
     def close(self) -> None:
         """Give up the CUDA graphs; at stage 3 they use the ranks' communicator, which cannot end before them."""
-        self._graphs = None
+        self.forms.graphs = None
         gc.collect()
 
     @contextmanager
     def plain(self) -> Iterator[None]:
         """Within it, and after it, nothing is captured or compiled: for looking into what went wrong."""
-        self._graphs, self._compiled = None, False
-        with self._code(compiled=False):
+        self.forms.leave()
+        with self.forms.code(compiled=False):
             yield
 
     def forward(self, batch: Batch, *, collect_routing: bool = False) -> CoLT5Output:
         """Token losses of one micro-batch that is on the device."""
         module = self.module if isinstance(self.gradients, GradientSums) else self.deepspeed
-        compiled = self._compiled and torch.is_grad_enabled() and not collect_routing
-        with self._code(compiled=compiled):
+        compiled = self.forms.compiled and torch.is_grad_enabled() and not collect_routing
+        with self.forms.code(compiled=compiled):
             return self._call(module, batch, collect_routing)
 
     def generate(self, input_ids: torch.Tensor, *, cuda_graph: bool = False, **settings: Any) -> torch.Tensor:
@@ -390,12 +232,8 @@ class Engine:
         assert self.stage != 3
         if isinstance(self.module, CoLT5):
             settings["cuda_graph"] = cuda_graph
-        with self._code(compiled=False):
+        with self.forms.code(compiled=False):
             return cast(CoLT5, self.module).generate(input_ids, seed=0, **settings)
-
-    def _code(self, *, compiled: bool) -> AbstractContextManager[None]:
-        """A context in which layers run compiled, or as they are written."""
-        return nullcontext() if compiled or not self._wrapped else without_compiled_code()
 
     def _call(self, module: nn.Module, batch: Batch, collect_routing: bool) -> CoLT5Output:
         return module(
@@ -422,7 +260,7 @@ class Engine:
         assert self._micro_batch == self._num_micro_batches
         self._micro_batch = 0
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(LR_FACTOR, 1.0)
         applied, norm = self.gradients.step()
         if applied and self.average is not None:
             self.average.update()
@@ -486,14 +324,3 @@ def device_problems(config: RunConfig, world_size: int, cuda_devices: int, local
             "host, --gpus-per-node, not to the tasks)"
         )
     return found
-
-
-def first_cause(error: BaseException) -> BaseException:
-    """The error that came first of those that followed from each other; none keeps the memory of its frames."""
-    while True:
-        error.__traceback__ = None
-        earlier = error.__cause__ or error.__context__
-        if earlier is None:
-            return error
-        error.__cause__ = error.__context__ = None
-        error = earlier

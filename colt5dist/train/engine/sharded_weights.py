@@ -83,7 +83,9 @@ class ShardedWeights:
         self.units: list[Unit] = []
         """The layers, in the order in which they run."""
         self.unit_of: dict[nn.Parameter, Unit] = {}
-        self._stream = torch.cuda.Stream() if next(model.parameters()).device.type == "cuda" else None
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        # none for one rank, where nothing would ever be launched in it: a CUDA graph cannot wait for a stream outside
+        self._stream = torch.cuda.Stream() if on_gpu and self.world_size > 1 else None
         if self.world_size == 1:
             for p in model.parameters():
                 p.data = p.ds_tensor.data[: p.ds_numel].view(p.ds_shape)

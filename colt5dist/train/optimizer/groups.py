@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,10 @@ from colt5dist.train.optimizer.muon import MOMENTUM, Matrix, Muon
 UNDECAYED = ("norm", "embedding", "rout", "bias", "loss.weight")
 """Parameters whose name contains one of these are not decayed, nor are vectors; bias: also the table of relative
 positions; loss.weight: the output embedding."""
+ROUTING_VECTORS = "routing_tokens"
+"""Part of the names of the routing vectors."""
+LR_FACTOR = "lr_factor"
+"""Key of a parameter group: what the run's learning rate is multiplied by for it."""
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 """Keys of AdamW's states that are as large as the parameter."""
 
@@ -32,15 +37,21 @@ def is_projection(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over two groups, the projections and all else."""
+    """The optimizer over the projections, all else, and, where their rate is another one, the routing vectors."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     projections = [p for name, p in named if is_projection(name, shape_of(p))]
-    others = [p for name, p in named if not is_projection(name, shape_of(p))]
+    # with a factor of 1 a group of their own would only be one more tensor to step on
+    routers = {name: p for name, p in named if ROUTING_VECTORS in name and config.router_lr_factor != 1}
+    others = [p for name, p in named if not is_projection(name, shape_of(p)) and name not in routers]
+    own_rate: list[dict[str, Any]] = []
+    if routers:
+        own_rate = [{"params": list(routers.values()), "weight_decay": 0.0, LR_FACTOR: config.router_lr_factor}]
     betas = (config.beta1, config.beta2)
     if config.name == "muon":
         return Muon(
             projections,
             others,
+            other_groups=own_rate,
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -50,6 +61,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = [
         {"params": projections, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
+        *own_rate,
     ]
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr)

@@ -218,6 +218,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled weight decay of the matrices.
         betas: decay rates of AdamW's moments.
         eps: AdamW's epsilon.
+        other_groups: further parameter groups that are AdamW's.
     """
 
     def __init__(
@@ -230,10 +231,10 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         betas: tuple[float, float],
         eps: float,
+        other_groups: Sequence[dict[str, Any]] = (),
     ) -> None:
-        self._adamw = torch.optim.AdamW(
-            [{"params": list(others), "weight_decay": 0.0}], lr=lr, betas=betas, eps=eps, fused=True
-        )
+        groups = [{"params": list(others), "weight_decay": 0.0}, *other_groups]
+        self._adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
         own = {"params": list(matrices), "weight_decay": weight_decay, "momentum": momentum, "is_muon": True}
         super().__init__([own, *self._adamw.param_groups], {"lr": lr})
         self._exchanges: dict[Tensor, list[Exchange]] = {}

@@ -1,6 +1,6 @@
 """The plan of a run on N GPUs: what fits into their memory, how long it takes, what its checkpoints need.
 
-The states' memory is exact, that of activations follows from shapes. What is on top (`_graph_bytes`) and how fast a GPU
+The states' memory is exact, that of activations follows from shapes. What is on top (`GAP_SHARE`) and how fast a GPU
 computes (`MEASURED_MFU`) comes from runs on H100s in bf16. Links are assumed, not measured.
 """
 
@@ -17,7 +17,7 @@ from colt5dist.packaged import pretrain_target
 from colt5dist.train.checkpoint import checkpoint_bytes
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.deepspeed_json import engine_stage, sums_flat, uses_bf16
+from colt5dist.train.engine.deepspeed_json import engine_stage, uses_bf16
 from colt5dist.train.engine.engine import num_elements, parameter_shapes
 from colt5dist.train.optimizer.groups import num_moments
 from colt5dist.train.report.accounting import (
@@ -36,14 +36,14 @@ CUDA_BYTES = GIB
 """What the driver, the libraries' workspaces and NCCL take beside PyTorch."""
 LARGEST_SHARE = 0.95
 """Of a GPU's memory, which a plan may use: estimate and measurement differ by up to 5 %."""
-GRAPH_SHARE = 0.09
-GRAPH_BYTES_PER_TOKEN = 0.26 * GIB / 1000
-"""Fitted to the measured peaks that tests/train/report/test_plan.py lists."""
+GAP_SHARE = 0.04
+"""Of activations, which PyTorch reserves besides; fitted to the measured peaks that tests/train/report/test_plan.py
+lists."""
 
-MEASURED_MFU = ((433e6, 0.345), (1463e6, 0.366), (5297e6, 0.326))
+MEASURED_MFU = ((433e6, 0.372), (1463e6, 0.396), (5297e6, 0.326))
 """Parameters and share of the peak, inputs of 4096 tokens, one H100, ZeRO stage 1. XL ran at stage 3 on two GPUs with
 31 %, and so counts for more."""
-LENGTH_FACTOR = ((4096, 1.0), (16_384, 0.945), (65_536, 0.971))
+LENGTH_FACTOR = ((4096, 1.0), (16_384, 0.981), (65_536, 0.978))
 """Length of the input and speed beside that of 4096 tokens, of Base."""
 STAGE_FACTOR = {0: 1.0, 1: 1.0, 2: 0.95, 3: 0.95}
 """Speed beside that of stage 1, one H100, Base; stage 3 is assumed to be as fast as stage 2."""
@@ -76,8 +76,8 @@ class Option:
     """What a pass keeps, with the logits and the layer that is recomputed."""
     bucket_bytes: int
     """What is being sent to other GPUs."""
-    graph_bytes: int
-    """CUDA graph and the gaps between PyTorch's blocks, where there is room for them."""
+    gap_bytes: int
+    """Gaps between PyTorch's blocks."""
     memory_bytes: int
     """Of a GPU."""
     step_seconds: float
@@ -86,24 +86,20 @@ class Option:
     @property
     def reserved_bytes(self) -> int:
         """What PyTorch reserves: `peak_memory_bytes` of metrics.jsonl."""
-        return self.least_bytes - CUDA_BYTES + self.graph_bytes
-
-    @property
-    def least_bytes(self) -> int:
-        """What is needed where layers are launched one by one."""
-        return self.state_bytes + self.gradient_bytes + self.activation_bytes + self.bucket_bytes + CUDA_BYTES
+        kept = self.state_bytes + self.gradient_bytes + self.activation_bytes
+        return kept + self.bucket_bytes + self.gap_bytes
 
     @property
     def total_bytes(self) -> int:
         """What the GPU holds."""
-        return self.least_bytes + self.graph_bytes
+        return self.reserved_bytes + CUDA_BYTES
 
     @property
     def fits(self) -> str:
-        """`yes`, `tight` (only without the CUDA graph, or with less than 5 % to spare) or `no`."""
+        """`yes`, `tight` (with less than 5 % to spare) or `no`."""
         if self.total_bytes <= LARGEST_SHARE * self.memory_bytes:
             return "yes"
-        return "tight" if self.least_bytes <= LARGEST_SHARE * self.memory_bytes else "no"
+        return "tight" if self.total_bytes <= self.memory_bytes else "no"
 
 
 @dataclass(frozen=True)
@@ -186,9 +182,9 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
         f"{count(gpus.num_hosts, 'host')}, {num_parameters:,} parameters",
         f"a step: {count(batch, 'sample')} of {data.input_length:,}/{data.target_length:,} tokens, "
         f"{step_flops(config):.3e} FLOPs; {tokens:.4g} tokens take {count(steps, 'step')}",
-        "memory in GiB per GPU, an estimate; fits: tight = only with layers launched one by one, or with no reserve",
+        "memory in GiB per GPU, an estimate; fits: tight = with less than 5 % to spare",
         f"  {'stage':>5} {'checkpointing':<17} {'micro-batch':>11} {'states':>7} {'gradients':>9} {'activations':>11} "
-        f"{'buckets':>7} {'graphs':>7} {'CUDA':>5} {'total':>7}  {'fits':<5} {'s/step':>8} {'days':>8}",
+        f"{'buckets':>7} {'gaps':>7} {'CUDA':>5} {'total':>7}  {'fits':<5} {'s/step':>8} {'days':>8}",
         *(_row(option, steps, "*" if option is best else " ") for option in shown(options, best)),
         *_checkpoint_lines(config, checkpoint_bytes(shapes, config), steps),
         *_notes(config, gpus, num_parameters),
@@ -198,8 +194,8 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
         return "\n".join([*lines, f"nothing fits: use {fix}"])
     if best.fits == "tight":
         lines.append(
-            f"note: nothing fits with a reserve; what is recommended needs {best.least_bytes / GIB:.1f} GiB without "
-            "the CUDA graph, and may run without it"
+            f"note: nothing fits with a reserve of 5 %; if {best.total_bytes / GIB:.1f} GiB turn out too much, use "
+            "shorter inputs or more GPUs"
         )
     lines.append(
         f"recommended (*): ZeRO stage {best.stage}, micro-batch {best.micro_batch_size}, activation checkpointing "
@@ -287,7 +283,7 @@ def _option(
         gradient_bytes=states.gradient_bytes,
         activation_bytes=activations,
         bucket_bytes=_bucket_bytes(config, states.stage, gpus.num_gpus, num_parameters, gathered),
-        graph_bytes=_graph_bytes(config, activations, plain.of_samples(config, size), size),
+        gap_bytes=round(GAP_SHARE * activations),
         memory_bytes=gpus.memory_bytes,
         step_seconds=step_seconds(config, gpus, states.stage, size, num_parameters),
     )
@@ -306,19 +302,6 @@ def _bucket_bytes(config: RunConfig, stage: int, num_gpus: int, num_parameters: 
 def _reduced_bytes(config: RunConfig) -> int:
     """Bytes per element in which gradients are summed over GPUs."""
     return 2 if config.zero.reduce_dtype == "bf16" and uses_bf16(config, on_gpu=True) else 4
-
-
-def _graph_bytes(config: RunConfig, activations: int, without_checkpointing: int, size: int) -> int:
-    """Bytes that PyTorch reserves beside what a pass keeps: the graph's own memory while a second form is compared.
-
-    A fit to measured peaks, at most once more what the pass keeps.
-    """
-    tokens = size * (config.data.input_length + config.data.target_length)
-    has_graph = config.train.compile == "auto" and not config.train.deterministic and sums_flat(config, on_gpu=True)
-    extra = GRAPH_SHARE * activations
-    if has_graph:
-        extra += GRAPH_BYTES_PER_TOKEN * tokens * activations / without_checkpointing
-    return round(min(extra, activations))
 
 
 def step_seconds(config: RunConfig, gpus: Cluster, stage: int, micro_batch_size: int, num_parameters: int) -> float:
@@ -391,7 +374,7 @@ def shown(options: Sequence[Option], best: Option | None) -> list[Option]:
 def _row(option: Option, steps: int, mark: str) -> str:
     """A line of the table."""
     parts = [option.state_bytes, option.gradient_bytes, option.activation_bytes, option.bucket_bytes]
-    parts += [option.graph_bytes, CUDA_BYTES, option.total_bytes]
+    parts += [option.gap_bytes, CUDA_BYTES, option.total_bytes]
     widths = (7, 9, 11, 7, 7, 5, 7)
     memory = " ".join(f"{part / GIB:>{width}.1f}" for part, width in zip(parts, widths, strict=True))
     days = option.step_seconds * steps / 86400

@@ -16,6 +16,7 @@ from colt5dist.train.engine.deepspeed_json import engine_stage, sums_flat, uses_
 
 SCORES = (
     "model.fetch_k_ratio",
+    "model.router_scores",
     "model.router_eps",
     "model.router_n_iters",
     "model.router_eps_init",
@@ -32,6 +33,7 @@ HEAVY = (
     "model.heavy_ff_dim",
     *SCORES,
     "train.routing_every",
+    "optimizer.router_lr_factor",
 )
 """Settings of heavy branches and their routers."""
 LIGHT = ("model.light_radius", "model.light_positions", "model.num_light_heads", "model.light_ff_dim")
@@ -79,6 +81,7 @@ def _model(config: RunConfig) -> Unread:
     elif model.routing != "learned":
         for key in SCORES:
             yield key, f"model.routing={model.routing} has no soft scores"
+        yield "optimizer.router_lr_factor", f"model.routing={model.routing} has no routing vectors"
     elif model.router_solver == "newton":
         for key in ("n_iters", "eps_init", "eps_decay"):
             yield f"model.router_{key}", "model.router_solver=newton does not read it"

@@ -78,8 +78,8 @@ def train(config: RunConfig, ranks: Ranks, device: torch.device) -> tuple[dict[s
             after = [f.tensor for f in fragments.owned_fragments(engine)]
             unchanged = not applied and all(map(torch.equal, before, after)) and len(before) == len(after)
         losses.append(means.loss)
-        news += engine.news
-        engine.news.clear()
+        news += engine.forms.news
+        engine.forms.news.clear()
     engine.close()
     return {"losses": losses, "unchanged": unchanged, "news": news}, gradients
 

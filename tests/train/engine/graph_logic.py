@@ -58,7 +58,8 @@ def train(config: RunConfig, kind: str) -> dict[str, Any]:
     graphs = Repeated(engine._pass, engine.device)
     graphs.broken = kind
     if kind != "plain":
-        engine._graphs, engine._compiled = graphs, True
+        engine.forms.begin(engine._pass, engine.gradients, graphs=True)
+        engine.forms.graphs, engine.forms.compiled = graphs, True
     losses, news = [], []
     for step in range(1, STEPS + 1):
         batches = engine.arrange(micro_batches(config, step, ranks))
@@ -73,13 +74,13 @@ def train(config: RunConfig, kind: str) -> dict[str, Any]:
         assert engine.gradients.are_finite(means.extra)
         _, norm = engine.step(0.003)
         losses.append([means.loss, norm])
-        news += engine.news
-        engine.news.clear()
+        news += engine.forms.news
+        engine.forms.news.clear()
     return {
         "losses": losses,
         "news": news,
         "captures": graphs.captures,
-        "graphs": engine._graphs is not None,
+        "graphs": engine.forms.graphs is not None,
         "routing": routing,
     }
 

@@ -37,15 +37,16 @@ class PlainMuon:
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         self.optimizer = config.optimizer
         self.rows = {}
-        others = []
+        others, routers = [], []
         for name, p in model.named_parameters():
             if name.endswith(PROJECTIONS):
                 self.rows[p] = self.rows_of_maps(model.get_submodule(name.removesuffix(".weight")), name, len(p))
             else:
-                others.append(p)
+                (routers if "router" in name else others).append(p)
         self.momentum = {p: torch.zeros_like(p) for p in self.rows}
         betas = (self.optimizer.beta1, self.optimizer.beta2)
-        self.adamw = torch.optim.AdamW(others, LEARNING_RATE, betas, self.optimizer.eps, weight_decay=0.0)
+        groups = [{"params": others}, {"params": routers, "lr": LEARNING_RATE * self.optimizer.router_lr_factor}]
+        self.adamw = torch.optim.AdamW(groups, LEARNING_RATE, betas, self.optimizer.eps, weight_decay=0.0)
 
     def rows_of_maps(self, projection: nn.Module, name: str, num_rows: int) -> list[list[int]]:
         """Which rows of a weight are one map: its queries, its keys, its values, a half of gated GELU, or all."""

@@ -24,6 +24,7 @@ SETTINGS = (
     "train.micro_batch_size=2",
     "optimizer.name=muon",
     "optimizer.momentum=0.9",
+    "optimizer.router_lr_factor=30",
     "train.ema=0.15",
     "zero.persistence_threshold=100",  # DeepSpeed keeps vectors gathered at stage 3, also when weights are written
 )

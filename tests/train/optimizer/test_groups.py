@@ -36,6 +36,13 @@ def test_only_the_projections_are_decayed(name: str, settings: list[str]) -> Non
     muon = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.3))
     groups = {bool(group.get("is_muon")): {names[id(p)] for p in group["params"]} for group in muon.param_groups}
     assert groups == {True: by_decay[0.3], False: by_decay[0.0]}
+    for rule in ("adamw", "muon"):
+        faster = build_optimizer(model, OptimizerConfig(name=rule, weight_decay=0.3, router_lr_factor=4.0))
+        by_factor = [(g.get("lr_factor", 1.0), {names[id(p)] for p in g["params"]}) for g in faster.param_groups]
+        routers = {parameter for parameter in names.values() if "router" in parameter}
+        expected = [(1.0, by_decay[0.3]), (1.0, by_decay[0.0] - routers), (4.0, routers)]
+        assert by_factor == (expected if routers else expected[:2])
+        assert bool(routers) == (not {"model.encoder=dense", "model.encoder=light"} & set(settings))
     matrices = muon_matrices(model)
     assert set(matrices) == by_decay[0.3]
     for parameter, matrix in matrices.items():
