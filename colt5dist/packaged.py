@@ -26,7 +26,7 @@ def command_files() -> list[Path]:
 
 def job_files() -> list[Path]:
     """Job scripts for schedulers, to be copied and edited, in the order of their names."""
-    return sorted(SCRIPTS.glob("*/pretrain.*"))
+    return sorted(SCRIPTS.glob("[!_]*/pretrain.*"))  # none of __pycache__
 
 
 def pretrain_target() -> str:

@@ -105,10 +105,21 @@ def rank_places(processes: int, port: int) -> list[dict[str, object]]:
 
 
 def import_everything() -> None:
-    """Import what a start needs, also what DeepSpeed imports only for an engine, which includes PyTorch's compilers."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    """Import what a start needs, also what DeepSpeed imports only for an engine, which includes PyTorch's compilers.
+
+    The garbage collector forgets it: each collection of a fork would look at a million objects, and copy their memory.
+    """
+    import atexit
+    import gc
+
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
     import colt5dist.train.pretrain  # noqa: F401
+
+    assert deepspeed.ops.__compatible_ops__  # it looks on first access what can be compiled here
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries would say of frozen objects that they were left; forks do not come here
 
 
 def serve() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from colt5dist import packaged
 from colt5dist.__main__ import main
 from colt5dist.packaged import CONFIGS, SCRIPTS, command_files, config_names, find_config, job_files, pretrain_target
 from colt5dist.train import run_directory
@@ -57,6 +58,15 @@ def test_the_list_names_every_command_and_configuration(capsys: pytest.CaptureFi
     assert not [text for text in listed.values() if "`" in text or not text]
     assert f"  {', '.join(sorted(path.stem for path in ROOT.glob('configs/*.yaml')))}" in lines
     assert len(job_files()) == 2 and {f"  {path}" for path in job_files()} <= set(lines)
+
+
+def test_python_s_own_files_are_no_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package has them in launch/, as has a checkout whose scripts were imported."""
+    for name in ("slurm/pretrain.sbatch", "__pycache__/pretrain.cpython-311.pyc"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.setattr(packaged, "SCRIPTS", tmp_path)
+    assert job_files() == [tmp_path / "slurm" / "pretrain.sbatch"]
 
 
 def test_the_list_takes_no_argument(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +130,7 @@ def test_a_wheel_works_without_the_checkout(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(site)
     shutil.rmtree(checkout)
-    for name in ("launch/*.py", "launch/*/pretrain.*", "configs/**/*.yaml", "colt5dist/**/*.py"):
+    for name in ("launch/*.py", "launch/[!_]*/pretrain.*", "configs/**/*.yaml", "colt5dist/**/*.py"):
         files = [str(path.relative_to(ROOT)).removeprefix("colt5dist/") for path in ROOT.glob(name)]
         assert files and [file for file in files if not (site / "colt5dist" / file).is_file()] == []
     (distribution,) = importlib.metadata.distributions(path=[str(site)])

@@ -1,7 +1,7 @@
 """Kill and restart a run of two processes many times, and compare its losses with those of an undisturbed run.
 
-    python tests/torture.py --rounds 200          # by hand, long
-    python tests/torture.py --minutes 2.4 --seed 1  # as in the tests
+    python tests/torture.py --rounds 200  # by hand, long
+    python tests/torture.py --rounds 8 --launcher-every 8 --seed 1  # as in the tests
 
 At random moments, a third of them while a checkpoint is being written, one rank or both are killed with SIGKILL. Most
 rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds. Every
@@ -39,7 +39,7 @@ from forks import become_rank, import_everything, rank_places  # noqa: E402
 SETTINGS = (
     *MICRO_SETTINGS,
     "train.micro_batch_size=4",
-    "checkpoint.every_steps=3",
+    "checkpoint.every_steps=2",
     "checkpoint.keep_last=2",
     "train.timeout_seconds=20",
 )

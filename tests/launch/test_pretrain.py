@@ -5,14 +5,12 @@ import math
 import os
 import shutil
 import subprocess
-import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, trainer_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colt5dist.train.checkpoint import find_checkpoints, read_index
@@ -306,25 +304,23 @@ def test_init_from_takes_the_weights_only(reference: tuple[Path, str], run_pretr
     assert done.stdout.index(first) < done.stdout.index("step 1/2 | loss ") < done.stdout.index("step 2/2 | loss ")
 
 
-def test_the_file_stop(micro_settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_file_stop(run_pretrain: Pretrain, tmp_path: Path) -> None:
     """The run saves a checkpoint after the current step and ends with status 0."""
     run_dir = tmp_path / "run"
-    settings = [*micro_settings, f"run_dir={run_dir}", "train.steps=100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "pretrain.py"), *settings],
-        env=trainer_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not read_metrics(run_dir):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
+
+    def ask_for_a_stop() -> None:
+        while not read_metrics(run_dir) and not ended.wait(0.05):
+            pass
         (run_dir / "STOP").touch()
-        assert process.wait(60) == 0
+
+    ended = threading.Event()
+    asking = threading.Thread(target=ask_for_a_stop)
+    asking.start()
+    try:
+        run_pretrain(run_dir, "train.steps=100000")  # with status 0
     finally:
-        process.kill()
+        ended.set()
+        asking.join()
     last = read_metrics(run_dir)[-1]["step"]
     assert status(run_dir)["status"] == "stopped" and status(run_dir)["step"] == last
     assert (run_dir / "checkpoints" / f"step_{last:08d}" / "COMPLETE").exists()

@@ -5,6 +5,7 @@
 FULL_FOLDER: a file system with space for one checkpoint, or "-".
 """
 
+import gc
 import io
 import json
 import os
@@ -50,6 +51,7 @@ def attempt(call: Callable[[], object]) -> dict[str, Any]:
 def run(run_dir: Path, settings: list[str], *more: str) -> dict[str, Any]:
     """Start or resume a run; returns its outcome, and its checkpoints and losses afterwards."""
     result = attempt(lambda: pretrain(load_config(TINY, [*settings, f"run_dir={run_dir}", *more]), RANKS))
+    gc.freeze()  # the end of a run has undone it; what was imported need not be looked through by the next
     wait_for_deletions()
     folders = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     return {**result, "folders": folders, "losses": [record["loss"] for record in read_metrics(run_dir)]}

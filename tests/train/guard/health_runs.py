@@ -6,6 +6,7 @@ Writes, for each run, the exit status of every start, its last checkpoint's stat
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -227,6 +228,7 @@ def run(
             printed, errors = io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
                 status = main([f"run_dir={run_dir}", *settings, *own])
+            gc.freeze()  # the end of a run has undone it; what was imported need not be looked through by the next
             checkpoint, state = last_state(run_dir)
             result["starts"].append(
                 {
