@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 STAGES = (0, 1, 2, 3)
+ALL_PAIRS = [(written, loaded) for written in STAGES for loaded in STAGES]
+SOME_PAIRS = [(written, (written + step) % 4) for written in STAGES for step in (0, 1)]
+"""Stages that write and load a checkpoint: what each writes is loaded by itself and by another one."""
 SCRIPT = Path(__file__).with_name("zero_matrix.py")
 
 
@@ -40,8 +43,9 @@ def results_of(
         folder = tmp_path_factory.mktemp("matrix")
         for loaded, micro_batch_size in ((2, 2), (1, 8)) if saved == 2 else ((1, 8), (2, 4)):
             settings = (*micro_settings, f"train.micro_batch_size={micro_batch_size}")
-            if (saved, loaded) == (1, 1):
-                settings = (*settings, "--loads=")  # what two processes wrote is loaded by one, and the reverse
+            if (saved, loaded) != (2, 2):  # what two processes wrote is loaded by one, and the reverse
+                pairs = [] if saved == loaded else SOME_PAIRS
+                settings = (*settings, "--loads=" + ",".join(f"{one}{other}" for one, other in pairs))
             found[saved, loaded] = run_matrix(folder / f"{loaded}.json", folder, settings, loaded)
     return found
 
@@ -81,11 +85,12 @@ def test_ten_rollbacks_take_no_memory(results: dict[str, Any], stage: int) -> No
     close(results[f"anew {stage}"], results[f"train {stage}"][:1])
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (2, 1), (1, 2)])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("written", STAGES)
+@pytest.mark.parametrize(
+    ("saved", "loaded", "written", "stage"),
+    [(2, 2, *pair) for pair in ALL_PAIRS] + [(*sizes, *pair) for sizes in ((2, 1), (1, 2)) for pair in SOME_PAIRS],
+)
 def test_a_checkpoint_loads_at_every_stage_and_world_size(
-    results_of: dict[tuple[int, int], dict[str, Any]], written: int, stage: int, saved: int, loaded: int
+    results_of: dict[tuple[int, int], dict[str, Any]], saved: int, loaded: int, written: int, stage: int
 ) -> None:
     """Going on from a checkpoint equals the run that wrote it, cut into other micro-batches, too."""
     close(results_of[saved, loaded][f"load {written} {stage}"], results_of[saved, saved][f"train {written}"][2:])
@@ -108,7 +113,7 @@ def bf16(
     for offload in ("none", "optimizer"):
         folder = tmp_path_factory.mktemp(offload)
         own = ("train.micro_batch_size=2", "train.precision=bf16", f"zero.offload={offload}")
-        settings = (*micro_settings, *own, "--loads=11,12,13,21,22,23,31,32,33")
+        settings = (*micro_settings, *own, "--loads=12,23,31")
         found[offload] = run_matrix(folder / "out.json", folder, settings, 2, stages="123")
     return found
 
@@ -120,6 +125,6 @@ def test_bf16_trains_alike_with_and_without_offload(bf16: dict[str, dict[str, An
     expected = [loss for loss, _ in bf16["none"]["train 1"]]
     assert [loss for loss, _ in bf16[offload][f"train {stage}"]] == pytest.approx(expected, rel=1e-3)
     assert bf16[offload][f"nan {stage}"] == {"applied": False, "finite": True}
-    for written in STAGES[1:]:
-        loaded = [loss for loss, _ in bf16[offload][f"load {written} {stage}"]]
-        assert loaded == pytest.approx(expected[2:], rel=1e-3)
+    written = {1: 3, 2: 1, 3: 2}[stage]  # each loads what another one wrote
+    loaded = [loss for loss, _ in bf16[offload][f"load {written} {stage}"]]
+    assert loaded == pytest.approx(expected[2:], rel=1e-3)
