@@ -1,13 +1,16 @@
 """launch/prepare.py as a user calls it: its output, its exit status, and its one-line errors."""
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from colt5dist.data.read.shards import open_shards
+from colt5dist.launch.prepare import main
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "prepare.py"
 
@@ -15,6 +18,17 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "prepare.py"
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the script."""
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+
+
+def call_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Call the script's `main` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as end:  # argparse ends so
+            status = int(str(end.code))
+    return subprocess.CompletedProcess([], status, out.getvalue(), err.getvalue())
 
 
 def test_text_to_shards(tmp_path: Path) -> None:
@@ -30,7 +44,9 @@ def test_text_to_shards(tmp_path: Path) -> None:
     assert f"held out: {shards.validation.num_documents} document, " in done.stdout
     assert f"left out, not UTF-8: 1 ({tmp_path / 'bad.txt'})" in done.stdout
     assert "512 to 1,023" in done.stdout and done.stdout.endswith(f"written: {tmp_path / 'out/shards'}\n")
-    again = call("--input", tmp_path / "*.txt", "--output", tmp_path / "out/shards", "--validation-fraction", "0.1")
+    again = call_here(
+        "--input", tmp_path / "*.txt", "--output", tmp_path / "out/shards", "--validation-fraction", "0.1"
+    )
     assert again.returncode == 0 and again.stdout.endswith(f"was already there: {tmp_path / 'out/shards'}\n")
 
 
@@ -63,7 +79,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[st
     """The error is on stderr, without a traceback."""
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    done = call(*(argument.format(tmp_path) for argument in arguments))
+    done = call_here(*(argument.format(tmp_path) for argument in arguments))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: " + message.format(tmp_path)) and done.stderr.count("\n") == 1
 
@@ -74,10 +90,10 @@ def test_verify_info_and_show(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"in/{number}.txt").write_text(f"document {number} tells of many things, and ends. " * 40)
     shards = tmp_path / "shards"
-    assert call("--input", tmp_path / "in", "--output", shards, "--workers", 1).returncode == 0
-    verified = call("verify", shards)
+    assert call_here("--input", tmp_path / "in", "--output", shards, "--workers", 1).returncode == 0
+    verified = call_here("verify", shards)
     assert verified.returncode == 0 and verified.stdout.endswith(": undamaged\n") and verified.stderr == ""
-    info = call("info", shards)
+    info = call_here("info", shards)
     assert info.returncode == 0
     for line in ("tokenizer: bytes, 259 ids (uint16), pad 0, end 1", "made with files: 40", "1,024 to 2,047"):
         assert line in info.stdout
@@ -87,7 +103,9 @@ def test_verify_info_and_show(tmp_path: Path) -> None:
     assert unread.returncode == 0 and unread.stderr == b""
     tiny = SCRIPT.parent.parent / "configs/tiny.yaml"
     settings = ("data.skip=[[0, 2]]", 'data.mixture=["span_corruption(8, 0.15)"]')
-    shown = call("show", shards, "--config", tiny, "--sample", 21, "--world-size", 4, "--colour", "always", *settings)
+    shown = call_here(
+        "show", shards, "--config", tiny, "--sample", 21, "--world-size", 4, "--colour", "always", *settings
+    )
     assert shown.returncode == 0, shown.stderr
     # samples 0 and 1 are left out: 21 is the twentieth of steps of 8
     assert shown.stdout.startswith("sample 21: step 3, rank 3 of 4, micro-batch 0, row 0\n")
@@ -95,10 +113,10 @@ def test_verify_info_and_show(tmp_path: Path) -> None:
     targets = shown.stdout.split("\ntargets, ")[1]
     num_sentinels = targets.count("\033[1;33m")
     assert num_sentinels > 9 and f" tokens, {num_sentinels} of them sentinels:\n" in targets
-    assert "is in data.skip" in call("show", shards, "--config", tiny, "--sample", 1, "data.skip=[[0, 2]]").stderr
+    assert "is in data.skip" in call_here("show", shards, "--config", tiny, "--sample", 1, "data.skip=[[0, 2]]").stderr
     content = bytearray((shards / "000000.tar").read_bytes())
     content[3000] ^= 1
     (shards / "000000.tar").write_bytes(content)
-    damaged = call("verify", shards)
+    damaged = call_here("verify", shards)
     assert damaged.returncode == 1 and f"damaged: {shards}/000000.tar: at byte" in damaged.stdout
-    assert call("verify", tmp_path / "none").returncode == 2
+    assert call_here("verify", tmp_path / "none").returncode == 2

@@ -60,8 +60,10 @@ def test_without_a_valid_key_all_is_zero():
     assert not any(x[1].any() for x in results)
 
 
-def test_bfloat16_keeps_its_precision():
-    compare([(2, 1, 64, 16), (2, 1, 96, 16)], padded([96, 70], 96), dtype=torch.bfloat16, rtol=2e-2)
+@pytest.mark.parametrize("num_valid", [1, 8, 600])
+def test_few_valid_keys_of_many_in_float32(num_valid):
+    """Rounding grows with the masked keys for each valid one, and no further."""
+    compare([(2, 1, 9, 8), (2, 1, 4096, 8)], padded([4096, num_valid], 4096), dtype=torch.float32, rtol=2e-3)
 
 
 def test_is_one_graph_when_compiled():
@@ -85,12 +87,21 @@ def test_is_one_graph_when_compiled():
         ([(2, 1, 2730, 64), (2, 1, 4096, 64)], [4096, 3300]),
         ([(2, 8, 512, 64), (2, 8, 1024, 64)], [1024, 700]),
         ([(2, 2, 100, 128), (2, 2, 333, 128)], [333, 0]),
+        ([(2, 1, 128, 64), (2, 1, 16_384, 64)], [16_384, 4]),
     ],
 )
 @pytest.mark.parametrize("shift", [0.0, -2.0])
 def test_fused_kernels_of_a_gpu(shapes, lengths, shift):
     mask = padded(lengths, shapes[1][2])
     compare(shapes, mask, shift=shift, dtype=torch.bfloat16, device="cuda", rtol=2e-2)
+
+
+@pytest.mark.gpu
+def test_one_query_has_the_kernels_with_a_mask():
+    q, k = (torch.randn(2, 2, n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 50))
+    mask = padded([50, 20], 50).cuda()
+    expected = masked_attention(q, k, k, mask, implementation="reference")
+    assert torch.equal(masked_attention(q, k, k, mask), expected)
 
 
 @pytest.mark.gpu
@@ -107,6 +118,8 @@ def test_other_kernels_of_a_gpu(monkeypatch):
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, "mask"),
         ({"mask": torch.ones(2, 1, 5)}, "mask"),
         ({"implementation": "fast"}, "implementation"),
+        ({"q": torch.zeros(2, 1, 0, 8), "implementation": "centred_keys"}, "no empty tensors"),
+        ({**{name: torch.zeros(2, 1, 5, 8).bfloat16() for name in "qkv"}, "implementation": "centred_keys"}, "float32"),
         ({"mask": torch.ones(2, 1, 5, 5, dtype=torch.bool), "implementation": "centred_keys"}, "query by query"),
     ],
 )

@@ -16,14 +16,24 @@ MAX_DIM = 128
 aten = torch.ops.aten
 
 
-def obstacle_to_centred_keys(q: Tensor) -> str | None:
-    """Why the fused kernels cannot serve these queries; None if they can."""
+def obstacle_to_centred_keys(q: Tensor, k: Tensor) -> str | None:
+    """Why the fused kernels cannot serve these queries and keys; None if they can."""
+    if not q.numel() or not k.numel():
+        return "takes no empty tensors"
+    is_short = q.dtype in (torch.bfloat16, torch.float16)
     if not q.is_cuda:
-        return None
-    if q.dtype not in (torch.bfloat16, torch.float16):
+        return (
+            f"takes float32 and float64 on CPUs, not {q.dtype}: the sums of the kernel there are rounded" * is_short
+            or None
+        )
+    if not is_short:
         return f"takes 16-bit types on CUDA, not {q.dtype}"
     if q.shape[-1] > MAX_DIM or q.shape[-1] % 8:
         return f"takes heads of a multiple of 8 up to {MAX_DIM} on CUDA, not {q.shape[-1]}"
+    if q.shape[2] == 1 or k.shape[2] == 1:
+        return "takes more than one query and one key on CUDA"
+    if torch.cuda.get_device_capability(q.device) < (8, 0) or not torch.backends.cuda.flash_sdp_enabled():
+        return "needs FlashAttention, so a GPU of compute capability 8.0 or more"
     return None
 
 
@@ -52,7 +62,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, num_zero: Tensor) -> tuple[Tensor,
     log_sum = log_sum.reshape(q.shape[:3])
     num_zero = num_zero.unsqueeze(-1)
     some_valid = num_zero < k.shape[2]
-    share = num_zero * torch.exp(-log_sum)
+    # by Jensen's inequality it is at most the share of the keys, whatever the kernel's rounding
+    share = torch.minimum(num_zero * torch.exp(-log_sum), num_zero / k.shape[2])
     # with no valid key: output 0, and weights of 0 in the backward pass
     factor = torch.where(some_valid, 1.0 / (1.0 - share), 0.0)
     log_sum = torch.where(some_valid, log_sum + torch.log1p(-share), torch.inf)

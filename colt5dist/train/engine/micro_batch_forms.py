@@ -35,11 +35,18 @@ WARM_UP_RUNS = 2
 """Passes before a capture: the first compiles, the second makes the workspaces that compiled code needs."""
 
 
-class CompileError(RuntimeError):
+class FormError(RuntimeError):
+    """A form fails, or computes something else; raised on all ranks."""
+
+    out_of_memory = False
+    """Whether some rank had no room for it."""
+
+
+class CompileError(FormError):
     """Layers cannot be compiled, or compiled ones compute something else."""
 
 
-class CaptureError(RuntimeError):
+class CaptureError(FormError):
     """A CUDA graph cannot be made, or computes something else than what it was made of."""
 
 
@@ -118,21 +125,20 @@ class MicroBatchForms:
                 notes[form_of(form)] = self._compile(form, num_targets)
                 self._proven.add(form_of(form))
         except CompileError as error:
-            self._fall_back(in_capture=False, cause=first_cause(error))
-        graphs = self.graphs
-        if graphs is not None:
+            self._fall_back(error)
+        if self.graphs is not None:
             try:
-                self._capture(graphs, forms, num_targets)
+                self._capture(forms, num_targets)
             except CaptureError as error:
-                self._fall_back(in_capture=True, cause=first_cause(error))
+                self._fall_back(error)
         self._proven.update(map(form_of, forms))
         if self.compiled:
             seconds = (time.monotonic() - begin) / len(forms)
-            for form in forms:
+            for form in (form for form in forms if form_of(form) in notes):
                 what = f"layers for {_name(form)}"
                 if self.graphs is not None:
                     what = f"forward and backward of {_name(form)} in one CUDA graph,"
-                self.news.append(f"compile: {what} made in {seconds:.1f} s{notes.get(form_of(form), '')}")
+                self.news.append(f"compile: {what} made in {seconds:.1f} s{notes[form_of(form)]}")
 
     def _on_device(self, batch: Batch) -> Batch:
         return without_needless_mask(to_device(batch, self.device), batch)
@@ -162,37 +168,39 @@ class MicroBatchForms:
                 raise RuntimeError(f"compiled, {problem}")
         return ""
 
-    def _capture(self, graphs: MicroBatchGraphs, forms: list[Batch], num_targets: torch.Tensor) -> None:
+    def _capture(self, forms: list[Batch], num_targets: torch.Tensor) -> None:
         """Capture a graph of each form, replay it, and compare.
 
         Raises:
             CaptureError: on all ranks, if one cannot be captured, or computes something else.
         """
-        assert self._gradients is not None and self._run is not None
+        assert self._gradients is not None and self._run is not None and self.graphs is not None
         try:
             with self._together(CaptureError):
                 launched = [self._numbers(self._run(self._on_device(form), num_targets)) for form in forms]
                 for form in forms:
-                    graphs.add(form, num_targets)
+                    self.graphs.add(form, num_targets)
             with self._together(CaptureError):
                 for form, expected in zip(forms, launched, strict=True):
-                    problem = difference(self._numbers(graphs.run(form, num_targets)[1]), expected)
+                    problem = difference(self._numbers(self.graphs.run(form, num_targets)[1]), expected)
                     if problem:
                         raise RuntimeError(f"in a CUDA graph, {problem}")
         finally:
             self._gradients.clear()
 
-    def _fall_back(self, *, in_capture: bool, cause: BaseException) -> None:
-        """Leave the graphs, or the compiled layers, free their memory, and say so.
+    def _fall_back(self, error: FormError) -> None:
+        """Leave the graphs, or the compiled layers, free their memory, and say so; the same on all ranks.
 
         Raises:
             torch.OutOfMemoryError: there is no room for the first form, with which the plain layers would not help.
         """
         assert self._gradients is not None
+        out_of_memory, in_capture = error.out_of_memory, isinstance(error, CaptureError)
+        cause = first_cause(error)
         self._gradients.forget_unfinished()
-        out_of_memory = isinstance(cause, torch.OutOfMemoryError)
         if out_of_memory and not in_capture and not self._proven:
-            raise cause
+            is_own = isinstance(cause, torch.OutOfMemoryError)
+            raise cause if is_own else torch.OutOfMemoryError("another rank has no room for a micro-batch")
         in_capture = in_capture or out_of_memory
         reason = first_line(cause)
         self.graphs = None
@@ -221,7 +229,7 @@ class MicroBatchForms:
         return numbers
 
     @contextmanager
-    def _together(self, kind: type[Exception]) -> Iterator[None]:
+    def _together(self, kind: type[FormError]) -> Iterator[None]:
         """Have what fails within it on one rank fail on all, for what follows may wait for the other ranks.
 
         Raises:
@@ -232,8 +240,14 @@ class MicroBatchForms:
             yield
         except Exception as error:  # whatever a compiler or a capture may raise
             failure = error
-        if float(sum_over_ranks(torch.tensor(float(failure is not None), device=self.device))):
-            raise kind("it failed on another rank") from failure
+        mine = [failure is not None, isinstance(failure, torch.OutOfMemoryError)]
+        num_failed, num_out_of_memory = sum_over_ranks(
+            torch.tensor(mine, dtype=torch.float32, device=self.device)
+        ).tolist()
+        if num_failed:
+            problem = kind("it failed on another rank")
+            problem.out_of_memory = num_out_of_memory > 0
+            raise problem from failure
 
 
 def _name(batch: Batch) -> str:

@@ -352,13 +352,13 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
 def recommend(options: Sequence[Option]) -> Option | None:
     """The fastest way that fits with a reserve, else the fastest that is tight; None if nothing fits.
 
-    Of ways that are as fast (to 1 %, or to `EQUAL_SECONDS`) the lowest stage, and then the largest micro-batch.
+    Of ways that are as fast (to 3 %, or to `EQUAL_SECONDS`) the lowest stage, and then the largest micro-batch.
     """
     for fits in ("yes", "tight"):
         able = [option for option in options if option.fits == fits]
         if able:
             fastest = min(option.step_seconds for option in able)
-            limit = max(1.01 * fastest, fastest + EQUAL_SECONDS)
+            limit = max(1.03 * fastest, fastest + EQUAL_SECONDS)
             fast = [option for option in able if option.step_seconds <= limit]
             return min(fast, key=lambda option: (option.stage, -option.micro_batch_size, option.step_seconds))
     return None
