@@ -131,7 +131,7 @@ def initialise_process_group(ranks: Ranks, timeout_minutes: float) -> torch.devi
 
 
 def threads_of_rank(places: list[tuple[str, list[int]]], rank: int) -> int:
-    """Threads with which a rank computes on CPUs: its cores, shared out among the ranks that may use the same ones.
+    """Threads with which a rank computes on CPUs: its cores, shared out among the ranks that may use exactly the same.
 
     Args:
         places: host name of every rank, and the numbers of the cores that it may use (Slurm may give each task its own,
