@@ -126,3 +126,17 @@ def test_accumulate(implementation: str, size: int, dtype: torch.dtype) -> None:
     expected = total + values.float()
     accumulate_(total, values, implementation=implementation)
     assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_accumulate_rows(implementation: str, dtype: torch.dtype, num_rows: int) -> None:
+    """Rows of a wider tensor, added up in float32 and in their order."""
+    total, rows = random(3001).detach(), random(num_rows, 3100, dtype=dtype, seed=1).detach()[:, 57:3058]
+    added = rows[0].float()
+    for row in rows[1:]:
+        added = added + row.float()
+    expected = total + added
+    accumulate_(total, rows, implementation=implementation)
+    assert torch.equal(total, expected)

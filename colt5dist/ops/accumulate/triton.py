@@ -11,14 +11,20 @@ BLOCK = 2048
 
 
 @triton.jit
-def _accumulate_kernel(total, values, n, BLOCK: tl.constexpr):
+def _accumulate_kernel(total, values, n, num_rows, row_stride, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < n
-    added = tl.load(values + places, mask=inside).to(tl.float32)
+    row = values + places
+    added = tl.load(row, mask=inside).to(tl.float32)
+    for _ in range(1, num_rows):
+        row += row_stride
+        added += tl.load(row, mask=inside).to(tl.float32)
     tl.store(total + places, tl.load(total + places, mask=inside) + added, mask=inside)
 
 
 def accumulate_triton_(total: Tensor, values: Tensor) -> None:
     """As `accumulate_`."""
+    num_rows, row_stride = (1, 0) if values.dim() == 1 else (values.shape[0], values.stride(0))
     if total.numel():
-        _accumulate_kernel[(triton.cdiv(total.numel(), BLOCK),)](total, values, total.numel(), BLOCK=BLOCK, num_warps=4)
+        grid = (triton.cdiv(total.numel(), BLOCK),)
+        _accumulate_kernel[grid](total, values, total.numel(), num_rows, row_stride, BLOCK=BLOCK, num_warps=4)

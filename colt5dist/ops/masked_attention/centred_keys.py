@@ -32,7 +32,8 @@ def obstacle_to_centred_keys(q: Tensor, k: Tensor) -> str | None:
         return f"takes heads of a multiple of 8 up to {MAX_DIM} on CUDA, not {q.shape[-1]}"
     if q.shape[2] == 1 or k.shape[2] == 1:
         return "takes more than one query and one key on CUDA"
-    if torch.cuda.get_device_capability(q.device) < (8, 0) or not torch.backends.cuda.flash_sdp_enabled():
+    # not flash_sdp_enabled, which torch.compile cannot trace; it does not switch off what is called directly
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "needs FlashAttention, so a GPU of compute capability 8.0 or more"
     return None
 

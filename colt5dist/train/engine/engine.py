@@ -34,6 +34,7 @@ from colt5dist.train.losses import training_loss
 from colt5dist.train.optimizer.groups import LR_FACTOR, build_optimizer
 from colt5dist.train.optimizer.muon import Muon
 from colt5dist.train.optimizer.weight_average import WeightAverage
+from colt5dist.train.ranks import ranks_from_environment
 
 
 class Engine:
@@ -108,7 +109,14 @@ class Engine:
             return DeepSpeedGradients(self.deepspeed, self.stage, clipping=clipping, device=self.device)
         reduce_dtype = self.dtype if config.zero.reduce_dtype == "bf16" else torch.float32
         if self.stage == 3:
-            return ShardedGradients(self.deepspeed, LAYERS, clipping=clipping, reduce_dtype=reduce_dtype)
+            ranks = ranks_from_environment()
+            return ShardedGradients(
+                self.deepspeed,
+                LAYERS,
+                clipping=clipping,
+                reduce_dtype=reduce_dtype,
+                one_host=ranks.local_world_size == ranks.world_size,
+            )
         return FlatGradients(
             self.deepspeed,
             self.stage,

@@ -7,12 +7,13 @@ computes; and its gradients are summed over ranks by one collective, while the n
     forward     gather layer i + 1 (communication stream) | layer i computes | release layer i
     backward    gather layer i - 1, sum gradients of layer i + 1 | layer i computes | release layer i
 
-What belongs to no layer (embeddings, last norms, output map) is gathered for the whole pass. On one rank nothing is
-gathered: the parameters are views of their only shard. Where DeepSpeed 0.19.8 keeps the shards is left as it is, so
-that checkpoints do not change. What is taken from it (tests/train/engine/test_flat_gradients.py probes it):
-`ds_tensor`, `ds_shape`, `ds_numel` of a parameter, `parameter_offload._remove_module_hooks`,
-`module_forward_pre_hook`, `module_forward_post_hook`, `persistent_parameters`, `ipg_buckets`, and that it replaces the
-modules' `_parameters`.
+What belongs to no layer (embeddings, last norms, output map) is gathered for the whole pass. The last layers, with
+which the backward pass begins, stay gathered as far as DeepSpeed's `stage3_max_live_parameters` allows (1e9 elements
+if it is not given: a small model is gathered once a micro-batch). On one rank nothing is gathered: the parameters are
+views of their only shard. Where DeepSpeed 0.19.8 keeps the shards is left as it is, so that checkpoints do not change.
+What is taken from it (tests/train/engine/test_flat_gradients.py probes it): `ds_tensor`, `ds_shape`, `ds_numel` of a
+parameter, `_config.zero_config`, `parameter_offload._remove_module_hooks`, `module_forward_pre_hook`,
+`module_forward_post_hook`, `persistent_parameters`, `ipg_buckets`, and that it replaces the modules' `_parameters`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,14 @@ class Unit:
         self.has_arrived: torch.cuda.Event | None = None
         """On a GPU: passed when what was begun is complete."""
         self.in_backward = False
+        self.stays = False
+        """Whether it stays gathered from its forward pass to its backward pass."""
         self.release()
+
+    @property
+    def num_elements(self) -> int:
+        """Elements that it holds when it is gathered."""
+        return self._whole.numel()
 
     def release(self) -> None:
         """Give the memory back; tensors that autograd keeps see the values again once the unit is gathered again."""
@@ -96,6 +104,11 @@ class ShardedWeights:
                 self._add_hooks(layer, unit, len(self.units))
                 self.units.append(unit)
         self.root = self._unit([p for p in model.parameters() if p not in self.unit_of])
+        left = deepspeed._config.zero_config.max_live_parameters - self.root.num_elements
+        for unit in reversed(self.units):
+            left -= unit.num_elements
+            # the backward pass begins with the last layer, so releasing that one is of no use
+            unit.stays = unit is self.units[-1] or left >= 0
         model.register_forward_pre_hook(lambda *_: self._gather(self.root))
         model.register_forward_hook(self._after_model)
 
@@ -125,8 +138,8 @@ class ShardedWeights:
                 return
             if states.requires_grad:
                 states.register_hook(before_backward)
-                if number == len(self.units) - 1:
-                    return  # its backward pass is next
+                if unit.stays:
+                    return
             unit.release()
 
         layer.register_forward_pre_hook(before_forward)

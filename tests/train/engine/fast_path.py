@@ -24,7 +24,7 @@ from colt5dist.train.ranks import Ranks, finish_process_group, initialise_proces
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
 VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none", "3-none", "3-full_keep_routing")
-STEPS = 12
+STEPS = 50
 NAN_STEP = 6
 
 

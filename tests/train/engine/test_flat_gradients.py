@@ -19,6 +19,8 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 2e-3}
 
 LOADS = [(0, 1), (0, 2), (0, 3), (1, 2), (2, 1), (1, 0), (2, 0), (3, 0), (1, 1), (2, 2), (3, 3)]
 """Stages that a checkpoint was written and loaded at."""
+RELEASED = "deepspeed.zero_optimization.stage3_max_live_parameters=0"
+"""Layers are released between their forward and backward passes, although the model is small."""
 
 
 @pytest.fixture(scope="module", params=[("fp32", 2), ("bf16", 1), ("bf16", 2)], ids=str)
@@ -32,7 +34,8 @@ def trained(
     precision, processes = request.param
     folder = tmp_path_factory.mktemp("flat")
     loads = ",".join(f"{written}{stage}" for written, stage in LOADS)
-    settings = (*micro_settings, "train.micro_batch_size=2", f"train.precision={precision}", f"--loads={loads}")
+    own = ("train.micro_batch_size=2", f"train.precision={precision}", RELEASED, f"--loads={loads}")
+    settings = (*micro_settings, *own)
     run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "0123", "--flat", *settings, processes=processes)
     return precision, json.loads((folder / "out.json").read_text())
 
@@ -73,9 +76,26 @@ def test_stage_3_runs_layers_again(
         "train.micro_batch_size=2",
         "model.num_encoder_layers=4",
         "train.activation_checkpointing=full_keep_routing",
+        RELEASED,
     )
     run_ranks(SCRIPT, str(tmp_path / "out.json"), str(tmp_path), "03", "--flat", *micro_settings, *own, processes=2)
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["gathered 3"]["left"] == 0 and 1 <= results["gathered 3"]["most"] <= 2
     for got, expected in zip(results["train 3"], results["train 0"], strict=True):
         assert got == pytest.approx(expected, rel=TOLERANCE["fp32"])
+
+
+def test_layers_that_stay_gathered_change_no_number(
+    run_ranks: Callable[..., str], tmp_path: Path, micro_settings: tuple[str, ...]
+) -> None:
+    """By default all layers of a small model stay until their backward pass."""
+    found = {}
+    for name, own in {"released": (RELEASED,), "stay": ()}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = (*micro_settings, "train.micro_batch_size=2", "train.precision=bf16", "--loads=", *own)
+        run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "3", "--flat", *settings, processes=2)
+        found[name] = json.loads((folder / "out.json").read_text())
+    assert found["stay"]["train 3"] == found["released"]["train 3"]
+    assert found["stay"]["gathered 3"] == {"most": 3, "left": 0}
+    assert found["released"]["gathered 3"]["most"] <= 2
