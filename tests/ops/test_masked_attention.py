@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from colt5dist.ops.masked_attention import masked_attention
+from colt5dist.ops.masked_attention.centred_keys import obstacle_to_centred_keys
 
 
 def dense_attention(q, k, v, mask):
@@ -109,6 +111,15 @@ def test_other_kernels_of_a_gpu(monkeypatch):
     """FlashAttention's, which serve older GPUs."""
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
     compare([(2, 4, 200, 64), (2, 4, 333, 64)], padded([333, 150], 333), dtype=torch.float16, device="cuda", rtol=2e-2)
+
+
+def test_the_choice_of_kernels_can_be_compiled(monkeypatch):
+    """For tensors on a GPU, which need not be there; what cannot be traced would leave all layers uncompiled."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        q = torch.empty(2, 4, 50, 64, device="cuda", dtype=torch.bfloat16)
+        choose = torch.compile(lambda q: (obstacle_to_centred_keys(q, q), q.mT), backend="eager", fullgraph=True)
+        assert choose(q)[0] is None
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Trains with compiled layers and CUDA graphs and without, and writes what differs; started by test_fast_path_gpu.py.
 
-    torchrun --nproc-per-node N tests/train/engine/fast_path.py OUTPUT [--variants=3-none,...] SETTING...
+    torchrun --nproc-per-node N tests/train/engine/fast_path.py OUTPUT [--variants=3-none,1-none-float32,...] SETTING...
 
 For each variant STAGE-CHECKPOINTING: the losses of all steps, the relative error of each gradient at the first step,
-and whether a step whose gradient was made NaN left weights and moments as they were, to the bit.
+and whether a step whose gradient was made NaN left weights and moments as they were, to the bit. For a variant
+STAGE-CHECKPOINTING-KIND the first step only: with static routing, or in float32.
 """
 
 import json
@@ -24,6 +25,8 @@ from colt5dist.train.ranks import Ranks, finish_process_group, initialise_proces
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "tiny.yaml"
 VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none", "3-none", "3-full_keep_routing")
+KINDS = {"static": "model.routing=static", "float32": "train.precision=fp32"}
+EXACT_VARIANTS = ("1-none-static", "3-none-static", "1-none-float32", "3-none-float32")
 STEPS = 50
 NAN_STEP = 6
 
@@ -54,11 +57,13 @@ def micro_batches(config: RunConfig, step: int, ranks: Ranks) -> list[Batch]:
     return [Batch(**{name: tensor[i : i + width] for name, tensor in mine.items()}) for i in starts]
 
 
-def train(config: RunConfig, ranks: Ranks, device: torch.device) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def train(
+    config: RunConfig, ranks: Ranks, device: torch.device, steps: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Train a variant; returns losses and what was noted, and the first step's gradients where they can be read."""
     engine = Engine(config, ranks.world_size, device)
     losses, gradients, unchanged, news = [], {}, None, []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         batches = engine.arrange(micro_batches(config, step, ranks))
         count = count_target_tokens(batches, device)
         sums = LossSums(("a", "b", "c", "d"), device)
@@ -91,14 +96,20 @@ def main(output: Path, settings: list[str]) -> None:
     results = {}
     chosen = [setting.partition("=")[2].split(",") for setting in settings if setting.startswith("--variants=")]
     settings = [setting for setting in settings if not setting.startswith("--variants=")]
-    for variant in chosen[0] if chosen else VARIANTS:
-        stage, checkpointing = variant.split("-")
-        own = [f"zero.stage={stage}", f"train.activation_checkpointing={checkpointing}"]
-        slow, slow_gradients = train(load_config(TINY, [*settings, *own, "train.compile=off"]), ranks, device)
-        fast, fast_gradients = train(load_config(TINY, [*settings, *own, "train.compile=auto"]), ranks, device)
+    for variant in chosen[0] if chosen else (*VARIANTS, *EXACT_VARIANTS):
+        stage, checkpointing, *kinds = variant.split("-")
+        own = [
+            f"zero.stage={stage}",
+            f"train.activation_checkpointing={checkpointing}",
+            *(KINDS[kind] for kind in kinds),
+        ]
+        slow, fast = (load_config(TINY, [*settings, *own, f"train.compile={way}"]) for way in ("off", "auto"))
+        steps = 1 if kinds else STEPS
+        slow, slow_gradients = train(slow, ranks, device, steps)
+        fast, fast_gradients = train(fast, ranks, device, steps)
         errors = {
-            name: float((fast_gradients[name] - slow).norm() / slow.norm().clamp(min=1e-12))
-            for name, slow in slow_gradients.items()
+            name: float((fast_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-12))
+            for name, gradient in slow_gradients.items()
         }
         results[variant] = {"slow": slow, "fast": fast, "errors": errors}
         if ranks.is_first:

@@ -13,6 +13,9 @@ import torch
 pytestmark = pytest.mark.gpu
 SCRIPT = Path(__file__).with_name("fast_path.py")
 VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none", "3-none", "3-full_keep_routing")
+LARGEST_ERROR = {"1-none-static": 0.05, "3-none-static": 0.05, "1-none-float32": 0.01, "3-none-float32": 0.01}
+"""Of a gradient, as a share of its norm, where no near-tie routes other tokens: static routing in bf16, and float32,
+whose matrix products may have 10 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +37,22 @@ def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_are_those_of_plain_pytorch(results: dict[str, Any], variant: str) -> None:
-    """To 2e-3 relative: bf16 has 8 bits, and a compiler rounds in other places."""
+    """Of 50 steps, to 2e-3 relative: bf16 has 8 bits, and a compiler rounds in other places."""
     fast, slow = results[variant]["fast"]["losses"], results[variant]["slow"]["losses"]
     assert fast == pytest.approx(slow, rel=2e-3)
     assert slow[-1] < slow[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LARGEST_ERROR)
 def test_every_gradient_is_that_of_plain_pytorch(results: dict[str, Any], variant: str) -> None:
-    """To 5 % of its norm in bf16: near-ties may route other tokens; a gradient that is lost or doubled is far off."""
-    bad = {name: error for name, error in results[variant]["errors"].items() if not error < 0.05}
+    bad = {name: error for name, error in results[variant]["errors"].items() if not error < LARGEST_ERROR[variant]}
+    assert len(results[variant]["errors"]) > 20 and not bad
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_gradient_is_lost_or_doubled(results: dict[str, Any], variant: str) -> None:
+    """In bf16 near-ties route other tokens: by plain PyTorch, too, a gradient is up to 10 % off that of float32."""
+    bad = {name: error for name, error in results[variant]["errors"].items() if not error < 0.25}
     assert len(results[variant]["errors"]) > 20 and not bad
 
 
