@@ -81,6 +81,12 @@ def library_problems(config: RunConfig, world_size: int, on_gpu: bool) -> list[s
     return found
 
 
+def max_live_parameters(config: RunConfig) -> int:
+    """Elements of weights up to which ZeRO stage 3 keeps layers gathered: DeepSpeed's default, unless it is given."""
+    given: Any = config.deepspeed.get("zero_optimization", {})
+    return int(given.get("stage3_max_live_parameters", 1_000_000_000))
+
+
 def deepspeed_config(config: RunConfig, world_size: int, on_gpu: bool) -> dict[str, Any]:
     """Derive DeepSpeed's configuration."""
     bf16, stage = uses_bf16(config, on_gpu), engine_stage(config, on_gpu)

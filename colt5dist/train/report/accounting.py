@@ -146,11 +146,13 @@ class StateMemory:
     """Of these, the bytes of gradients and their sums."""
 
 
-def gathered_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Elements that a device holds whole at once at ZeRO stage 3: of the two largest layers, and of no layer at all.
+def gathered_elements(shapes: Mapping[str, tuple[int, ...]], most: int = 0) -> int:
+    """Elements that a device holds whole at once at ZeRO stage 3: of two layers, or more, and of no layer at all.
 
     Args:
         shapes: name and shape of every parameter.
+        most: elements up to which layers stay gathered until their backward pass (`max_live_parameters`); the two
+            largest layers are there at least.
     """
     layers: Counter[str] = Counter()
     outside = 0
@@ -160,7 +162,8 @@ def gathered_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
             outside += math.prod(shape)
         else:
             layers[layer.group()] += math.prod(shape)
-    return outside + sum(elements for _, elements in layers.most_common(2))
+    two = sum(elements for _, elements in layers.most_common(2))
+    return outside + max(two, min(layers.total(), most - outside))
 
 
 def state_memory(

@@ -13,7 +13,7 @@ from colt5dist.errors import ConfigError
 from colt5dist.train.checkpoint import checkpoint_bytes
 from colt5dist.train.config.load import config_to_yaml
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.deepspeed_json import engine_stage, library_problems
+from colt5dist.train.engine.deepspeed_json import engine_stage, library_problems, max_live_parameters
 from colt5dist.train.engine.engine import build_model, num_elements, parameter_shapes
 from colt5dist.train.optimizer.groups import muon_matrices, num_moments
 from colt5dist.train.report.accounting import (
@@ -75,7 +75,7 @@ def dry_run_report(config: RunConfig, world_size: int, *, num_gpus: int | None =
     lines.append("model states per GPU in GB (activations come on top):")
     sizes = sorted({world_size, *WORLD_SIZES})
     lines.append("  ZeRO stage " + "".join(f"{count(size, 'GPU'):>12}" for size in sizes))
-    gathered = gathered_elements(shapes)
+    gathered = gathered_elements(shapes, max_live_parameters(config))
     kept = num_moments(shapes, config.optimizer)
     tables = [
         state_memory(config, num_parameters, size, on_gpu=True, num_gathered=gathered, num_moments=kept)

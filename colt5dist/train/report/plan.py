@@ -17,7 +17,7 @@ from colt5dist.packaged import pretrain_target
 from colt5dist.train.checkpoint import checkpoint_bytes
 from colt5dist.train.config.load import load_config
 from colt5dist.train.config.schema import RunConfig
-from colt5dist.train.engine.deepspeed_json import engine_stage, uses_bf16
+from colt5dist.train.engine.deepspeed_json import engine_stage, max_live_parameters, uses_bf16
 from colt5dist.train.engine.engine import num_elements, parameter_shapes
 from colt5dist.train.optimizer.groups import num_moments
 from colt5dist.train.report.accounting import (
@@ -40,13 +40,12 @@ GAP_SHARE = 0.04
 """Of activations, which PyTorch reserves besides; fitted to the measured peaks that tests/train/report/test_plan.py
 lists."""
 
-MEASURED_MFU = ((433e6, 0.372), (1463e6, 0.396), (5297e6, 0.326))
-"""Parameters and share of the peak, inputs of 4096 tokens, one H100, ZeRO stage 1. XL ran at stage 3 on two GPUs with
-31 %, and so counts for more."""
+MEASURED_MFU = ((433e6, 0.372), (1463e6, 0.396), (5297e6, 0.370))
+"""Parameters and share of the peak, inputs of 4096 tokens, one H100, ZeRO stage 1; XL on two H200s, stage 3."""
 LENGTH_FACTOR = ((4096, 1.0), (16_384, 0.981), (65_536, 0.978))
 """Length of the input and speed beside that of 4096 tokens, of Base."""
-STAGE_FACTOR = {0: 1.0, 1: 1.0, 2: 0.95, 3: 0.95}
-"""Speed beside that of stage 1, one H100, Base; stage 3 is assumed to be as fast as stage 2."""
+STAGE_FACTOR = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
+"""Speed beside that of stage 1, one H200, Base."""
 RECOMPUTE_FACTOR = 4 / 3
 """Time of a pass with activation checkpointing: a second forward pass beside one forward and the two of backward."""
 BYTES_PER_SECOND_IN_HOST = 150e9
@@ -237,20 +236,20 @@ def plan_options(config: RunConfig, gpus: Cluster, given: set[str]) -> list[Opti
     if "zero.stage" in given:
         stages = [engine_stage(config, on_gpu=True)]
     shapes = parameter_shapes(config)
-    num_parameters, gathered = sum(map(num_elements, shapes.values())), gathered_elements(shapes)
+    num_parameters, moving = sum(map(num_elements, shapes.values())), gathered_elements(shapes)
     states = state_memory(
         config,
         num_parameters,
         gpus.num_gpus,
         on_gpu=True,
-        num_gathered=gathered,
+        num_gathered=gathered_elements(shapes, max_live_parameters(config)),
         num_moments=num_moments(shapes, config.optimizer),
     )
     # of a micro-batch of one sample
     plain = kept_bytes(_with(config, 1, "none"), 1, on_gpu=True)
     kept = {way: plain if way == "none" else kept_bytes(_with(config, 1, way), 1, on_gpu=True) for way in ways}
     return [
-        _option(_with(config, stage, way), gpus, states[stage], kept[way], plain, size, num_parameters, gathered)
+        _option(_with(config, stage, way), gpus, states[stage], kept[way], plain, size, num_parameters, moving)
         for stage in stages
         for way in ways
         for size in sizes
@@ -271,7 +270,7 @@ def _option(
     plain: KeptBytes,
     size: int,
     num_parameters: int,
-    gathered: int,
+    moving: int,
 ) -> Option:
     """Memory and time of one way to run; `kept` and `plain` are of one sample, with checkpointing and without."""
     checkpointing = config.train.activation_checkpointing
@@ -285,26 +284,33 @@ def _option(
         state_bytes=states.device_bytes - states.gradient_bytes,
         gradient_bytes=states.gradient_bytes,
         activation_bytes=activations,
-        bucket_bytes=_bucket_bytes(config, states.stage, gpus.num_gpus, num_parameters, gathered),
+        bucket_bytes=_bucket_bytes(config, states.stage, gpus, num_parameters, moving),
         gap_bytes=round(GAP_SHARE * activations),
         memory_bytes=gpus.memory_bytes,
         step_seconds=step_seconds(config, gpus, states.stage, size, num_parameters),
     )
 
 
-def _bucket_bytes(config: RunConfig, stage: int, num_gpus: int, num_parameters: int, gathered: int) -> int:
-    """Bytes of gradients on their way to other GPUs."""
-    if num_gpus == 1:
+def _bucket_bytes(config: RunConfig, stage: int, gpus: Cluster, num_parameters: int, moving: int) -> int:
+    """Bytes of gradients on their way to other GPUs; `moving`: elements that stage 3 sums together."""
+    if gpus.num_gpus == 1:
         return 0
-    size = _reduced_bytes(config)
-    # a bucket, or at stage 3 the units that are in memory together, and each GPU's part of the sum
-    elements = gathered if stage == 3 else min(config.zero.bucket_size, num_parameters)
-    return round(elements * size * (1 + 1 / num_gpus))
+    # a bucket, or at stage 3 the units that are in memory together
+    elements = moving if stage == 3 else min(config.zero.bucket_size, num_parameters)
+    # what comes is the sum of a GPU's part, or that part from each GPU
+    received = 1.0 if _sent_as_they_are(config, stage, gpus) else 1 / gpus.num_gpus
+    return round(elements * _sent_bytes(config, stage, gpus) * (1 + received))
 
 
-def _reduced_bytes(config: RunConfig) -> int:
-    """Bytes per element in which gradients are summed over GPUs."""
-    return 2 if config.zero.reduce_dtype == "bf16" and uses_bf16(config, on_gpu=True) else 4
+def _sent_as_they_are(config: RunConfig, stage: int, gpus: Cluster) -> bool:
+    """Whether gradients travel in 16 bits, and are summed in float32 where they arrive."""
+    return stage == 3 and gpus.num_hosts == 1 and uses_bf16(config, on_gpu=True)
+
+
+def _sent_bytes(config: RunConfig, stage: int, gpus: Cluster) -> int:
+    """Bytes per element of a gradient that is sent to other GPUs."""
+    short = config.zero.reduce_dtype == "bf16" and uses_bf16(config, on_gpu=True)
+    return 2 if short or _sent_as_they_are(config, stage, gpus) else 4
 
 
 def step_seconds(config: RunConfig, gpus: Cluster, stage: int, micro_batch_size: int, num_parameters: int) -> float:
@@ -326,7 +332,7 @@ def step_seconds(config: RunConfig, gpus: Cluster, stage: int, micro_batch_size:
     rate = BYTES_PER_SECOND_IN_HOST if gpus.num_hosts == 1 else BYTES_PER_SECOND_BETWEEN_HOSTS
     micro_batches = config.train.global_batch_size // (gpus.num_gpus * micro_batch_size)
     whole = 2 if uses_bf16(config, on_gpu=True) else 4
-    weights, gradients = whole * num_parameters, _reduced_bytes(config) * num_parameters
+    weights, gradients = whole * num_parameters, _sent_bytes(config, stage, gpus) * num_parameters
     others = (gpus.num_gpus - 1) / gpus.num_gpus
     if stage == 3:  # weights gathered for forward and for backward, beside what the GPU computes
         return max(seconds, micro_batches * (2 * weights + gradients) * others / rate)

@@ -65,10 +65,12 @@ def test_memory_falls_with_the_stage_and_the_devices() -> None:
     assert cpu == [20_000_000, 16_000_000, 14_000_000, 12_000_000]
 
 
-def test_stage_3_holds_two_layers_and_the_rest_whole() -> None:
+def test_stage_3_holds_two_layers_or_more_and_the_rest_whole() -> None:
     shapes = {"embedding.weight": (10, 4), "encoder.layers.0.a": (2, 3), "encoder.layers.1.a": (2, 3)}
     shapes |= {"encoder.layers.1.b": (5,), "decoder.layers.0.a": (7,), "decoder.norm.gamma": (1,)}
-    assert gathered_elements(shapes) == 41 + (6 + 5) + 7
+    assert gathered_elements(shapes) == gathered_elements(shapes, 50) == 41 + (6 + 5) + 7
+    assert gathered_elements(shapes, 61) == 61
+    assert gathered_elements(shapes, 10**9) == 65
 
 
 @pytest.mark.parametrize(

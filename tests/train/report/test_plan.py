@@ -24,14 +24,25 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 MEASURED_PEAKS = {
     "Base, 16": ("base", ("train.micro_batch_size=16",), {(1, 1): 32.4}),
-    "Base, 32": ("base", ("train.micro_batch_size=32",), {(1, 1): 58.4}),
+    "Base, 32": (
+        "base",
+        ("train.micro_batch_size=32", "train.global_batch_size=64"),
+        {(1, 1): 58.4, (2, 1): 58.1, (3, 1): 59.1, (1, 2): 58.5, (2, 2): 58.4, (3, 2): 55.9},
+    ),
     "Base, 16k": ("base", ("train.micro_batch_size=8", "data.input_length=16384"), {(1, 1): 47.4}),
     "Base, 64k": ("base", ("train.micro_batch_size=2", "data.input_length=65536"), {(1, 1): 45.5}),
-    "dense T5-Base": ("base", ("train.micro_batch_size=8", "model.encoder=dense"), {(1, 1): 17.8}),
+    "dense T5-Base, 8": ("base", ("train.micro_batch_size=8", "model.encoder=dense"), {(1, 1): 17.8}),
+    "dense T5-Base, 16": ("base", ("train.micro_batch_size=16", "model.encoder=dense"), {(1, 1): 31.4}),
+    "dense T5-Base, 16k": (
+        "base",
+        ("train.micro_batch_size=4", "model.encoder=dense", "data.input_length=16384"),
+        {(1, 1): 27.1},
+    ),
     "Large": ("large", ("train.micro_batch_size=8",), {(1, 1): 58.9}),
+    "XL": ("xl", ("train.micro_batch_size=2",), {(3, 2): 64.1}),
 }
-"""Configuration, settings, and ZeRO stage, GPUs and GiB that PyTorch reserved: H100, bf16, targets of 910 tokens, no
-activation checkpointing, CUDA graphs."""
+"""Configuration, settings, and ZeRO stage, GPUs and GiB that PyTorch reserved: H100 or H200, bf16, targets of 910
+tokens, no activation checkpointing, CUDA graphs."""
 
 
 @pytest.mark.parametrize("name", MEASURED_PEAKS)
