@@ -13,7 +13,7 @@ import colt5dist.benchmark
 from colt5dist.errors import ConfigError
 from colt5dist.wording import summary
 
-HELPERS = {"side_by_side"}
+HELPERS = {"package_text", "side_by_side"}
 """Modules in the folder of the benchmarks that are none."""
 
 

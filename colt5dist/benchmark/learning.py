@@ -9,32 +9,22 @@ comparisons, not corrected for their number.
 """
 
 import argparse
-import glob
-import hashlib
 import json
 import math
-import os
-import shutil
 import signal
 import statistics
-import subprocess
-import sys
-import sysconfig
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations, takewhile
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from colt5dist.benchmark import Interval, device_line, interval, verdict
+from colt5dist.benchmark.package_text import default_text, make_shards
 from colt5dist.benchmark.side_by_side import STOPPED, Job, check_unchanged, train, visible_gpus
-from colt5dist.benchmark.step import with_children_ended
 from colt5dist.data import DataConfig, open_shards, required_sentinels
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
-from colt5dist.packaged import SCRIPTS
 from colt5dist.train.report.monitor import read_metrics
 
 VARIANTS = {
@@ -70,7 +60,6 @@ QUICK = (
 MICRO_BATCH_TOKENS = 1 << 17
 TIMED_STEPS, SKIPPED_STEPS = 30, 15
 """Steps of the run that measures the time of a step, and how many of them come before those that count."""
-HELD_OUT_SHARE = 0.05
 OWN_KEYS = {"run_dir", "seed", "train.steps", "train.eval_every", "train.eval_samples", "train.global_batch_size"}
 OWN_KEYS |= {"data.shards", "data.sources", "data.input_length", "data.target_length"}
 """Keys that the options give."""
@@ -128,90 +117,6 @@ def compare(
         if len(known) == len(seeds):
             result |= {"equal_time": of(known), "gpu_seconds": min(time_of)}
     return result
-
-
-def default_text() -> list[str]:
-    """Return the folders of all packages that this Python finds installed."""
-    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1])}
-    return sorted(folders)
-
-
-def write_packages(places: Iterable[str], folder: Path) -> int:
-    """Write one text file per package, which is then one document: a long one, and held out as a whole or not at all.
-
-    A package is what has one name in a given folder, or at the first wildcard of a pattern. Its files follow each other
-    by their paths, each after a comment with its path. Left out are empty files, those that are no UTF-8, copies of
-    earlier ones, and folders of vendored packages.
-
-    Args:
-        places: folders, of which the files *.py are taken, files, and patterns; ** is any number of folders.
-        folder: where to write; it must not be there yet, and appears when it is whole.
-
-    Returns:
-        The number of bytes written.
-
-    Raises:
-        ConfigError: no text was found.
-    """
-    files: dict[Path, tuple[str, str]] = {}
-    for place in map(os.path.expanduser, places):
-        if os.path.lexists(place):
-            base = Path(place) if os.path.isdir(place) else Path(place).parent
-            names: Iterable[Path] = base.rglob("*.py") if os.path.isdir(place) else [Path(place)]
-        else:
-            base = Path(*takewhile(lambda part: not glob.has_magic(part), Path(place).parts))
-            names = map(Path, glob.glob(place, recursive=True))
-        for path in names:
-            inside = path.relative_to(base)
-            if path.is_file() and not any("vendor" in part for part in inside.parts[:-1]):
-                package = inside.parts[0] if len(inside.parts) > 1 else inside.stem
-                files.setdefault(path.resolve(), (package, str(inside)))
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    seen: set[bytes] = set()
-    size = 0
-    for path, (package, inside_package) in sorted(files.items(), key=lambda item: item[1]):
-        try:
-            content = path.read_bytes()
-            content.decode()
-        except (OSError, UnicodeDecodeError):
-            continue
-        digest = hashlib.sha256(content).digest()
-        if content.strip() and digest not in seen:
-            seen.add(digest)
-            with open(partial / f"{package}.txt", "ab") as file:
-                size += file.write(f"# {inside_package}\n".encode() + content + b"\n")
-    if not size:
-        raise ConfigError(f"--text: {' '.join(places)} holds no text; give folders or patterns of text files")
-    partial.rename(folder)
-    return size
-
-
-def make_shards(patterns: Sequence[str], vocabulary: int, output: Path, deadline: float) -> Path | None:
-    """Return the folder of the shards, made from the packages if it is not there; None if the time was up.
-
-    Raises:
-        ConfigError: they cannot be made.
-    """
-    shards, text = output / "shards", output / "text"
-    if shards.exists():
-        return shards
-    if not text.exists():
-        print(f"text of {write_packages(patterns, text) / 1e6:,.1f} MB in {text}", flush=True)
-    options = ["--train-tokenizer", str(vocabulary), "--validation-fraction", str(HELD_OUT_SHARE)]
-    workers = str(min(8, len(os.sched_getaffinity(0)) - 1))
-    command = [sys.executable, str(SCRIPTS / "prepare.py"), "--input", str(text), "--output", str(shards)]
-    process = subprocess.Popen([*command, *options, "--workers", workers], start_new_session=True)
-    try:
-        status = process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        with_children_ended(process)  # it may be ended at any moment; the same command continues
-    if status:
-        raise ConfigError(f"{shards}: launch/prepare.py ended with status {status}; its lines above say why")
-    return shards
 
 
 def common_settings(options: argparse.Namespace, shards: Path, length: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import math
 import pytest
 from conftest import ROOT, TRAINER_VARIABLES
 
-from colt5dist.benchmark import interval, learning, t_quantile, verdict
+from colt5dist.benchmark import interval, learning, package_text, t_quantile, verdict
 from colt5dist.errors import ConfigError
 from colt5dist.train.config.load import load_config
 
@@ -74,11 +74,11 @@ def test_a_package_is_one_document_without_copies_and_vendored_folders(tmp_path)
         "g.txt": "# g.py\nv = 5\n\n",
     }
     for number, place in enumerate(("site", "site/**/*.py")):
-        size = learning.write_packages([str(tmp_path / place)], tmp_path / str(number))
+        size = package_text.write_packages([str(tmp_path / place)], tmp_path / str(number))
         assert {path.name: path.read_text() for path in (tmp_path / str(number)).iterdir()} == expected
         assert size == sum(map(len, expected.values()))
     with pytest.raises(ConfigError, match="holds no text; give folders or patterns"):
-        learning.write_packages([str(tmp_path / "nothing*")], tmp_path / "none")
+        package_text.write_packages([str(tmp_path / "nothing*")], tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,15 @@ from pretrain import main
 
 def stopping_at(step: int) -> Any:
     """`evaluate_texts` which asks for a stop once the first answers of a step are generated."""
-    evaluate, generate = text_evaluation.evaluate_texts, text_evaluation.generate
+    evaluate, answer = text_evaluation.evaluate_texts, text_evaluation.answer
 
     def evaluated(run: Run, *arguments: Any) -> Any:
-        def generated(*inputs: Any, **options: Any) -> Any:
+        def answered(*inputs: Any, **options: Any) -> Any:
             if run.state.step == step:
                 (run.run_dir / "STOP").touch()
-            return generate(*inputs, **options)
+            return answer(*inputs, **options)
 
-        with patch.object(text_evaluation, "generate", generated):
+        with patch.object(text_evaluation, "answer", answered):
             return evaluate(run, *arguments)
 
     return evaluated

@@ -66,11 +66,6 @@ def evaluation_problems(config: Any) -> list[str]:
         key = "train.eval_generate_samples"
         if not config.data.is_pairs:
             found.append(f"{key}: only pairs have answers to generate, not data.mixture={config.data.mixture}; set 0")
-        if config.zero.stage == 3:
-            found.append(
-                f"{key}: no rank has whole weights at zero.stage=3; set zero.stage=2, or 0 here and score checkpoints "
-                "with launch/evaluate.py --pairs"
-            )
     chosen = config.checkpoint.keep_best
     if chosen is not None and chosen not in (known := evaluation_keys(config)):
         found.append(f"checkpoint.keep_best: no evaluation of this run has {chosen!r}; use one of {', '.join(known)}")

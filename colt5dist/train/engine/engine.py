@@ -30,6 +30,7 @@ from colt5dist.train.engine.gradients import DeepSpeedGradients
 from colt5dist.train.engine.micro_batch_forms import MicroBatchForms
 from colt5dist.train.engine.micro_batch_graph import MicroBatchGraphs, arrange, to_device, without_needless_mask
 from colt5dist.train.engine.sharded_gradients import ShardedGradients
+from colt5dist.train.engine.whole_model import whole_copy
 from colt5dist.train.losses import training_loss
 from colt5dist.train.optimizer.groups import LR_FACTOR, build_optimizer
 from colt5dist.train.optimizer.muon import Muon
@@ -234,16 +235,21 @@ class Engine:
         with self.forms.code(compiled=compiled):
             return self._call(module, batch, collect_routing)
 
-    def generate(self, input_ids: torch.Tensor, *, cuda_graph: bool = False, **settings: Any) -> torch.Tensor:
-        """The model's own `generate` as it is now; no collective. Not at stage 3, where its weights are sharded.
+    @contextmanager
+    def writer(self) -> Iterator[CoLT5 | CausalCoLT5]:
+        """Give the model as it is now, for its `generate`, which needs no other rank.
 
-        A CUDA graph of an encoder-decoder's step (`cuda_graph`) pays where many tokens are written.
+        At stage 3 it is a copy with whole weights, which takes their memory meanwhile, and this call is collective.
         """
-        assert self.stage != 3
-        if isinstance(self.module, CoLT5):
-            settings["cuda_graph"] = cuda_graph
+        module = whole_copy(self.module, self.device) if self.stage == 3 else self.module
         with self.forms.code(compiled=False):
-            return cast(CoLT5, self.module).generate(input_ids, seed=0, **settings)
+            yield cast(CoLT5, module)
+
+    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """The model's own `generate` as it is now; no collective. Not at stage 3, where its weights are sharded."""
+        assert self.stage != 3
+        with self.writer() as model:
+            return model.generate(input_ids, seed=0, **settings)
 
     def _call(self, module: nn.Module, batch: Batch, collect_routing: bool) -> CoLT5Output:
         return module(

@@ -71,12 +71,11 @@ PAIRS = ("data.mixture=pairs", "train.eval_generate_samples=4")
         (["checkpoint.keep_best=eval/los"], "checkpoint.keep_best: no evaluation of this run has 'eval/los'; use"),
         (["checkpoint.keep_best=eval/f1", *PAIRS[:1]], "use one of eval/loss, eval/bits_per_byte, eval/loss/pairs"),
         (["train.eval_generate_samples=4"], "train.eval_generate_samples: only pairs have answers to generate"),
-        ([*PAIRS, "zero.stage=3"], "train.eval_generate_samples: no rank has whole weights at zero.stage=3"),
         (["train.eval_generate_samples=-1"], "train.eval_generate_samples: -1 is negative"),
         (["train.early_stopping_patience=0"], "train.early_stopping_patience: 0 is not positive"),
         (["model.dropout=1.0"], "model.dropout: 1.0; use a share in [0, 1)"),
     ],
-    ids=["unknown", "no texts", "no pairs", "stage 3", "negative", "patience", "dropout"],
+    ids=["unknown", "no texts", "no pairs", "negative", "patience", "dropout"],
 )
 def test_settings_of_fine_tuning_that_do_not_fit(tmp_path: Path, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as raised:
