@@ -4,16 +4,15 @@ The text and its held-out packages are those of the benchmark `learning`. The mo
 `launch/pretrain.py` for --minutes, and then tuned on questions about the same packages: the name of a function or
 class, and a part of its module; the answer is the first sentence of its docstring. Asked are questions on held-out
 packages, whose answers no training question has. Beside the model stand the commonest answer, and the first docstring
-of each input. The same command continues where it was stopped; an interrupted pretraining begins its minutes anew.
+of each input. The same command continues where it was stopped; of an interrupted pretraining two minutes may be lost.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ PRETRAINING = (
     "schedule.name=inverse_sqrt",
     "schedule.warmup_steps=1000",
     "checkpoint.every_steps=0",
+    "checkpoint.every_minutes=2",
     "checkpoint.keep_last=1",
     "monitor.held_out_sample=false",
 )
@@ -127,12 +127,12 @@ def train(options: argparse.Namespace, name: str, config: str, settings: Sequenc
 
 
 def pretrain(options: argparse.Namespace, shards: Path, pairs: Path) -> dict[str, Any]:
-    """Pretrain, write the questions beside it, and return steps, seconds and the held-out loss."""
+    """Pretrain, write the questions beside it, and return steps, seconds of training and the last held-out loss."""
     done = options.output / "pretrained.json"
     if done.exists():
         return json.loads(done.read_text())
-    limits = (f"train.steps={options.steps}", f"train.max_minutes={options.minutes}", f"data.shards={shards}")
-    begin = time.monotonic()
+    minutes = options.minutes - seconds_of(read_metrics(options.output / "pretrained")) / 60
+    limits = (f"train.steps={options.steps}", f"train.max_minutes={max(minutes, 0.1)}", f"data.shards={shards}")
     process = train(options, "pretrained", "base.yaml", (*PRETRAINING, *limits))
     try:
         make_questions(options, shards, pairs)
@@ -144,11 +144,17 @@ def pretrain(options: argparse.Namespace, shards: Path, pairs: Path) -> dict[str
     losses = [record["eval/loss"] for record in records if record.get("eval/loss") is not None]
     found = {
         "steps": records[-1]["step"] if records else 0,
-        "seconds": round(time.monotonic() - begin, 1),
+        "seconds": round(seconds_of(records), 1),
         "held_out_loss": losses[-1] if losses else None,
     }
     write_whole(done, json.dumps(found).encode())
     return found
+
+
+def seconds_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds that the steps of some records took, without start, evaluations and checkpoints."""
+    before = (0, *(record["step"] for record in records))
+    return sum(r["step_seconds"] * (r["step"] - first) for r, first in zip(records, before, strict=False))
 
 
 def make_questions(options: argparse.Namespace, shards: Path, pairs: Path) -> None:
@@ -216,7 +222,7 @@ def main(arguments: list[str]) -> int:
     content = {"device": device_line(), "pretrained": pretrained, "scores": scores, "set": options.set}
     write_whole(options.output / "fine_tuning.json", json.dumps(content, indent=1).encode())
     print(device_line())
-    print(f"pretrained: {pretrained['steps']:,} steps in {pretrained['seconds']:.0f} s with the start")
+    print(f"pretrained: {pretrained['steps']:,} steps in {pretrained['seconds']:.0f} s")
     print(f"{'answers':18}" + "".join(f"{name:>13}" for name in SCORES))
     for name, of in scores.items():
         print(f"{name:18}" + "".join(f"{of[score]:>13.1%}" for score in SCORES))

@@ -64,6 +64,12 @@ def test_wrong_options_are_named(tmp_path, option):
         fine_tuning.main(["--output", str(tmp_path), option, "0"])
 
 
+def test_seconds_of_training_are_those_of_the_steps():
+    records = [{"step": 1, "step_seconds": 9.0}, {"step": 100, "step_seconds": 0.1}, {"step": 150, "step_seconds": 0.2}]
+    assert fine_tuning.seconds_of(records) == pytest.approx(9 + 9.9 + 10)
+    assert fine_tuning.seconds_of([]) == 0
+
+
 @pytest.mark.gpu
 def test_the_whole_and_again(tmp_path, capsys):
     """A small model, a few steps; the second start trains nothing."""
