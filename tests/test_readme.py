@@ -35,6 +35,7 @@ OF_OTHERS = {
     "--master_port": "deepspeed",
     "--nproc-per-node": "torchrun",
     "--standalone": "torchrun",
+    "--partition": "srun",
     "--nodes": "srun",
     "--ntasks-per-node": "srun",
     "--gpus-per-node": "srun",

@@ -217,7 +217,7 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
         writer: name of this process, if several may write at the same time.
     """
     content = {"status": status, "step": step, **({"reason": reason} if reason else {})}
-    write_whole(run_dir / STATUS, json.dumps(content).encode(), writer=writer)
+    write_whole(run_dir / STATUS, f"{json.dumps(content)}\n".encode(), writer=writer)
 
 
 def record_end(run_dir: Path, step: int, stopped: str | None, finished_early: str | None = None) -> None:

@@ -58,8 +58,11 @@ class Slurm:
         (self.run_dir / "checkpoints").mkdir(parents=True)
         program(folder / "bin", "srun", f'echo "$@" >>{folder}/srun\n{ranks}')
         program(folder / "bin", "scontrol", f'echo "$@" >>{self.requeued}')
-        text, number = re.subn(r"^RUN_DIR=\S+", f"export RUN_DIR={self.run_dir}", SBATCH, flags=re.MULTILINE)
-        assert number == 1
+        (folder / "bin" / "activate").touch()
+        text = SBATCH
+        for name, value in {"RUN_DIR": f"export RUN_DIR={self.run_dir}", "VENV": f"VENV={folder}"}.items():
+            text, number = re.subn(rf"^{name}=\S+", value, text, flags=re.MULTILINE)
+            assert number == 1
         (folder / "job").write_text(text)
 
     def start(self, restart: int = 0) -> subprocess.Popen[str]:
@@ -96,6 +99,16 @@ class Slurm:
 def test_a_slurm_job_requeues_itself(ranks: str, statuses: list[int], tmp_path: Path) -> None:
     """Until the run is finished or stopped by its user; not after wrong input or without any progress."""
     assert Slurm(tmp_path, ranks).starts() == statuses
+
+
+def test_a_slurm_job_without_its_environment_ends_at_its_first_start(tmp_path: Path) -> None:
+    """Later it may be a file system that is not there for a while."""
+    slurm = Slurm(tmp_path, ends_with("finished", 0))
+    (tmp_path / "bin" / "activate").unlink()
+    first, second = slurm.start(0), slurm.start(1)
+    assert f"VENV: {tmp_path} is no virtual environment" in first.communicate(timeout=30)[0]
+    assert "VENV" not in second.communicate(timeout=30)[0]
+    assert (first.returncode, second.returncode) == (EXIT_WRONG_INPUT, 0)
 
 
 def test_the_log_of_a_slurm_job_says_where_each_start_begins(tmp_path: Path) -> None:
