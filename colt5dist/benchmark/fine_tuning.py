@@ -68,6 +68,8 @@ TUNING = (
 )
 """Inputs of at most 2047 bytes are about 660 tokens."""
 ANSWER_TOKENS = 64
+NUMBERS = ("minutes", "steps", "tuning_steps", "batch", "questions")
+"""Options that are numbers above 0; another value needs another --output."""
 SCORES = ("f1", "exact_match", "rougeL")
 
 
@@ -90,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--set", nargs="+", default=[], metavar="key=value", help="settings of both runs")
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder of shards, runs, and results")
     options = parser.parse_args(arguments)
-    for name in ("minutes", "steps", "tuning_steps", "batch", "questions"):
+    for name in NUMBERS:
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)}; use a number above 0")
     return options
@@ -101,17 +103,17 @@ def command(script: str, *arguments: Any) -> list[str]:
     return [sys.executable, str(SCRIPTS / f"{script}.py"), *map(str, arguments)]
 
 
-def wait_for(process: subprocess.Popen[bytes], what: str, log: Path) -> None:
-    """Wait for a trainer that may stop with a checkpoint.
+def wait_for(process: subprocess.Popen[bytes], what: str, log: Path, *, may_stop: bool = False) -> None:
+    """Wait for a trainer, which `may_stop` with a checkpoint before its last step.
 
     Raises:
-        ConfigError: it failed.
+        ConfigError: it failed, or stopped.
     """
     try:
         status = process.wait()
     finally:
         with_children_ended(process)
-    if status not in (0, STOPPED):
+    if status != 0 and not (may_stop and status == STOPPED):
         lines = log.read_text(errors="replace").splitlines()
         raise ConfigError(f"{what} ended with status {status}; {log} says why, at last: {(lines or ['nothing'])[-1]}")
 
@@ -139,7 +141,7 @@ def pretrain(options: argparse.Namespace, shards: Path, pairs: Path) -> dict[str
     except BaseException:
         with_children_ended(process)
         raise
-    wait_for(process, "pretraining", options.output / "pretrained.log")
+    wait_for(process, "pretraining", options.output / "pretrained.log", may_stop=True)
     records = read_metrics(options.output / "pretrained")
     losses = [record["eval/loss"] for record in records if record.get("eval/loss") is not None]
     found = {
@@ -202,7 +204,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     options.output = options.output.absolute()
     options.output.mkdir(parents=True, exist_ok=True)
-    settings = [*(options.text or ["default"]), str(options.questions), str(options.batch), *options.set]
+    numbers = [f"{name}={getattr(options, name)}" for name in NUMBERS]
+    settings = [*numbers, *(f"text={place}" for place in options.text or ["default"]), *options.set]
     check_unchanged({"fine_tuning": settings}, options.output / "settings.json")
     shards = make_shards(options.text or default_text(), VOCABULARY, options.output, float("inf"))
     assert shards is not None  # without a deadline
@@ -219,7 +222,7 @@ def main(arguments: list[str]) -> int:
         "not tuned": ask(options, "pretrained", held_out),
         **answers_without_a_model(pairs),
     }
-    content = {"device": device_line(), "pretrained": pretrained, "scores": scores, "set": options.set}
+    content = {"device": device_line(), "settings": settings, "pretrained": pretrained, "scores": scores}
     write_whole(options.output / "fine_tuning.json", json.dumps(content, indent=1).encode())
     print(device_line())
     print(f"pretrained: {pretrained['steps']:,} steps in {pretrained['seconds']:.0f} s")

@@ -23,7 +23,7 @@ import torch
 from colt5dist.benchmark.step import with_children_ended
 from colt5dist.data import open_shards
 from colt5dist.data.inputs.pairs import Pair
-from colt5dist.data.inputs.source_questions import questions
+from colt5dist.data.inputs.source_questions import SENTENCE_END, questions
 from colt5dist.data.read.token_reader import TokenReader
 from colt5dist.errors import ConfigError
 from colt5dist.packaged import SCRIPTS
@@ -153,7 +153,7 @@ def package_of(path: str) -> str:
 def write_questions(places: Iterable[str], held_out: set[str], folder: Path, num_held_out: int) -> None:
     """Write the questions on all packages as `train.jsonl` and `held_out.jsonl`, objects with `input` and `output`.
 
-    Held out are questions whose answer is that of no other question; a hash chooses and orders them.
+    Held out are questions whose answer is that of no training question; a hash chooses and orders them.
 
     Args:
         places: as of `package_files`.
@@ -187,10 +187,13 @@ def write_questions(places: Iterable[str], held_out: set[str], folder: Path, num
     partial.rename(folder)
 
 
-DOCSTRING = re.compile(r'"""\s*([^"\n]*)')
+DOCSTRING = re.compile(r'^\s*(?:async def|def|class) \w+[^"]*?:\s*\n\s*[rR]?"""\s*([^"\n]*)', re.MULTILINE)
+"""That of a definition: the source may begin within a docstring, whose end looks like a beginning."""
 
 
 def first_docstring(text: str) -> str:
-    """Return the first line of the first docstring of a question's source: an answer that needs no model."""
+    """Return the first sentence of the first docstring of a question's source: an answer that needs no model."""
     found = DOCSTRING.search(text.partition("\n\n")[2])
-    return found.group(1).strip().removesuffix(".") if found else ""
+    line = found.group(1).strip() if found else ""
+    end = SENTENCE_END.search(line)
+    return line[: end.start()] if end else line

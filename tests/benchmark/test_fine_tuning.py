@@ -54,7 +54,9 @@ def test_questions_are_held_out_with_their_package(tmp_path):
 
 
 def test_the_first_docstring_is_the_one_after_the_question():
-    assert package_text.first_docstring('What does """a""" do?\n\ndef f():\n    """ Say it. \n') == "Say it"
+    assert package_text.first_docstring('What does """a""" do?\n\ndef f():\n    """ Say it. Or not.\n') == "Say it"
+    cut = 'What does f do?\n\n    end of one.\n    """\n    return 1\n\nclass A(B):\n    r"""Do\n    it."""\n'
+    assert package_text.first_docstring(cut) == "Do"
     assert package_text.first_docstring("What does f do?\n\ndef f(): pass") == ""
 
 

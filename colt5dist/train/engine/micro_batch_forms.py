@@ -232,6 +232,9 @@ class MicroBatchForms:
     def _together(self, kind: type[FormError]) -> Iterator[None]:
         """Have what fails within it on one rank fail on all, for what follows may wait for the other ranks.
 
+        Not at stage 3 on several ranks, if a rank runs out of memory within a pass: the others then wait for it in a
+        collective of the pass, until that times out.
+
         Raises:
             kind: on all ranks; its cause is the error of this rank, if it is this one that failed.
         """

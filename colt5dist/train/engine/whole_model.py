@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from colt5dist.errors import ConfigError
 from colt5dist.nn.attention.relative_bias import RelativeBias
+from colt5dist.train.ranks import sum_over_ranks
 
 
 @torch.no_grad()
@@ -23,13 +25,27 @@ def whole_copy(module: nn.Module, device: torch.device) -> nn.Module:
 
     Returns:
         The copy, in evaluation mode, without gradients.
+
+    Raises:
+        ConfigError: on all ranks, if some rank has no room for it.
     """
-    parameters: dict[str, Any] = dict(module.named_parameters())
-    dtype = next(iter(parameters.values())).ds_tensor.dtype
     own: Any = module
+    parameters: dict[str, Any] = dict(own.named_parameters())
+    dtype = next(iter(parameters.values())).ds_tensor.dtype
     with torch.device("meta"):
-        copy: nn.Module = type(own)(replace(own.config))
-    copy.to(dtype).to_empty(device=device)
+        copy: Any = type(own)(replace(own.config), seed=own.seed)
+    copy.to(dtype)
+    has_room = torch.ones(1)
+    try:
+        copy.to_empty(device=device)
+    except torch.OutOfMemoryError:
+        has_room.zero_()
+    if int(sum_over_ranks(has_room.to(device))) < dist.get_world_size():
+        gib = sum(p.numel() * p.element_size() for p in copy.parameters()) / 2**30
+        raise ConfigError(
+            f"train.eval_generate_samples: at zero.stage=3 each GPU needs {gib:.1f} GiB more for whole weights, and "
+            "one has no room; set 0, or lower train.micro_batch_size"
+        )
     for name, whole in copy.named_parameters():
         share = parameters[name].ds_tensor.data.to(device)
         gathered = share.new_empty(share.numel() * dist.get_world_size())
@@ -38,4 +54,5 @@ def whole_copy(module: nn.Module, device: torch.device) -> nn.Module:
     for part in copy.modules():
         if isinstance(part, RelativeBias):
             part.reset_buckets()
+    copy.pad_id, copy.eos_id = own.pad_id, own.eos_id
     return copy.eval().requires_grad_(False)

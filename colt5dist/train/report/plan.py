@@ -1,7 +1,7 @@
 """The plan of a run on N GPUs: what fits into their memory, how long it takes, what its checkpoints need.
 
 The states' memory is exact, that of activations follows from shapes. What is on top (`GAP_SHARE`) and how fast a GPU
-computes (`MEASURED_MFU`) comes from runs on H100s in bf16. Links are assumed, not measured.
+computes (`MEASURED_MFU`) comes from runs on H100s and H200s in bf16. Links are assumed, not measured.
 """
 
 import math
@@ -44,8 +44,6 @@ MEASURED_MFU = ((433e6, 0.372), (1463e6, 0.396), (5297e6, 0.370))
 """Parameters and share of the peak, inputs of 4096 tokens, one H100, ZeRO stage 1; XL on two H200s, stage 3."""
 LENGTH_FACTOR = ((4096, 1.0), (16_384, 0.981), (65_536, 0.978))
 """Length of the input and speed beside that of 4096 tokens, of Base."""
-STAGE_FACTOR = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
-"""Speed beside that of stage 1, one H200, Base."""
 RECOMPUTE_FACTOR = 4 / 3
 """Time of a pass with activation checkpointing: a second forward pass beside one forward and the two of backward."""
 BYTES_PER_SECOND_IN_HOST = 150e9
@@ -304,7 +302,8 @@ def _bucket_bytes(config: RunConfig, stage: int, gpus: Cluster, num_parameters: 
 
 def _sent_as_they_are(config: RunConfig, stage: int, gpus: Cluster) -> bool:
     """Whether gradients travel in 16 bits, and are summed in float32 where they arrive."""
-    return stage == 3 and gpus.num_hosts == 1 and uses_bf16(config, on_gpu=True)
+    short = config.zero.reduce_dtype != "bf16" and uses_bf16(config, on_gpu=True)
+    return stage == 3 and gpus.num_hosts == 1 and short
 
 
 def _sent_bytes(config: RunConfig, stage: int, gpus: Cluster) -> int:
@@ -323,7 +322,7 @@ def step_seconds(config: RunConfig, gpus: Cluster, stage: int, micro_batch_size:
         micro_batch_size: samples that a GPU processes at once.
         num_parameters: of the model.
     """
-    speed = expected_mfu(num_parameters, config.data.input_length) * STAGE_FACTOR[stage]
+    speed = expected_mfu(num_parameters, config.data.input_length)  # at any stage, as Base on one H200
     seconds = step_flops(config) / (gpus.num_gpus * gpus.peak_flops * speed)
     if config.train.activation_checkpointing != "none":
         seconds *= RECOMPUTE_FACTOR
@@ -334,8 +333,9 @@ def step_seconds(config: RunConfig, gpus: Cluster, stage: int, micro_batch_size:
     whole = 2 if uses_bf16(config, on_gpu=True) else 4
     weights, gradients = whole * num_parameters, _sent_bytes(config, stage, gpus) * num_parameters
     others = (gpus.num_gpus - 1) / gpus.num_gpus
-    if stage == 3:  # weights gathered for forward and for backward, beside what the GPU computes
-        return max(seconds, micro_batches * (2 * weights + gradients) * others / rate)
+    if stage == 3:  # beside what the GPU computes; weights that are released are gathered for backward once more
+        again = whole * max(0, num_parameters - max_live_parameters(config))
+        return max(seconds, micro_batches * (weights + again + gradients) * others / rate)
     sums = micro_batches if stage == 2 else 1
     return seconds + (weights + sums * gradients) * others / rate
 
@@ -423,9 +423,14 @@ def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
     """What the figures leave out of account, one line each."""
     speed = expected_mfu(num_parameters, config.data.input_length)
     lines = [
-        f"note: time from {speed:.1%} of the peak (stage 1), as measured on H100s; evaluations, checkpoints and "
-        "waits for data come on top"
+        f"note: time from {speed:.1%} of the peak, as measured on H100s and H200s; evaluations, checkpoints and waits "
+        "for data come on top"
     ]
+    if config.train.eval_generate_samples:
+        whole = num_parameters * (2 if uses_bf16(config, on_gpu=True) else 4) / GIB
+        lines.append(
+            f"note: at ZeRO stage 3 train.eval_generate_samples takes {whole:.1f} GiB more while texts are written"
+        )
     if num_parameters < MEASURED_MFU[0][0] * 0.9:
         lines.append("note: the model is smaller than any that was measured, and will be slower than this")
     if not config.data.input_length or not uses_bf16(config, on_gpu=True):

@@ -85,17 +85,17 @@ def test_stage_3_runs_layers_again(
         assert got == pytest.approx(expected, rel=TOLERANCE["fp32"])
 
 
-def test_layers_that_stay_gathered_change_no_number(
+def test_how_stage_3_gathers_and_sends_changes_no_number(
     run_ranks: Callable[..., str], tmp_path: Path, micro_settings: tuple[str, ...]
 ) -> None:
-    """By default all layers of a small model stay until their backward pass."""
+    """By default all layers of a small model stay until their backward pass; hosts sum in float32 before they send."""
     found = {}
-    for name, own in {"released": (RELEASED,), "stay": ()}.items():
+    for name, own in {"released": (RELEASED,), "stay": (), "hosts": ("--hosts",)}.items():
         folder = tmp_path / name
         folder.mkdir()
         settings = (*micro_settings, "train.micro_batch_size=2", "train.precision=bf16", "--loads=", *own)
         run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "3", "--flat", *settings, processes=2)
         found[name] = json.loads((folder / "out.json").read_text())
-    assert found["stay"]["train 3"] == found["released"]["train 3"]
+    assert found["stay"]["train 3"] == found["released"]["train 3"] == found["hosts"]["train 3"]
     assert found["stay"]["gathered 3"] == {"most": 3, "left": 0}
     assert found["released"]["gathered 3"]["most"] <= 2

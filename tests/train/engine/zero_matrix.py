@@ -1,9 +1,10 @@
 """Trains, saves and loads at ZeRO stages (0123, say) and writes the losses as JSON; started by test_zero_stages.py.
 
-    torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES [--flat] SETTING...
+    torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES [--flat] [--hosts] SETTING...
 
 With --flat, stages 1-3 sum gradients by FlatGradients and ShardedGradients also on CPUs. AdamW is then one pass over
-memory in every step of an odd number, and torch's own in the others.
+memory in every step of an odd number, and torch's own in the others. With --hosts each process says that it is on a
+host of its own.
 
 Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
 """
@@ -11,6 +12,7 @@ Saves a checkpoint a stage in FOLDER where there is none, and loads those that a
 import gc
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -115,6 +117,8 @@ def go_back(engine: Engine, source: Path) -> None:
 
 def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> None:
     """Run the matrix."""
+    if "--hosts" in settings:
+        os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     ranks = ranks_from_environment()
     device = initialise_process_group(ranks, 5)
     flat = True if "--flat" in settings else None
