@@ -1,7 +1,7 @@
 """Kill and restart a run of two processes many times, and compare its losses with those of an undisturbed run.
 
     python tests/torture.py --rounds 200  # by hand, long
-    python tests/torture.py --rounds 8 --launcher-every 8 --seed 1  # as in the tests
+    python tests/torture.py --rounds 4 --launcher-every 4 --seed 1  # as in the tests
 
 At random moments, a third of them while a checkpoint is being written, one rank or both are killed with SIGKILL. Most
 rounds fork their ranks from this process, which has imported everything, so that a round takes a few seconds. Every

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-ROUNDS = 6
+ROUNDS = 4
 """Kills: at the start, in training and in saves, of either rank and of both; the last is of a real `deepspeed`."""
 
 

@@ -17,8 +17,11 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 2e-3}
 """Relative, of losses and gradient norms; bf16 has 8 bits, and sums are made in another order."""
 
 
-LOADS = [(0, 1), (0, 2), (0, 3), (1, 2), (2, 1), (1, 0), (2, 0), (3, 0), (1, 1), (2, 2), (3, 3)]
-"""Stages that a checkpoint was written and loaded at."""
+LOADS = {
+    "fp32": [(0, 1), (0, 2), (0, 3), (1, 2), (2, 1), (1, 0), (2, 0), (3, 0), (1, 1), (2, 2), (3, 3)],
+    "bf16": [(0, 1), (0, 3), (1, 2), (2, 0), (3, 3)],
+}
+"""Stages that a checkpoint was written and loaded at: in bf16 each of them once as written, and once as loaded."""
 RELEASED = "deepspeed.zero_optimization.stage3_max_live_parameters=0"
 """Layers are released between their forward and backward passes, although the model is small."""
 
@@ -33,7 +36,7 @@ def trained(
     """Precision, and the matrix of stages 0 (by DeepSpeed), 1, 2 and 3 (flat)."""
     precision, processes = request.param
     folder = tmp_path_factory.mktemp("flat")
-    loads = ",".join(f"{written}{stage}" for written, stage in LOADS)
+    loads = ",".join(f"{written}{stage}" for written, stage in LOADS[precision])
     own = ("train.micro_batch_size=2", f"train.precision={precision}", RELEASED, f"--loads={loads}")
     settings = (*micro_settings, *own)
     run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "0123", "--flat", *settings, processes=processes)
@@ -53,12 +56,12 @@ def test_a_gradient_that_is_not_finite_is_skipped(trained: tuple[str, dict[str, 
     assert trained[1][f"nan {stage}"] == {"applied": False, "finite": True}
 
 
-@pytest.mark.parametrize(("written", "stage"), LOADS)
-def test_checkpoints_are_the_same(trained: tuple[str, dict[str, Any]], written: int, stage: int) -> None:
+def test_checkpoints_are_the_same(trained: tuple[str, dict[str, Any]]) -> None:
     """One that DeepSpeed's path wrote goes on on the flat path, and the other way round."""
     precision, results = trained
-    for got, expected in zip(results[f"load {written} {stage}"], results[f"train {written}"][2:], strict=True):
-        assert got == pytest.approx(expected, rel=TOLERANCE[precision])
+    for written, stage in LOADS[precision]:
+        for got, expected in zip(results[f"load {written} {stage}"], results[f"train {written}"][2:], strict=True):
+            assert got == pytest.approx(expected, rel=TOLERANCE[precision]), (written, stage)
 
 
 def test_stage_3_gathers_one_layer_at_a_time(trained: tuple[str, dict[str, Any]]) -> None:
