@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from colt5dist.nn.checks import check_sample_index
@@ -30,8 +29,7 @@ class Dropout(NamedTuple):
 
     def parts(self, number: int) -> list["Dropout"]:
         """One for each of so many parts, for instance the layers of a model."""
-        streams = torch.arange(number, device=self.keys.device).unsqueeze(1)
-        return [Dropout(keys, self.rate) for keys in counter_keys(self.keys, stream=streams)]
+        return [self.at(part) for part in range(number)]
 
 
 def dropout_of(rate: float, sample_index: Tensor | None, x: Tensor, *, seed: int, training: bool) -> Dropout | None:

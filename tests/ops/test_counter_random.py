@@ -1,10 +1,12 @@
 """counter_uniform: a pure function of its arguments, uniform, and independent from key to key and stream to stream."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from colt5dist.errors import ConfigError
-from colt5dist.ops.counter_random import counter_uniform
+from colt5dist.ops.counter_random import counter_keys, counter_uniform, counter_words
 
 EXTREMES = torch.tensor([0, 1, -1, 2**31, 2**32, 2**63 - 1, -(2**63)])
 
@@ -23,6 +25,19 @@ def in_python_integers(key, position, stream, seed):
             first = mix(first ^ word)
             second = mix(second + first & 0xFFFFFFFF)
     return (mix(mix(position ^ first) + second & 0xFFFFFFFF) >> 8) / 2**24
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("stream", "seed"), [(0, 0), (7, 2**31), (2**40, -5)])
+@pytest.mark.parametrize("num", [3, 2100])
+def test_triton_computes_the_same_words_and_keys(stream, seed, num, device):
+    keys = EXTREMES.to(device)
+    for function in (partial(counter_words, num=num), counter_keys):
+        reference, triton = (
+            function(keys, stream=stream, seed=seed, implementation=implementation)
+            for implementation in ("reference", "triton")
+        )
+        assert torch.equal(triton, reference) and triton.dtype == torch.int64
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -10,10 +10,13 @@ KEYS = torch.tensor([0, 1, -1, 2**31, 2**62 + 5])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("implementation", ["int32", "triton"])
 @pytest.mark.parametrize(("rate", "place"), [(0.1, 0), (0.5, 3), (0.999, 1), (2.0**-20, 2)])
-def test_is_the_reference_bit_for_bit(device, rate, place):
-    kept = kept_elements(KEYS.to(device), 19, 33, rate=rate, place=place).cpu()
-    assert torch.equal(kept, kept_elements_reference(KEYS, 19, 33, rate=rate, place=place))
+@pytest.mark.parametrize(("num_tokens", "num_features"), [(19, 33), (2, 700)])
+def test_is_the_reference_bit_for_bit(device, implementation, rate, place, num_tokens, num_features):
+    sizes = (num_tokens, num_features)
+    kept = kept_elements(KEYS.to(device), *sizes, rate=rate, place=place, implementation=implementation)
+    assert torch.equal(kept.cpu(), kept_elements_reference(KEYS, *sizes, rate=rate, place=place))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -53,7 +56,7 @@ def test_what_stays_is_scaled_and_so_is_its_gradient(dtype):
 
 @pytest.mark.gpu
 def test_compiled_it_drops_the_same_elements():
-    """In a compiled layer numbers are drawn in registers, where products must wrap around all the same."""
+    """To the compiler the mask is one operation."""
     keys = torch.tensor([3, -5, 2**40], device="cuda")
     x = torch.randn(3, 300, 520, device="cuda")
     compiled = torch.compile(drop_elements, fullgraph=True, dynamic=False)

@@ -4,68 +4,83 @@ Random routing draws from here with the sample's number as key and one stream fo
 that are derived from it, so neither the world size nor the order of the samples, a restart or a recomputed layer
 changes them.
 
-All arithmetic is on 32-bit words held in int64, with products below 2^49: exact, never an overflow, thus bit-equal
-wherever PyTorch runs. The mixing function is that of C. Wellons' hash prospector ("lowbias32", public domain).
+PyTorch computes on 32-bit words held in int64, with products below 2^63: exact, never an overflow, thus bit-equal
+wherever it runs; Triton computes on unsigned words, in one launch. To PyTorch's compiler a function is one operation:
+it would put a word's computation into every place that uses the word, 8 for each mixing, and those multiply until it
+does not end. The mixing function is that of C. Wellons' hash prospector ("lowbias32", public domain).
 """
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from colt5dist.errors import ConfigError
+from colt5dist.ops.counter_random.reference import counter_keys_reference, counter_words_reference, start_state
+from colt5dist.ops.implementation import HAS_TRITON, choose_implementation
+
+if HAS_TRITON:
+    from colt5dist.ops.counter_random.triton import counter_keys_triton, counter_words_triton
 
 __all__ = ["counter_keys", "counter_uniform", "counter_words"]
 
-_WORD = 0xFFFFFFFF
+_LIBRARY = Library("colt5dist", "FRAGMENT")
+_LIBRARY.define("counter_keys(Tensor keys, int first, int second, str implementation) -> Tensor")
+_LIBRARY.define("counter_words(Tensor keys, int num, int first, int second, str implementation) -> Tensor")
 
 
-def _multiply(words: Tensor, factor: int) -> Tensor:
-    """words * factor modulo 2^32, of 32-bit words, by halves of 16 bits."""
-    return ((words & 0xFFFF) * factor + ((((words >> 16) * factor) & 0xFFFF) << 16)) & _WORD
+def _counter_keys(keys: Tensor, first: int, second: int, implementation: str) -> Tensor:
+    if choose_implementation(implementation, keys, plain="reference") == "triton":
+        return counter_keys_triton(keys, first, second)
+    return counter_keys_reference(keys, first, second)
 
 
-def _mix(words: Tensor) -> Tensor:
-    """A bijection of 32-bit words in which every bit of the result depends on every bit of the argument."""
-    words = _multiply(words ^ (words >> 16), 0x7FEB352D)
-    words = _multiply(words ^ (words >> 15), 0x846CA68B)
-    return words ^ (words >> 16)
+def _counter_words(keys: Tensor, num: int, first: int, second: int, implementation: str) -> Tensor:
+    if choose_implementation(implementation, keys, plain="reference") == "triton":
+        return counter_words_triton(keys, num, first, second)
+    return counter_words_reference(keys, num, first, second)
 
 
-def _key_state(keys: Tensor, stream: int | Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Two 32-bit words for each key, so that different keys practically never share a row of numbers."""
-    first, second = torch.full_like(keys, 0x243F6A88), torch.full_like(keys, 0x85A308D3)
-    for word in (seed, seed >> 32, stream, stream >> 32, keys, keys >> 32):
-        first = _mix(first ^ (word & _WORD))
-        second = _mix((second + first) & _WORD)
-    return first, second
+def _fake_keys(keys: Tensor, first: int, second: int, implementation: str) -> Tensor:
+    return keys.new_empty(keys.shape)
 
 
-def counter_keys(keys: Tensor, *, stream: int | Tensor, seed: int = 0) -> Tensor:
+def _fake_words(keys: Tensor, num: int, first: int, second: int, implementation: str) -> Tensor:
+    return keys.new_empty((keys.shape[0], num))
+
+
+for _name, _function, _fake in (
+    ("counter_keys", _counter_keys, _fake_keys),
+    ("counter_words", _counter_words, _fake_words),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    register_fake(f"colt5dist::{_name}", _fake, lib=_LIBRARY)
+
+
+def counter_keys(keys: Tensor, *, stream: int, seed: int = 0, implementation: str = "auto") -> Tensor:
     """Derive further keys: each is a function of (seed, stream, key) only.
 
     Args:
         keys: (b,) int64, any values.
-        stream: an integer, or (r, 1) int64: r keys for each key.
+        stream: an integer, taken modulo 2^64.
         seed: an integer, taken modulo 2^64.
+        implementation: "triton" (CUDA tensors; CPU tensors under TRITON_INTERPRET=1), "reference" (PyTorch), or "auto":
+            triton for CUDA tensors.
 
     Returns:
-        (b,) int64, or (r, b), from 0 to 2^63 - 1.
+        (b,) int64, from 0 to 2^63 - 1.
     """
-    first, second = _key_state(keys, stream, seed)
-    return first | ((second >> 1) << 32)
+    return torch.ops.colt5dist.counter_keys(keys, *start_state(seed, stream), implementation)
 
 
-def counter_words(keys: Tensor, num: int, *, stream: int, seed: int) -> Tensor:
+def counter_words(keys: Tensor, num: int, *, stream: int, seed: int, implementation: str = "auto") -> Tensor:
     """Uniform 32-bit words: row i is a function of (seed, stream, keys[i]) and the position only.
 
-    The arguments are those of `counter_uniform`.
+    The arguments are those of `counter_uniform`, and `implementation` is as in `counter_keys`.
 
     Returns:
         (b, num) int64, from 0 to 2^32 - 1.
     """
-    first, second = _key_state(keys, stream, seed)
-    position = torch.arange(num, dtype=torch.int64, device=keys.device)
-    words = _mix(position ^ first.unsqueeze(-1))
-    return _mix((words + second.unsqueeze(-1)) & _WORD)
+    return torch.ops.colt5dist.counter_words(keys, num, *start_state(seed, stream), implementation)
 
 
 def counter_uniform(keys: Tensor, num: int, *, stream: int, seed: int) -> Tensor:
