@@ -70,7 +70,7 @@ def one_signal(
         if moment == "saving":
             wait_for_save(start, run_dir, rng)
         elif moment == "training":
-            time.sleep(rng.uniform(0, 5))
+            time.sleep(rng.uniform(0, 2))  # some steps, an evaluation and a checkpoint
     began = "resuming from" in log.read_text() or "samples per step" in log.read_text()
     WAYS[way](start)
     seconds = wait_for_end(start, ALLOWED_SECONDS)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -129,12 +129,21 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def resume_alone(folder: Path) -> None:
+Start = Callable[[Path, list[str]], subprocess.CompletedProcess[str]]
+"""Runs a script with arguments to its end."""
+
+
+def start_alone(script: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a script in a new process."""
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=trainer_environment(), capture_output=True, text=True, timeout=180)
+
+
+def resume_alone(folder: Path, start: Start = start_alone) -> None:
     """Resume on one host from the newest checkpoint, and train two more steps."""
     saved = max(int(path.parent.name.split("_")[1]) for path in (folder / "run/checkpoints").glob("step_*/COMPLETE"))
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), f"run_dir={folder / 'run'}", *SETTINGS]
-    command.append(f"train.steps={saved + 2}")
-    done = subprocess.run(command, env=trainer_environment(), capture_output=True, text=True, timeout=180)
+    settings = [f"run_dir={folder / 'run'}", *SETTINGS, f"train.steps={saved + 2}"]
+    done = start(ROOT / "launch" / "pretrain.py", settings)
     assert done.returncode == 0 and f"step_{saved:08d}" in done.stdout, f"{done.stdout}\n{done.stderr}"
     assert steps_done(folder) == saved + 2
 

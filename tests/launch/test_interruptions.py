@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TRAINER_VARIABLES
+from conftest import ROOT, TRAINER_VARIABLES, Fork
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -49,8 +49,8 @@ def test_a_signal_loses_nothing(
 
 
 @pytest.mark.skipif(bool(two_hosts.why_not()), reason=two_hosts.why_not() or "-")
-def test_a_host_that_is_cut_off(tmp_path: Path) -> None:
+def test_a_host_that_is_cut_off(fork: Fork, tmp_path: Path) -> None:
     """The other stops within train.timeout_seconds and names it; one host resumes."""
     seconds = two_hosts.lose_a_host("cut", tmp_path / "cut")
     assert seconds <= two_hosts.TIMEOUT_SECONDS
-    two_hosts.resume_alone(tmp_path / "cut")
+    two_hosts.resume_alone(tmp_path / "cut", lambda script, arguments: fork(script, arguments, 1))

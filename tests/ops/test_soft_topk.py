@@ -15,6 +15,8 @@ SHARP = {"eps": 0.1, "n_iters": 7}
 ONE_ITERATION = {"eps": 0.5, "n_iters": 1, "eps_init": 2.0, "eps_decay": 0.5}
 SCHEDULES = {"constant-T50": CONSTANT, "scaled-T20": SCALED, "sharp-T7": SHARP, "one-iteration": ONE_ITERATION}
 SHAPES = {"R1-N1": (1, 1), "R3-N17": (3, 17), "R2x2-N33": (2, 2, 33)}
+INTERPRETED_SHAPES = {"R1-N1": (1, 1), "R2-N17": (2, 17), "R2x1-N33": (2, 1, 33)}
+"""Two rows tell whether rows are mixed up, and the interpreter takes its time for each."""
 
 
 def case(shape, masked, dtype=torch.float64, ties=False):
@@ -48,7 +50,7 @@ def test_scalar_state_is_the_published_form_in_float64(result_and_gradients, sch
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", INTERPRETED_SHAPES.values(), ids=INTERPRETED_SHAPES)
 @pytest.mark.parametrize("schedule", [SCALED_8, SHARP, ONE_ITERATION], ids=["scaled-T8", "sharp-T7", "one-iteration"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted, where there is a GPU")
 def test_interpreted_triton_is_the_scalar_state(
@@ -97,9 +99,10 @@ def test_gradients_are_bit_equal_for_every_number_of_segments(
 ):
     device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
     scores, k, mask, grad = (x if x is None else x.to(device) for x in case((2, 19), masked, torch.float32))
-    settings = {"eps": 0.2, "eps_init": 4.0, "eps_decay": 0.5, "n_iters": 5, "implementation": implementation}
+    n_iters = 3 if implementation == "triton" and device == "cpu" else 5  # segments of 1, 2 and 3 iterations, at least
+    settings = {"eps": 0.2, "eps_init": 4.0, "eps_decay": 0.5, "n_iters": n_iters, "implementation": implementation}
     expected = result_and_gradients(scores, k, grad, mask=mask, **settings)
-    for segments in range(1, 6):
+    for segments in range(1, n_iters + 1):
         actual = result_and_gradients(scores, k, grad, mask=mask, checkpoint_segments=segments, **settings)
         for one, other in zip(actual, expected, strict=True):
             assert torch.equal(one, other), segments

@@ -12,7 +12,8 @@ IMPLEMENTATIONS = {
     "newton-scalar": {"implementation": "scalar", "solver": "newton"},
     "newton-triton": {"implementation": "triton", "solver": "newton"},
 }
-SETTINGS = {"eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7, "n_iters": 12}
+SETTINGS = {"eps": 0.1, "eps_init": 4.0, "eps_decay": 0.4, "n_iters": 6}
+"""The last two iterations are at the final temperature."""
 
 pytestmark = [
     # NumPy's, in the interpreter: of exponentials on the side of a threshold that is not used
@@ -115,8 +116,8 @@ def test_large_scores_that_differ_by_little(run, settings, shift):
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38])
 def test_what_stands_in_masked_places_does_not_matter(run, value):
-    scores, mask = torch.randn(3, 20), torch.rand(3, 20) > 0.4
-    grad = torch.randn(3, 20)
+    scores, mask = torch.randn(2, 20), torch.rand(2, 20) > 0.4
+    grad = torch.randn(2, 20)
     expected = run(scores.masked_fill(~mask, 0.0), 3.0, mask, grad)
     actual = run(scores.masked_fill(~mask, value), 3.0, mask, grad.masked_fill(~mask, float("nan")))
     for one, other in zip(actual, expected, strict=True):
@@ -125,8 +126,8 @@ def test_what_stands_in_masked_places_does_not_matter(run, value):
 
 
 def test_strides_do_not_matter(run):
-    scores, mask = torch.randn(5, 18, 3), torch.rand(18, 5, 3) > 0.3
-    grad = torch.randn(18, 5, 2).transpose(0, 1)
+    scores, mask = torch.randn(2, 18, 3), torch.rand(18, 2, 3) > 0.3
+    grad = torch.randn(18, 2, 2).transpose(0, 1)
     arguments = (scores[..., 1], 2.0, mask[..., 2].transpose(0, 1), grad[..., 0])
     actual = run(*arguments)
     expected = run(*(x.contiguous() if torch.is_tensor(x) else x for x in arguments))
@@ -161,7 +162,7 @@ def test_half_precision_is_computed_in_float32(run, settings, dtype):
     assert torch.allclose(grad_scores.float(), grad_expected.to(dtype).float(), rtol=2**-7 if cut else 0, atol=0)
 
 
-@pytest.mark.parametrize("n_iters", [1, 12])
+@pytest.mark.parametrize("n_iters", [1, 6])
 def test_nan_spoils_its_row_and_no_other(run, n_iters):
     scores, mask = torch.randn(2, 20), torch.rand(2, 20) > 0.3
     mask[1, 4] = True

@@ -11,6 +11,7 @@ by 1e-3.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ def run_trace(output: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trace(run_ranks: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Fifty steps on this machine."""
-    return run_trace(tmp_path_factory.mktemp("trace") / "trace.json")
+    output = tmp_path_factory.mktemp("trace") / "trace.json"
+    run_ranks(SCRIPT, str(output), processes=1)
+    return json.loads(output.read_text())
 
 
 def test_the_committed_trace(trace: dict[str, Any]) -> None:

@@ -111,8 +111,9 @@ def _backward(
     grad_a = grad_rows.sum(dim=-1, dtype=torch.float64)
     grad_k = torch.zeros_like(k)
     for step in range(n_iters - 1, 0, -1):
-        softmax = (difference(rows, -a[step]) / epsilons[step]).exp()
-        softmax = softmax.masked_fill(difference(rows, -a[step - 1]) > 0, 0.0)
+        before = difference(rows, -a[step - 1])  # which the next pass takes, too
+        softmax = (offset / epsilons[step]).exp().masked_fill(before > 0, 0.0)
+        offset = before
         grad_rows = grad_rows - (grad_a / k).to(rows.dtype).unsqueeze(-1) * softmax
         grad_k = grad_k + grad_a * epsilons[step] / k
         # clipped entries have a weight below 1 in all; where there are none, the exponential may overflow

@@ -1,12 +1,13 @@
 """Trains, saves and loads at ZeRO stages (0123, say) and writes the losses as JSON; started by test_zero_stages.py.
 
-    torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES [--flat] [--hosts] SETTING...
+    torchrun --nproc-per-node 2 tests/train/engine/zero_matrix.py OUTPUT FOLDER STAGES [OPTION...] SETTING...
 
 With --flat, stages 1-3 sum gradients by FlatGradients and ShardedGradients also on CPUs. AdamW is then one pass over
 memory in every step of an odd number, and torch's own in the others. With --hosts each process says that it is on a
 host of its own.
 
-Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage.
+Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage, or by the pairs
+of stages in --loads=02,13. With --load-micro-batch=N those that are loaded go on with micro-batches of that size.
 """
 
 import gc
@@ -123,6 +124,11 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
     device = initialise_process_group(ranks, 5)
     flat = True if "--flat" in settings else None
     chosen = [setting.partition("=")[2].split(",") for setting in settings if setting.startswith("--loads=")]
+    after_load = [
+        f"train.micro_batch_size={setting.partition('=')[2]}"
+        for setting in settings
+        if setting.startswith("--load-micro-batch=")
+    ]
     settings = [setting for setting in settings if not setting.startswith("--")]
     results: dict[str, object] = {}
     for stage in stages:
@@ -160,7 +166,7 @@ def main(output: Path, folder: Path, stages: list[int], settings: list[str]) -> 
         for stage in stages:
             if chosen and f"{written}{stage}" not in chosen[0]:
                 continue
-            config = load_config(TINY, [*settings, f"zero.stage={stage}"])
+            config = load_config(TINY, [*settings, *after_load, f"zero.stage={stage}"])
             engine = Engine(config, ranks.world_size, device, flat_gradients=flat if stage else None)
             source = step_folder(folder / f"stage{written}", 3)
             state = load_checkpoint(source, engine)

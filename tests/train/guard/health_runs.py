@@ -28,8 +28,12 @@ from colt5dist.train.report.monitor import Monitor
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "launch"))
 from pretrain import main
 
+MODEL = ("model.num_encoder_layers=1", "train.micro_batch_size=8")
+"""Settings of all runs that do not say otherwise: what is tested depends on neither, and a step takes a third."""
+TWO_MICRO_BATCHES = "train.micro_batch_size=4"
 WINDOW = ("health.spike_window=4", "checkpoint.every_steps=3")
 BACK = (*WINDOW, "health.on_spike=rollback", "health.skip_steps=2")
+GIVEN_UP = ("checkpoint.every_steps=2", "health.max_skipped=3", "train.steps=9", TWO_MICRO_BATCHES)
 BESIDE = "checkpoint.asynchronous=true"
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -188,9 +192,9 @@ RUNS: dict[str, tuple[range, Change, list[Start]]] = {
         range(16, 1000),
         not_finite,
         [
-            (("checkpoint.every_steps=2", "health.max_skipped=3", "train.steps=9"), True),
-            (("checkpoint.every_steps=2", "health.max_skipped=3", "train.steps=9"), True),
-            (("checkpoint.every_steps=2", "health.max_skipped=3", "train.steps=9", "data.skip=[[16,40]]"), False),
+            (GIVEN_UP, True),
+            (GIVEN_UP, True),
+            ((*GIVEN_UP, "data.skip=[[16,40]]"), False),
         ],
     ),
 }
@@ -227,8 +231,7 @@ def run(
         for own, damaged in starts:  # noqa: B007 (bad_forward reads it)
             printed, errors = io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-                status = main([f"run_dir={run_dir}", *settings, *own])
-            gc.freeze()  # the end of a run has undone it; what was imported need not be looked through by the next
+                status = main([f"run_dir={run_dir}", *settings, *MODEL, *own])
             checkpoint, state = last_state(run_dir)
             result["starts"].append(
                 {
@@ -246,7 +249,12 @@ def run(
 if __name__ == "__main__":
     output, folder, *settings = sys.argv[1:]
     # one process group for all runs: DeepSpeed cannot make a second one in a process
-    with patch("colt5dist.train.pretrain.finish_process_group", lambda: None):
+    # what was imported stays frozen: each of the runs' collections would look through it
+    gc.freeze()
+    with (
+        patch("colt5dist.train.pretrain.finish_process_group", lambda: None),
+        patch("colt5dist.train.garbage.gc.unfreeze", lambda: None),
+    ):
         results = {
             name: run(
                 Path(folder) / name.replace(", ", "-").replace(" ", "-"),
