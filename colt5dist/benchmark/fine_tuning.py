@@ -9,6 +9,7 @@ of each input. The same command continues where it was stopped; of an interrupte
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -200,8 +201,21 @@ def answers_without_a_model(pairs: Path) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Train what is left to train, ask, print the table and write it as JSON; returns the exit status."""
+    """Do what is left to do, and return the exit status: STOPPED if something is left."""
     options = parse(arguments)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a trainer is ended on the way out
+    try:
+        measure(options)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", flush=True)
+        return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Train, ask, print the table and write it as JSON."""
     options.output = options.output.absolute()
     options.output.mkdir(parents=True, exist_ok=True)
     numbers = [f"{name}={getattr(options, name)}" for name in NUMBERS]
@@ -229,4 +243,3 @@ def main(arguments: list[str]) -> int:
     print(f"{'answers':18}" + "".join(f"{name:>13}" for name in SCORES))
     for name, of in scores.items():
         print(f"{name:18}" + "".join(f"{of[score]:>13.1%}" for score in SCORES))
-    return 0

@@ -1,10 +1,13 @@
 """Dropout in the models: a function of the seed and the sample's number, in training only, at T5's places."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from colt5dist.model import CausalCoLT5, CoLT5Config
 from colt5dist.nn import dropout as places
+from colt5dist.train.engine.compile import compile_layers
 
 FORMS = [{}, {"encoder": "dense"}, {"encoder": "light"}]
 
@@ -107,3 +110,21 @@ def test_layers_stay_one_compiled_graph(build, whole):
         given = whole | {"sample_index": whole["sample_index"] + 3 * step}
         torch.testing.assert_close(model(**given).token_loss, plain(**given).token_loss)
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"routing": "random"}, {"encoder": "dense"}], ids=["learned", "random", "dense"]
+)
+def test_a_compiled_layer_draws_by_single_operations(build, whole, fields):
+    """PyTorch's compiler puts what a word is computed from into each place that uses the word, and would not end."""
+    model, operations = build(dropout=0.3, **fields), Counter()
+
+    def look(graph, _):
+        operations.update(str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method"))
+        return graph.forward
+
+    compile_layers(model, backend=look)
+    expected = build(dropout=0.3, **fields)(**whole).token_loss
+    torch.testing.assert_close(model(**whole).token_loss, expected)
+    assert operations["colt5dist.kept_elements"] > 0
+    assert [name for name in operations if "xor" in name] == []  # of which mixing consists

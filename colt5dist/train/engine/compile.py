@@ -2,9 +2,10 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,13 +27,18 @@ MOST_FORMS = 64
 """Compiled forms of one piece of code (lengths, with and without a mask, with random routing one a layer)."""
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile every layer's forward when it is first called; one graph a layer, or an error."""
+def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile every layer's forward when it is first called; one graph a layer, or an error.
+
+    Args:
+        model: holds the layers; each gets another `forward`.
+        backend: of `torch.compile`.
+    """
     torch._dynamo.config.recompile_limit = MOST_FORMS
     torch._dynamo.config.accumulated_recompile_limit = 16 * MOST_FORMS
     for layer in model.modules():
         if isinstance(layer, LAYERS):
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)  # type: ignore
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=backend)  # type: ignore
 
 
 def restore_layers(model: nn.Module) -> None:
