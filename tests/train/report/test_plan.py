@@ -40,9 +40,14 @@ MEASURED_PEAKS = {
     ),
     "Large": ("large", ("train.micro_batch_size=8",), {(1, 1): 58.9}),
     "XL": ("xl", ("train.micro_batch_size=2",), {(3, 2): 64.1}),
+    "fine-tuning with dropout": (
+        "finetune_base",
+        ("data.shards=python-stdlib-pairs", "init_from=null", "model.vocab_size=384", "train.global_batch_size=16"),
+        {(1, 1): 44.3},
+    ),
 }
 """Configuration, settings, and ZeRO stage, GPUs and GiB that PyTorch reserved: H100 or H200, bf16, targets of 910
-tokens, no activation checkpointing, CUDA graphs."""
+tokens (512 in fine-tuning), no activation checkpointing, CUDA graphs."""
 
 
 @pytest.mark.parametrize("name", MEASURED_PEAKS)
