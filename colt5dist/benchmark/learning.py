@@ -149,6 +149,7 @@ def jobs_of(options: argparse.Namespace, shards: Path, length: int) -> tuple[lis
         f"train.log_every={min(50, options.eval_every)}",
         f"train.eval_every={options.eval_every}",
         f"train.eval_samples={options.eval_samples}",
+        "train.eval_shuffled_inputs=true",
         "train.routing_every=0",
     )
     return [job(f"{name}-time", name, TIMED_STEPS, *timing, alone=True) for name in options.timed], [
@@ -168,28 +169,39 @@ def read_results(
         times = [record["step_seconds"] for record in records if record["step"] > SKIPPED_STEPS]
         seconds[name] = statistics.median(times) if times else None
     runs: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
+    shuffled: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
     for number, job in enumerate(curves):
         seed, place = divmod(number, len(options.variants))
         records = [record for record in read_metrics(job.folder) if record["step"] <= job.steps]
-        if points := {r["step"]: r["eval/loss"] for r in records if r.get("eval/loss") is not None}:
-            runs[list(options.variants)[place]][seed] = points
+        for key, found in (("eval/loss", runs), ("eval/loss_shuffled_inputs", shuffled)):
+            if points := {record["step"]: record[key] for record in records if record.get(key) is not None}:
+                found[list(options.variants)[place]][seed] = points
     comparisons = []
     for a, b in combinations(options.variants, 2):
         if (result := compare(runs[a], runs[b], (seconds[a], seconds[b]))) is not None:
             comparisons.append({"first": a, "second": b, **result})
-    return {"input_length": length, "step_seconds": seconds, "held_out_loss": runs, "comparisons": comparisons}
+    return {
+        "input_length": length,
+        "step_seconds": seconds,
+        "held_out_loss": runs,
+        "with_another_input": shuffled,
+        "comparisons": comparisons,
+    }
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """Return the lines of the tables of an input length."""
-    head = f"{'':10} {'s/step':>8} {'seeds':>5} {'step':>6}  held-out loss, mean"
+    head = f"{'':10} {'s/step':>8} {'seeds':>5} {'step':>6}  {'held-out loss, mean':22} with another sample's input"
     lines = [f"inputs of {result['input_length']:,} tokens", head]
     for name, seeds in result["held_out_loss"].items():
-        seconds = result["step_seconds"][name]
+        seconds, shuffled = result["step_seconds"][name], result["with_another_input"][name]
         start = f"{name:10} {'-' if seconds is None else f'{seconds:.4f}':>8}"
         step = max((step for points in seeds.values() for step in points), default=None)
-        losses = [points[step] for points in seeds.values() if step in points]
-        lines.append(f"{start} {len(losses):>5} {step or 0:>6}  {interval(losses) if losses else '-'}")
+        last = {seed: points[step] for seed, points in seeds.items() if step in points}
+        loss = str(interval(list(last.values()))) if last else "-"
+        more = [shuffled[seed][step] / last[seed] - 1 for seed in last if step in shuffled.get(seed, {})]
+        cell = f"{statistics.fmean(more):+.1%}" if more else "-"
+        lines.append(f"{start} {len(last):>5} {step or 0:>6}  {loss:22} {cell}")
     lines.append(f"{'difference':20} {'seeds':>5}  {'at equal steps':42}  at equal GPU time")
     for part in result["comparisons"]:
         cells = []

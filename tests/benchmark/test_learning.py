@@ -131,7 +131,11 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
         records = [{"step": step, "step_seconds": 9.0 if step < 3 else seconds} for step in (1, 2, 3, 4)]
         if end != "time":
             losses = {2: loss + 1.0 + int(end), 4: loss + int(end), 8: 0.0}  # 8: of a start with more steps
-            records = [{"step": step, "eval/loss": value} for step, value in losses.items()]
+            shuffled = {"learned": 1.25, "dense": 1.5}[variant]
+            records = [
+                {"step": step, "eval/loss": value, "eval/loss_shuffled_inputs": shuffled * value}
+                for step, value in losses.items()
+            ]
         last = 1 if job.name == "dense-2" else None
         lines = [json.dumps(record) + "\n" for record in records[:last]]
         (job.folder / "metrics.jsonl").write_text("".join(lines))
@@ -142,8 +146,8 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     assert result["held_out_loss"]["learned"][2] == {2: 6.0, 4: 5.0} and result["held_out_loss"]["dense"][2] == {2: 6.5}
     table = learning.table(result)
     assert table[0] == "inputs of 8,192 tokens"
-    assert table[2].split() == ["learned", "0.5000", "3", "4", *str(interval([3.0, 4.0, 5.0])).split()]
-    assert table[3].split()[:4] == ["dense", "1.0000", "2", "4"]
+    assert table[2].split() == ["learned", "0.5000", "3", "4", *str(interval([3.0, 4.0, 5.0])).split(), "+25.0%"]
+    assert table[3].split()[:4] == ["dense", "1.0000", "2", "4"] and table[3].split()[-1] == "+50.0%"
     # two seeds have step 4; in the 2 s of the learned one's 4 steps the dense one takes 2
     assert table[5].split()[:4] == ["learned", "-", "dense", "2"]
     assert "-0.5000 ± 0.0000 below (4 steps)" in table[5] and "-1.5000 ± 0.0000 below (2 s)" in table[5]
