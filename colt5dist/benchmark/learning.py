@@ -168,24 +168,29 @@ def read_results(
         records = read_metrics(job.folder) if job.is_done() else []
         times = [record["step_seconds"] for record in records if record["step"] > SKIPPED_STEPS]
         seconds[name] = statistics.median(times) if times else None
-    runs: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
-    shuffled: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
+    losses: dict[str, dict[str, dict[int, Points]]] = {}
     for number, job in enumerate(curves):
         seed, place = divmod(number, len(options.variants))
-        records = [record for record in read_metrics(job.folder) if record["step"] <= job.steps]
-        for key, found in (("eval/loss", runs), ("eval/loss_shuffled_inputs", shuffled)):
-            if points := {record["step"]: record[key] for record in records if record.get(key) is not None}:
-                found[list(options.variants)[place]][seed] = points
-    comparisons = []
-    for a, b in combinations(options.variants, 2):
-        if (result := compare(runs[a], runs[b], (seconds[a], seconds[b]))) is not None:
-            comparisons.append({"first": a, "second": b, **result})
+        for record in read_metrics(job.folder):
+            for key, loss in record.items():
+                if key.startswith("eval/loss") and loss is not None and record["step"] <= job.steps:
+                    of_variants = losses.setdefault(key, {name: {} for name in options.variants})
+                    of_variants[list(options.variants)[place]].setdefault(seed, {})[record["step"]] = loss
+    nothing: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
+    objectives = {key.removeprefix("eval/loss/"): found for key, found in losses.items() if "eval/loss/" in key}
+
+    def comparisons(of_variants: dict[str, dict[int, Points]]) -> list[dict[str, Any]]:
+        pairs = [(a, b, (seconds[a], seconds[b])) for a, b in combinations(options.variants, 2)]
+        found = [(a, b, compare(of_variants[a], of_variants[b], own)) for a, b, own in pairs]
+        return [{"first": a, "second": b, **result} for a, b, result in found if result is not None]
+
     return {
         "input_length": length,
         "step_seconds": seconds,
-        "held_out_loss": runs,
-        "with_another_input": shuffled,
-        "comparisons": comparisons,
+        "held_out_loss": losses.get("eval/loss", nothing),
+        "with_another_input": losses.get("eval/loss_shuffled_inputs", nothing),
+        "comparisons": comparisons(losses.get("eval/loss", nothing)),
+        "comparisons_by_objective": {name: comparisons(of_variants) for name, of_variants in objectives.items()},
     }
 
 
@@ -210,6 +215,13 @@ def table(result: dict[str, Any]) -> list[str]:
             found = part[key]
             cells.append(f"{Interval(found['mean'], found['half'])} {found['verdict']} ({place})" if found else "-")
         lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cells[0]:42}  {cells[1]}")
+    if len(result["comparisons_by_objective"]) > 1:
+        for name, parts in result["comparisons_by_objective"].items():
+            lines.append(f"only {name}")
+            for part in parts:
+                found = part["equal_steps"]
+                cell = f"{Interval(found['mean'], found['half'])} {found['verdict']} ({part['step']} steps)"
+                lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cell}")
     return lines
 
 
@@ -261,7 +273,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--parallel", type=int, default=1, metavar="N", help="runs side by side on each GPU (default: %(default)s)")
     add("--minutes", type=float, default=math.inf, metavar="M", help="stop with checkpoints after so long (no limit)")
     add("--text", nargs="+", metavar="GLOB", help="files of text (default: *.py of the installed packages)")
-    add("--vocabulary", type=int, default=8000, metavar="IDS", help="ids of the tokenizer (default: %(default)s)")
+    add("--vocabulary", type=int, default=8000, metavar="IDS", help="ids of the tokenizer; 0: bytes (%(default)s)")
     add("--shards", type=Path, metavar="DIR", help="shards that are used instead of making some from --text")
     add("--set", nargs="+", default=[], metavar="key=value", help="settings for every run")
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder of shards, runs, and results")
@@ -289,6 +301,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if setting.partition("=")[0] in OWN_KEYS or "=" not in setting:
             raise ConfigError(f"--set, --variants: {setting}: give key=value, of a key that no option sets")
     smallest = {
+        "vocabulary": 0,
         "seeds": 1,
         "target_length": 1,
         "batch": 1,
@@ -313,7 +326,7 @@ def main(arguments: list[str]) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainers are stopped on the way out
     try:
         shards = options.shards or make_shards(
-            options.text or default_text(), options.vocabulary, options.output, deadline
+            options.text or default_text(), options.vocabulary or None, options.output, deadline
         )
         if shards is None:
             return STOPPED

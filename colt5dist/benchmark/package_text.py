@@ -103,8 +103,14 @@ def write_packages(places: Iterable[str], folder: Path) -> int:
     return size
 
 
-def make_shards(patterns: Sequence[str], vocabulary: int, output: Path, deadline: float) -> Path | None:
+def make_shards(patterns: Sequence[str], vocabulary: int | None, output: Path, deadline: float) -> Path | None:
     """Return the folder of the shards, made from the packages if it is not there; None if the time was up.
+
+    Args:
+        patterns: as the places of `package_files`.
+        vocabulary: ids of the tokenizer that is trained; None: the tokens are bytes.
+        output: folder of the text and the shards.
+        deadline: when to stop, in seconds of `time.monotonic`.
 
     Raises:
         ConfigError: they cannot be made.
@@ -114,7 +120,8 @@ def make_shards(patterns: Sequence[str], vocabulary: int, output: Path, deadline
         return shards
     if not text.exists():
         print(f"text of {write_packages(patterns, text) / 1e6:,.1f} MB in {text}", flush=True)
-    options = ["--train-tokenizer", str(vocabulary), "--validation-fraction", str(HELD_OUT_SHARE)]
+    options = ["--validation-fraction", str(HELD_OUT_SHARE)]
+    options += [] if vocabulary is None else ["--train-tokenizer", str(vocabulary)]
     workers = str(min(8, len(os.sched_getaffinity(0)) - 1))
     command = [sys.executable, str(SCRIPTS / "prepare.py"), "--input", str(text), "--output", str(shards)]
     process = subprocess.Popen([*command, *options, "--workers", workers], start_new_session=True)

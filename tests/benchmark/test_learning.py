@@ -81,9 +81,20 @@ def test_a_package_is_one_document_without_copies_and_vendored_folders(tmp_path)
         package_text.write_packages([str(tmp_path / "nothing*")], tmp_path / "none")
 
 
+def test_tokens_are_bytes_without_a_vocabulary(tmp_path):
+    text = "".join(f"line_{number} = {number * number}\n" for number in range(300))
+    for package in "abcd":
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "m.py").write_text(f"# {package}\n{text}")
+    shards = package_text.make_shards([str(tmp_path)], None, tmp_path / "out", float("inf"))
+    tokenizer = learning.open_shards(str(shards)).validation.tokenizer
+    assert tokenizer.vocab_size < 300 and len(tokenizer.encode("# a/m.py")) == len("# a/m.py")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (["--vocabulary", "-1"], "--vocabulary: -1; use 0 or more"),
         (["--variants", "dynamic"], "--variants: dynamic is unknown"),
         (["--variants", "dense", "dense"], "--variants: dense: give each variant a name of its own"),
         (["--variants", "own:train.steps=3"], "train.steps=3: give key=value, of a key that no option sets"),
@@ -119,6 +130,10 @@ def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
 def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     pytest.importorskip("matplotlib")
     options = learning.parse(["--variants", "learned", "dense", "--seeds", "3", "--steps", "4", "--output", "unused"])
+
+    def by_objective(loss: float) -> dict[str, float]:
+        return {"eval/loss/span_3": 2 * loss, "eval/loss/prefix_lm": 7.0}
+
     kinds = {"time": ["learned-time", "dense-time"], "curve": [f"{v}-{s}" for s in range(3) for v in options.variants]}
     jobs = {
         kind: [learning.Job(name=name, folder=tmp_path / name, settings=(), steps=4) for name in names]
@@ -133,7 +148,7 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
             losses = {2: loss + 1.0 + int(end), 4: loss + int(end), 8: 0.0}  # 8: of a start with more steps
             shuffled = {"learned": 1.25, "dense": 1.5}[variant]
             records = [
-                {"step": step, "eval/loss": value, "eval/loss_shuffled_inputs": shuffled * value}
+                {"step": step, "eval/loss": value, "eval/loss_shuffled_inputs": shuffled * value, **by_objective(value)}
                 for step, value in losses.items()
             ]
         last = 1 if job.name == "dense-2" else None
@@ -151,6 +166,8 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     # two seeds have step 4; in the 2 s of the learned one's 4 steps the dense one takes 2
     assert table[5].split()[:4] == ["learned", "-", "dense", "2"]
     assert "-0.5000 ± 0.0000 below (4 steps)" in table[5] and "-1.5000 ± 0.0000 below (2 s)" in table[5]
+    assert table[6] == "only span_3" and "-1.0000 ± 0.0000 below (4 steps)" in table[7]
+    assert table[8] == "only prefix_lm" and "0.0000 ± 0.0000 not told apart (4 steps)" in table[9] and len(table) == 10
     learning.plot([result, result], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

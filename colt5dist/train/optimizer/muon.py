@@ -19,8 +19,9 @@ On GPUs this is done in bf16, on CPUs in float32; momentum and weights are float
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -66,14 +67,20 @@ class Matrix:
         """What an orthogonalised map is multiplied by, so that its root mean square is that of an AdamW update."""
         return ADAMW_RMS * math.sqrt(max(self.rows // self.num_maps, self.columns))
 
-    def split(self, weight: Tensor) -> Tensor:
-        """(rows * columns,) -> (num_maps, rows / num_maps, columns)."""
-        parts = weight.view(self.outer, self.num_maps, -1, self.columns)
-        return parts.transpose(0, 1).reshape(self.num_maps, -1, self.columns)
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """Rows and columns of one map."""
+        return self.rows // self.num_maps, self.columns
+
+    def split(self, weights: Tensor) -> Tensor:
+        """Weights like this one (k * rows * columns,) -> (k * num_maps, rows / num_maps, columns)."""
+        parts = weights.view(-1, self.outer, self.num_maps, self.rows // self.num_maps // self.outer, self.columns)
+        return parts.transpose(1, 2).reshape(-1, *self.map_shape)
 
     def join(self, maps: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return maps.view(self.num_maps, self.outer, -1, self.columns).transpose(0, 1).reshape(-1)
+        parts = maps.view(-1, self.num_maps, self.outer, self.rows // self.num_maps // self.outer, self.columns)
+        return parts.transpose(1, 2).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,31 @@ class Part:
     count: int
     """Number of elements."""
 
-    def of_flat(self, flat: Tensor) -> Tensor:
-        """These elements of the flat tensor."""
-        return flat[self.start : self.start + self.count]
 
-    def of_matrix(self, flattened: Tensor) -> Tensor:
-        """These elements of the flattened matrix."""
-        return flattened[self.offset : self.offset + self.count]
+class Slices:
+    """Slices of flat tensors, taken in one call.
+
+    Args:
+        places: first element and number of elements of each; no two overlap.
+    """
+
+    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
+        self._sizes: list[int] = []
+        self._end = 0
+        number_of = {}
+        for place in sorted(places):
+            start, count = place
+            if start > self._end:  # nobody's
+                self._sizes.append(start - self._end)
+            number_of[place] = len(self._sizes)
+            self._sizes.append(count)
+            self._end = start + count
+        self._numbers = [number_of[place] for place in places]
+
+    def of(self, flat: Tensor) -> list[Tensor]:
+        """The slices of a tensor, in the order of the places."""
+        pieces = flat.split_with_sizes([*self._sizes, flat.numel() - self._end])
+        return [pieces[number] for number in self._numbers]
 
 
 def orthogonalise(maps: Tensor) -> Tensor:
@@ -113,30 +138,30 @@ def orthogonalise(maps: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     x = (x / norm.clamp_min(SMALLEST_NORM)).to(maps.dtype)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
 
 
-def orthogonalise_all(weights: Sequence[tuple[Matrix, Tensor]]) -> list[Tensor]:
-    """Orthogonalise and scale matrices, those of one shape together.
+def orthogonalise_all(groups: Sequence[tuple[Matrix, Tensor]]) -> list[Tensor]:
+    """Orthogonalise and scale matrices, those whose maps have one shape together.
 
     Args:
-        weights: matrices, each with its elements (rows * columns,).
+        groups: weights of one kind, k of them, with their elements (k * rows * columns,).
 
     Returns:
-        The updates (rows * columns,) in the same order and type.
+        The updates of each group, (k * rows * columns,).
     """
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    maps = [matrix.split(values) for matrix, values in weights]
-    for number, stacked in enumerate(maps):
-        by_shape.setdefault(tuple(stacked.shape[1:]), []).append(number)
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for number, (matrix, _) in enumerate(groups):
+        by_shape.setdefault(matrix.map_shape, []).append(number)
+    found: dict[int, Tensor] = {}
     for numbers in by_shape.values():
-        matrices = [weights[number][0] for number in numbers]
-        done = orthogonalise(torch.cat([maps[number] for number in numbers])) * matrices[0].scale
-        for number, stacked in zip(numbers, done.split([matrix.num_maps for matrix in matrices]), strict=True):
-            maps[number] = stacked
-    return [matrix.join(stacked) for (matrix, _), stacked in zip(weights, maps, strict=True)]
+        maps = [groups[number][0].split(groups[number][1]) for number in numbers]
+        done = orthogonalise(torch.cat(maps)) * groups[numbers[0]][0].scale
+        for number, own in zip(numbers, done.split([len(part) for part in maps]), strict=True):
+            found[number] = groups[number][0].join(own)
+    return [found[number] for number in range(len(groups))]
 
 
 def owners(matrices: Sequence[Matrix], num_ranks: int) -> list[int]:
@@ -162,33 +187,43 @@ class Exchange:
         self.matrices = matrices
         self.is_alone = len(parts) == 1
         owner = owners(matrices, len(parts))
-        self.mine = [number for number, of in enumerate(owner) if of == rank]
+        kinds = {matrix: kind for kind, matrix in enumerate(dict.fromkeys(matrices))}
+        # those of one kind lie beside each other where they are orthogonalised
+        self.mine = sorted(
+            (number for number, of in enumerate(owner) if of == rank), key=lambda number: kinds[matrices[number]]
+        )
+        self._groups = [(kind, len(list(of))) for kind, of in groupby(matrices[number] for number in self.mine)]
+        sizes = [matrices[number].num_elements for number in self.mine]
+        starts = dict(zip(self.mine, accumulate(sizes, initial=0), strict=False))
         to_send = [[part for part in parts[rank] if owner[part.matrix] == other] for other in range(len(parts))]
         to_receive = [[part for part in of_other if owner[part.matrix] == rank] for of_other in parts]
-        self.sent = [part for to in to_send for part in to]
-        self.received = [part for of in to_receive for part in of]
+        sent = [(part.start, part.count) for to in to_send for part in to]
+        received = [(starts[part.matrix] + part.offset, part.count) for of in to_receive for part in of]
+        self._sent, self._received = Slices(sent), Slices(received)
+        self._sent_sizes, self._received_sizes = [count for _, count in sent], [count for _, count in received]
         self._num_sent = [sum(part.count for part in to) for to in to_send]
         self._num_received = [sum(part.count for part in of) for of in to_receive]
 
-    def updates(self, flat: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """Orthogonalise matrices; collective.
+    def step(self, gradient: Tensor, weights: Tensor, lr: float) -> None:
+        """Orthogonalise the matrices of a tensor, and apply the updates; collective.
 
         Args:
-            flat: this rank's flat tensor, float32.
-
-        Yields:
-            This rank's parts, and the float32 update of each.
+            gradient: this rank's flat tensor of what is orthogonalised, float32.
+            weights: its flat tensor of weights, float32, of the same size.
+            lr: learning rate.
         """
-        dtype = torch.bfloat16 if flat.is_cuda else torch.float32
-        values = self._to_owners(_joined([part.of_flat(flat) for part in self.sent], flat, dtype))
-        whole = {number: values.new_empty(self.matrices[number].num_elements) for number in self.mine}
-        for part, piece in zip(self.received, values.split([part.count for part in self.received]), strict=True):
-            part.of_matrix(whole[part.matrix]).copy_(piece)
-        done = orthogonalise_all([(self.matrices[number], values) for number, values in whole.items()])
-        whole = dict(zip(whole, done, strict=True))
-        answers = _joined([part.of_matrix(whole[part.matrix]) for part in self.received], flat, dtype)
-        mine = self._from_owners(answers).float()
-        yield from zip(self.sent, mine.split([part.count for part in self.sent]), strict=True)
+        dtype = torch.bfloat16 if gradient.is_cuda else torch.float32
+        values = self._to_owners(_joined(self._sent.of(gradient), like=gradient).to(dtype))
+        whole = values.new_empty(sum(kind.num_elements * number for kind, number in self._groups))
+        if self._received_sizes:
+            torch._foreach_copy_(self._received.of(whole), list(values.split_with_sizes(self._received_sizes)))
+        of_groups = whole.split_with_sizes([kind.num_elements * number for kind, number in self._groups])
+        kinds = [kind for kind, _ in self._groups]
+        done = _joined(orthogonalise_all(list(zip(kinds, of_groups, strict=True))), like=whole)
+        updates = self._from_owners(_joined(self._received.of(done), like=whole)).float()
+        if self._sent_sizes:
+            pieces = updates.split_with_sizes(self._sent_sizes)
+            torch._foreach_add_(self._sent.of(weights), list(pieces), alpha=-lr)
 
     def _to_owners(self, values: Tensor) -> Tensor:
         return self._all_to_all(values, self._num_sent, self._num_received)
@@ -286,12 +321,9 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - lr * decay)
             gradient, weights = p.grad.view(-1), p.view(-1)
             for exchange in self._exchanges[p]:
-                pairs = list(exchange.updates(gradient))
-                if pairs:
-                    targets, updates = zip(*((part.of_flat(weights), update) for part, update in pairs), strict=True)
-                    torch._foreach_add_(list(targets), list(updates), alpha=-lr)
+                exchange.step(gradient, weights, lr)
 
 
-def _joined(pieces: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """One tensor of all pieces, perhaps of none."""
-    return torch.cat([piece.to(dtype) for piece in pieces]) if pieces else like.new_empty(0, dtype=dtype)
+def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
+    """One tensor of all pieces, perhaps of none; `like` has their type."""
+    return torch.cat(pieces) if pieces else like.new_empty(0)

@@ -48,6 +48,9 @@ def test_rows_of_maps_are_found_again() -> None:
     assert stacked.split(weight)[:, :, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     for matrix in (heads, stacked):
         assert torch.equal(matrix.join(matrix.split(weight)), weight)
+        two = torch.cat([weight, -weight])  # of one kind: one after the other
+        assert torch.equal(matrix.split(two), torch.cat([matrix.split(weight), -matrix.split(weight)]))
+        assert torch.equal(matrix.join(matrix.split(two)), two)
 
 
 def test_ranks_share_the_work() -> None:
