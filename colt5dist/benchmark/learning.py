@@ -11,6 +11,7 @@ comparisons, not corrected for their number.
 import argparse
 import json
 import math
+import re
 import signal
 import statistics
 import time
@@ -215,14 +216,22 @@ def table(result: dict[str, Any]) -> list[str]:
             found = part[key]
             cells.append(f"{Interval(found['mean'], found['half'])} {found['verdict']} ({place})" if found else "-")
         lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cells[0]:42}  {cells[1]}")
-    if len(result["comparisons_by_objective"]) > 1:
-        for name, parts in result["comparisons_by_objective"].items():
-            lines.append(f"only {name}")
-            for part in parts:
-                found = part["equal_steps"]
-                cell = f"{Interval(found['mean'], found['half'])} {found['verdict']} ({part['step']} steps)"
-                lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cell}")
+    if len(objectives := result["comparisons_by_objective"]) > 1:
+        lines.append(f"{'at equal steps':20}  " + " ".join(f"{name:26}" for name in objectives).rstrip())
+        for part in result["comparisons"]:
+            a, b = part["first"], part["second"]
+            same = ([own for own in found if (own["first"], own["second"]) == (a, b)] for found in objectives.values())
+            lines.append(f"{f'{a} - {b}':20}  " + " ".join(f"{_cell(found):26}" for found in same).rstrip())
     return lines
+
+
+def _cell(found: Sequence[dict[str, Any]]) -> str:
+    """A difference at equal steps, with its verdict if there is one; found: one comparison or none."""
+    if not found:
+        return "-"
+    part = found[0]["equal_steps"]
+    verdict_if_any = f" {part['verdict']}" if part["verdict"] in ("below", "above") else ""
+    return f"{Interval(part['mean'], part['half'])}{verdict_if_any}"
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -231,15 +240,15 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(12, 4.5 * len(results)), layout="constrained")
     for row, (result, axes) in enumerate(zip(results, figure.subplots(len(results), 2, squeeze=False), strict=True)):
-        for name, seeds in result["held_out_loss"].items():
+        for number, (name, seeds) in enumerate(result["held_out_loss"].items()):
             steps = sorted({step for points in seeds.values() for step in points})
             means = [interval([points[step] for points in seeds.values() if step in points]) for step in steps]
             low, high = ([mean + sign * (half or 0.0) for mean, half in means] for sign in (-1, 1))
             for axis, factor in zip(axes, (1.0, result["step_seconds"][name]), strict=True):
                 if steps and factor is not None:
                     places = [step * factor for step in steps]
-                    (line,) = axis.plot(places, [mean for mean, _ in means], label=name, marker=".")
-                    axis.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+                    axis.plot(places, [mean for mean, _ in means], label=name, marker=".", color=f"C{number}")
+                    axis.fill_between(places, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
         for axis, unit in zip(axes, ("steps", "GPU seconds"), strict=True):
             axis.set(xlabel=unit, ylabel="held-out loss, nats per token", title=f"{result['input_length']:,} tokens")
             axis.grid(alpha=0.3)
@@ -285,7 +294,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise ConfigError(f"--variants: {name} is unknown; use some of {', '.join(VARIANTS)}, or NAME:key=value")
         if name in named or not name.isidentifier() or (colon and name in VARIANTS):
             raise ConfigError(f"--variants: {variant}: give each variant a name of its own, of letters, digits and _")
-        named[name] = tuple(settings.split(",")) if colon else VARIANTS[name]
+        # a comma within a value is followed by no key: data.length_schedule=[{step: 9, input_length: 512}]
+        named[name] = tuple(re.split(r",(?=[\w.]+=)", settings)) if colon else VARIANTS[name]
     options.variants = named
     options.timed = list(named) if options.timed is None else options.timed
     if unknown := [name for name in options.timed if name not in named]:

@@ -19,6 +19,16 @@ def text(num_samples: int, seed: int) -> dict[str, Tensor]:
     return {"input_ids": inputs, "decoder_input_ids": shifted, "target_ids": targets}
 
 
+def test_the_controls_start_with_the_weights_beside_learned_routers(build) -> None:
+    """So runs of one seed differ in the routing alone; only the routing vectors are missing."""
+    learned = build().state_dict()
+    for routing in ("static", "random"):
+        control = build(routing=routing).state_dict()
+        missing = [name for name in learned if name not in control]
+        assert len(missing) == 4 and all("routing_tokens" in name for name in missing)
+        assert all(torch.equal(control[name], learned[name]) for name in control)
+
+
 def gradient_norm(model: torch.nn.Module) -> float:
     return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
 

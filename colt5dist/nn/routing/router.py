@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from colt5dist.nn.checks import check_device, check_mask, check_sample_index, check_tensor, check_tokens
+from colt5dist.nn.initial import normal_
 from colt5dist.nn.routing.gather_scatter import gather_tokens
 from colt5dist.nn.routing.kept_routing import keep_value, routing_decision
 from colt5dist.nn.routing.routing_tokens import RoutingTokens, cosine_similarity, routing_scores
@@ -172,6 +173,8 @@ class CoordinateDescentRouter(nn.Module):
         self.routing_tokens: RoutingTokens | None = None
         if routing == "learned" and not learned_routing_tokens:
             self.routing_tokens = RoutingTokens(num_routing_tokens, dim, std=std, cosine_sim=cosine_sim_routing)
+        elif not learned_routing_tokens:  # drawn and dropped: a control's other weights start as those beside a router
+            normal_(torch.empty(num_routing_tokens, dim), std)
 
     def forward(
         self,

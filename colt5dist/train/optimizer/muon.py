@@ -37,8 +37,9 @@ ADAMW_RMS = 0.2
 """Root mean square of a usual AdamW update, in units of the learning rate."""
 MOMENTUM = "momentum_buffer"
 """Key of the momentum in the optimizer's state."""
-ELEMENTS_AT_ONCE = 2**25
-"""Elements a rank orthogonalises at once: bounds the memory that a step takes besides the states."""
+ELEMENTS_AT_ONCE = 2**26
+"""Elements a rank orthogonalises at once: bounds the memory that a step takes besides the states, to about 16 bytes an
+element on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def orthogonalise(maps: Tensor) -> Tensor:
     is_tall = maps.shape[-2] > maps.shape[-1]
     x = maps.mT if is_tall else maps
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = (x / norm.clamp_min(SMALLEST_NORM)).to(maps.dtype)
+    x = x / norm.clamp_min(SMALLEST_NORM).to(maps.dtype)  # all that is of the matrix's size stays in its type
     for _ in range(ITERATIONS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

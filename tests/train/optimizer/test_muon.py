@@ -19,6 +19,8 @@ def test_singular_values_come_near_1(shape: tuple[int, int, int]) -> None:
     off_diagonal = left.mT @ done @ right.mT - torch.diag_embed((left.mT @ done @ right.mT).diagonal(dim1=-2, dim2=-1))
     assert off_diagonal.abs().max() < 1e-2
     assert not orthogonalise(torch.zeros(shape)).any()
+    in_bf16 = orthogonalise(maps.bfloat16())  # as on GPUs
+    assert in_bf16.dtype is torch.bfloat16 and (in_bf16 - done).norm() < 0.05 * done.norm()
 
 
 def test_a_step_is_that_of_pytorch() -> None:
