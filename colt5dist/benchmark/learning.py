@@ -282,7 +282,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--parallel", type=int, default=1, metavar="N", help="runs side by side on each GPU (default: %(default)s)")
     add("--minutes", type=float, default=math.inf, metavar="M", help="stop with checkpoints after so long (no limit)")
     add("--text", nargs="+", metavar="GLOB", help="files of text (default: *.py of the installed packages)")
-    add("--vocabulary", type=int, default=8000, metavar="IDS", help="ids of the tokenizer; 0: bytes (%(default)s)")
+    add(
+        "--vocabulary",
+        type=int,
+        default=8000,
+        metavar="IDS",
+        help="ids of the tokenizer for --text; 0: bytes (default: %(default)s)",
+    )
     add("--shards", type=Path, metavar="DIR", help="shards that are used instead of making some from --text")
     add("--set", nargs="+", default=[], metavar="key=value", help="settings for every run")
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder of shards, runs, and results")

@@ -117,7 +117,7 @@ def parts_summed_in_float32() -> Iterator[None]:
     were rounded.
     """
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
     matmul.allow_bf16_reduced_precision_reduction = False
     try:
         yield

@@ -115,7 +115,7 @@ class Slices:
                 self._sizes.append(start - self._end)
             number_of[place] = len(self._sizes)
             self._sizes.append(count)
-            self._end = start + count
+            self._end = max(self._end, start + count)
         self._numbers = [number_of[place] for place in places]
 
     def of(self, flat: Tensor) -> list[Tensor]:
@@ -137,7 +137,7 @@ def orthogonalise(maps: Tensor) -> Tensor:
     is_tall = maps.shape[-2] > maps.shape[-1]
     x = maps.mT if is_tall else maps
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = x / norm.clamp_min(SMALLEST_NORM).to(maps.dtype)  # all that is of the matrix's size stays in its type
+    x = x / norm.clamp_min(SMALLEST_NORM).to(maps.dtype)  # makes no float32 copy of the matrices
     for _ in range(ITERATIONS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

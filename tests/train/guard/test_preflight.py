@@ -29,7 +29,7 @@ def test_rank_0_prints_the_rates(found: list[dict[str, dict[str, str]]]) -> None
 
 
 def test_a_product_may_be_summed_in_parts(found: list[dict[str, dict[str, str]]]) -> None:
-    """As a GPU of which a process has a part makes it: a whole device was called wrong."""
+    """As a GPU of which a process has a part makes it: a sound one was called wrong."""
     assert found[0]["in parts"]["fault"] == found[1]["in parts"]["fault"] == ""
 
 

@@ -41,6 +41,26 @@ def test_a_step_is_that_of_pytorch() -> None:
     assert other.tolist() == pytest.approx([-0.2] * 3)  # AdamW: the rate in each step
 
 
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_is_that_on_a_cpu() -> None:
+    """Of matrices of several kinds, some between elements that are no matrix's, in bf16 there and float32 here."""
+    matrices = [Matrix(64, 32), Matrix(96, 32, num_maps=3), Matrix(64, 32), Matrix(64, 32, outer=4, num_maps=2)]
+    sizes = [matrix.num_elements for matrix in matrices]
+    parts = [Part(number, 5 + sum(sizes[:number]) + number, 0, size) for number, size in enumerate(sizes)]
+    start, gradient = torch.randn(sum(sizes) + 20), torch.randn(sum(sizes) + 20)
+    found = []
+    for device in ("cpu", "cuda"):
+        flat, other = torch.nn.Parameter(start.to(device)), torch.nn.Parameter(torch.zeros(1, device=device))
+        optimizer = Muon([flat], [other], lr=0.1, momentum=0.9, weight_decay=0.1, betas=(0.9, 0.9), eps=1e-8)
+        optimizer.place(flat, matrices, [parts], rank=0)
+        for _ in range(2):
+            flat.grad = gradient.to(device)
+            optimizer.step()
+        found.append(flat.detach().cpu())
+    assert (found[1] - found[0]).norm() < 0.05 * (found[0] - start).norm()
+    assert torch.equal(found[1][:5], found[0][:5])
+
+
 def test_rows_of_maps_are_found_again() -> None:
     """Keys and values of two heads alternate; queries, keys and values lie below each other."""
     weight = torch.arange(8.0).repeat_interleave(3)
