@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import signal
 import subprocess
 import sys
 import zlib
@@ -13,6 +14,10 @@ from types import ModuleType
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers have the other cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell ignores Ctrl-C in what it starts in the background; the commands that tests start would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 
