@@ -1,7 +1,10 @@
 """Muon's parts in one process; at ZeRO stages it is tested in tests/train/engine/test_muon_and_average.py."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colt5dist.train.optimizer import muon
 from colt5dist.train.optimizer.muon import Exchange, Matrix, Muon, Part, orthogonalise, owners
@@ -39,6 +42,42 @@ def test_a_step_is_that_of_pytorch() -> None:
     assert (weight - start).norm() > 0.1
     assert (weight - theirs).norm() < 0.02 * (weight - start).norm()
     assert other.tolist() == pytest.approx([-0.2] * 3)  # AdamW: the rate in each step
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts what PyTorch is told to do, which on a GPU is what the host's time goes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_layers_need_no_more_operators() -> None:
+    counts = []
+    for layers in (2, 40):
+        matrices = [Matrix(16, 8), Matrix(24, 8, num_maps=3), Matrix(16, 8, outer=2, num_maps=2)] * layers
+        sizes = [matrix.num_elements for matrix in matrices]
+        parts = [Part(number, sum(sizes[:number]), 0, size) for number, size in enumerate(sizes)]
+        flat = torch.nn.Parameter(torch.randn(sum(sizes)))
+        optimizer = Muon(
+            [flat],
+            [torch.nn.Parameter(torch.zeros(1))],
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.0,
+            betas=(0.9, 0.9),
+            eps=1e-8,
+        )
+        optimizer.place(flat, matrices, [parts], rank=0)
+        flat.grad = torch.randn(sum(sizes))
+        with CountOperators() as operators:
+            optimizer.step()
+        counts.append(operators.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.gpu
