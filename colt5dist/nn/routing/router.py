@@ -85,8 +85,9 @@ class CoordinateDescentRouter(nn.Module):
             each; None: from the whole sequence.
         triton_checkpoint_segments: segments of iterations of which the backward pass keeps the ends only, 1 to n_iters:
             `checkpoint_segments` of `soft_topk`; None: every iteration is kept.
-        routing: "learned"; or one of the paper's controls, which own no vector and whose scores are 1: "static", the
-            first token of equal blocks; "random", by the sample's number.
+        routing: "learned"; or one of the paper's controls, whose scores are 1: "static", the first token of equal
+            blocks; "random", by the sample's number. They own no vector, but draw its initial numbers, so that the same
+            seed gives the layers around them the same weights.
         route_groups: sizes of groups of routes with a budget each, for `route`; they sum to num_routing_tokens. None:
             one group.
         std: standard deviation of the initial vectors.
