@@ -185,7 +185,6 @@ class Exchange:
     """
 
     def __init__(self, matrices: Sequence[Matrix], parts: Sequence[Sequence[Part]], rank: int) -> None:
-        self.matrices = matrices
         self.is_alone = len(parts) == 1
         owner = owners(matrices, len(parts))
         kinds = {matrix: kind for kind, matrix in enumerate(dict.fromkeys(matrices))}
@@ -193,7 +192,9 @@ class Exchange:
         self.mine = sorted(
             (number for number, of in enumerate(owner) if of == rank), key=lambda number: kinds[matrices[number]]
         )
-        self._groups = [(kind, len(list(of))) for kind, of in groupby(matrices[number] for number in self.mine)]
+        groups = [(kind, len(list(of))) for kind, of in groupby(matrices[number] for number in self.mine)]
+        self._kinds = [kind for kind, _ in groups]
+        self._kind_sizes = [kind.num_elements * number for kind, number in groups]
         sizes = [matrices[number].num_elements for number in self.mine]
         starts = dict(zip(self.mine, accumulate(sizes, initial=0), strict=False))
         to_send = [[part for part in parts[rank] if owner[part.matrix] == other] for other in range(len(parts))]
@@ -215,12 +216,11 @@ class Exchange:
         """
         dtype = torch.bfloat16 if gradient.is_cuda else torch.float32
         values = self._to_owners(_joined(self._sent.of(gradient), like=gradient).to(dtype))
-        whole = values.new_empty(sum(kind.num_elements * number for kind, number in self._groups))
+        whole = values.new_empty(sum(self._kind_sizes))
         if self._received_sizes:
             torch._foreach_copy_(self._received.of(whole), list(values.split_with_sizes(self._received_sizes)))
-        of_groups = whole.split_with_sizes([kind.num_elements * number for kind, number in self._groups])
-        kinds = [kind for kind, _ in self._groups]
-        done = _joined(orthogonalise_all(list(zip(kinds, of_groups, strict=True))), like=whole)
+        groups = zip(self._kinds, whole.split_with_sizes(self._kind_sizes), strict=True)
+        done = _joined(orthogonalise_all(list(groups)), like=whole)
         updates = self._from_owners(_joined(self._received.of(done), like=whole)).float()
         if self._sent_sizes:
             pieces = updates.split_with_sizes(self._sent_sizes)
