@@ -134,17 +134,23 @@ class FlatGradients(GradientSums):
         """Sum a flat tensor over ranks, piece by piece, which bounds the memory that the sums take.
 
         Yields:
-            A piece of this rank's partition, and its sum over ranks in `reduce_dtype`.
+            A piece of this rank's partition, and its sum over ranks in `reduce_dtype`; the next sum replaces it.
         """
         rows = whole.view(self.world_size, -1)
-        size = max(1, self.bucket_size // self.world_size)
-        for first in range(0, rows.shape[1], size):
+        size = min(max(1, self.bucket_size // self.world_size), rows.shape[1])
+        has_reduce_scatter = dist.get_backend() == "nccl"  # gloo has none
+        # taken once: if each piece had memory of its own, that of the piece before would still be there
+        outgoing = whole.new_empty(self.world_size * size, dtype=self.reduce_dtype)
+        incoming = whole.new_empty(size if has_reduce_scatter else 0, dtype=self.reduce_dtype)
+        for first in range(0, rows.shape[1], max(1, size)):
             piece = slice(first, min(first + size, rows.shape[1]))
-            sent = rows[:, piece].to(self.reduce_dtype, memory_format=torch.contiguous_format, copy=True)
-            if dist.get_backend() == "nccl":
-                reduced = torch.empty_like(sent[0])
+            count = piece.stop - piece.start
+            sent = outgoing[: self.world_size * count].view(self.world_size, count)
+            sent.copy_(rows[:, piece])
+            if has_reduce_scatter:
+                reduced = incoming[:count]
                 dist.reduce_scatter_tensor(reduced, sent)
-            else:  # gloo has no reduce-scatter
+            else:
                 dist.all_reduce(sent)
                 reduced = sent[self.rank]
             yield piece, reduced

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from colt5dist.train.engine.flat_gradients import FlatGradients
 
 SCRIPT = Path(__file__).with_name("zero_matrix.py")
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-3}
@@ -104,3 +108,33 @@ def test_how_stage_3_gathers_and_sends_changes_no_number(
     assert found["stay"]["train 3"] == found["released"]["train 3"] == found["hosts"]["train 3"]
     assert found["stay"]["gathered 3"] == {"most": 3, "left": 0}
     assert found["released"]["gathered 3"]["most"] <= 2
+
+
+def test_how_much_is_summed_at_once_changes_no_number(
+    run_ranks: Callable[..., str], tmp_path: Path, micro_settings: tuple[str, ...]
+) -> None:
+    """Stages 1 and 2 sum all gradients at once here by default; with buckets of 1000 elements, piece by piece."""
+    found = {}
+    for name, own in {"at once": (), "in pieces": ("zero.bucket_size=1000",)}.items():
+        settings = (*micro_settings, "train.micro_batch_size=2", "--loads=", *own)
+        folder = tmp_path / name
+        folder.mkdir()
+        run_ranks(SCRIPT, str(folder / "out.json"), str(folder), "12", "--flat", *settings, processes=2)
+        found[name] = json.loads((folder / "out.json").read_text())
+    assert found["in pieces"]["train 1"] == found["at once"]["train 1"]
+    assert found["in pieces"]["train 2"] == found["at once"]["train 2"]
+
+
+def test_sums_in_pieces_take_the_memory_of_one() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        gradients = object.__new__(FlatGradients)
+        gradients.world_size, gradients.rank = 1, 0
+        gradients.bucket_size, gradients.reduce_dtype = 4, torch.float32
+        whole, places = torch.arange(10.0), set()
+        for piece, reduced in gradients._reduced_pieces(whole):
+            assert torch.equal(reduced, whole[piece])
+            places.add(reduced.untyped_storage().data_ptr())
+        assert len(places) == 1
+    finally:
+        dist.destroy_process_group()
