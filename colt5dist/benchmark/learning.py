@@ -20,6 +20,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from colt5dist.benchmark import Interval, device_line, interval, verdict
 from colt5dist.benchmark.package_text import default_text, make_shards
 from colt5dist.benchmark.side_by_side import STOPPED, Job, check_unchanged, train, visible_gpus
@@ -59,6 +61,7 @@ QUICK = (
 )
 """Few checkpoints, and no pictures and texts beside the numbers; this changes no result."""
 MICRO_BATCH_TOKENS = 1 << 17
+SCHEDULE = "data.length_schedule"
 TIMED_STEPS, SKIPPED_STEPS = 30, 15
 """Steps of the run that measures the time of a step, and how many of them come before those that count."""
 OWN_KEYS = {"run_dir", "seed", "train.steps", "train.eval_every", "train.eval_samples", "train.global_batch_size"}
@@ -185,29 +188,55 @@ def read_results(
         found = [(a, b, compare(of_variants[a], of_variants[b], own)) for a, b, own in pairs]
         return [{"first": a, "second": b, **result} for a, b, result in found if result is not None]
 
+    held_out = losses.get("eval/loss", nothing)
     return {
         "input_length": length,
+        "later_lengths": later_lengths(options.set),
         "step_seconds": seconds,
-        "held_out_loss": losses.get("eval/loss", nothing),
+        "held_out_loss": held_out,
         "with_another_input": losses.get("eval/loss_shuffled_inputs", nothing),
-        "comparisons": comparisons(losses.get("eval/loss", nothing)),
+        "comparisons": comparisons(held_out),
         "comparisons_by_objective": {name: comparisons(of_variants) for name, of_variants in objectives.items()},
+        "comparisons_at": {step: comparisons(only_at(held_out, step)) for step in options.at},
     }
+
+
+def later_lengths(settings: Sequence[str]) -> list[tuple[int, int]]:
+    """The steps at which data.length_schedule changes the input length, and the lengths; [] where it is wrong."""
+    found = [setting.partition("=")[2] for setting in settings if setting.startswith(f"{SCHEDULE}=")]
+    try:
+        entries = yaml.safe_load(found[-1]) if found else []
+        return [(int(entry["step"]), int(entry["input_length"])) for entry in entries if "input_length" in entry]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):  # the trainer refuses it, and says why
+        return []
+
+
+def only_at(of_variants: Mapping[str, Mapping[int, Points]], step: int) -> dict[str, dict[int, Points]]:
+    """The losses of one step only."""
+    return {
+        name: {seed: {step: points[step]} for seed, points in seeds.items() if step in points}
+        for name, seeds in of_variants.items()
+    }
+
+
+def at_last_step(seeds: Mapping[int, Points], shuffled: Mapping[int, Points]) -> tuple[int, list[float], float | None]:
+    """The last step of a variant, its losses by seed, and how much higher they are with another sample's input."""
+    step = max((step for points in seeds.values() for step in points), default=0)
+    last = {seed: points[step] for seed, points in seeds.items() if step in points}
+    more = [shuffled[seed][step] / last[seed] - 1 for seed in last if step in shuffled.get(seed, {})]
+    return step, list(last.values()), statistics.fmean(more) if more else None
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """Return the lines of the tables of an input length."""
     head = f"{'':10} {'s/step':>8} {'seeds':>5} {'step':>6}  {'held-out loss, mean':22} with another sample's input"
-    lines = [f"inputs of {result['input_length']:,} tokens", head]
+    lines = [_title(result), head]
     for name, seeds in result["held_out_loss"].items():
-        seconds, shuffled = result["step_seconds"][name], result["with_another_input"][name]
+        seconds = result["step_seconds"][name]
         start = f"{name:10} {'-' if seconds is None else f'{seconds:.4f}':>8}"
-        step = max((step for points in seeds.values() for step in points), default=None)
-        last = {seed: points[step] for seed, points in seeds.items() if step in points}
-        loss = str(interval(list(last.values()))) if last else "-"
-        more = [shuffled[seed][step] / last[seed] - 1 for seed in last if step in shuffled.get(seed, {})]
-        cell = f"{statistics.fmean(more):+.1%}" if more else "-"
-        lines.append(f"{start} {len(last):>5} {step or 0:>6}  {loss:22} {cell}")
+        step, last, more = at_last_step(seeds, result["with_another_input"][name])
+        loss = str(interval(last)) if last else "-"
+        lines.append(f"{start} {len(last):>5} {step:>6}  {loss:22} {_share(more)}")
     lines.append(f"{'difference':20} {'seeds':>5}  {'at equal steps':42}  at equal GPU time")
     for part in result["comparisons"]:
         cells = []
@@ -217,12 +246,30 @@ def table(result: dict[str, Any]) -> list[str]:
             cells.append(f"{Interval(found['mean'], found['half'])} {found['verdict']} ({place})" if found else "-")
         lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cells[0]:42}  {cells[1]}")
     if len(objectives := result["comparisons_by_objective"]) > 1:
-        lines.append(f"{'at equal steps':20}  " + " ".join(f"{name:26}" for name in objectives).rstrip())
-        for part in result["comparisons"]:
-            a, b = part["first"], part["second"]
-            same = ([own for own in found if (own["first"], own["second"]) == (a, b)] for found in objectives.values())
-            lines.append(f"{f'{a} - {b}':20}  " + " ".join(f"{_cell(found):26}" for found in same).rstrip())
+        lines += _differences("at equal steps", objectives, result["comparisons"])
+    if at := result["comparisons_at"]:
+        lines.append(f"{'':20}  " + " ".join(f"{f'step {step}':26}" for step in at).rstrip())
+        for name, seeds in result["held_out_loss"].items():
+            shuffled = result["with_another_input"][name]
+            found = (at_last_step(only_at({name: seeds}, step)[name], shuffled) for step in at)
+            texts = (f"{interval(losses)} {_share(more)}" if losses else "-" for _, losses, more in found)
+            lines.append(f"{name:20}  " + " ".join(f"{text:26}" for text in texts).rstrip())
+        lines += _differences("", at, result["comparisons"])[1:]
     return lines
+
+
+def _differences(title: str, columns: Mapping[Any, list[dict[str, Any]]], pairs: list[dict[str, Any]]) -> list[str]:
+    """Lines of the differences of all pairs in several columns, by their names."""
+    lines = [f"{title:20}  " + " ".join(f"{name:26}" for name in columns).rstrip()]
+    for part in pairs:
+        a, b = part["first"], part["second"]
+        same = ([own for own in found if (own["first"], own["second"]) == (a, b)] for found in columns.values())
+        lines.append(f"{f'{a} - {b}':20}  " + " ".join(f"{_cell(found):26}" for found in same).rstrip())
+    return lines
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:+.1%}"
 
 
 def _cell(found: Sequence[dict[str, Any]]) -> str:
@@ -235,27 +282,57 @@ def _cell(found: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the mean held-out losses with 95 % bands over steps and GPU time."""
+    """Draw the mean held-out losses with 95 % bands over steps, and over GPU time where it was measured.
+
+    Where it was measured, a third picture has how much higher they are with another sample's input.
+    """
     from matplotlib.figure import Figure  # imported here: it takes most of a second
 
-    figure = Figure(figsize=(12, 4.5 * len(results)), layout="constrained")
-    for row, (result, axes) in enumerate(zip(results, figure.subplots(len(results), 2, squeeze=False), strict=True)):
+    has_time = any(value is not None for result in results for value in result["step_seconds"].values())
+    has_other = any(seeds for result in results for seeds in result["with_another_input"].values())
+    columns = 1 + has_time + has_other
+    figure = Figure(figsize=(6 * columns, 4.5 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), columns, squeeze=False)
+    for row, (result, axes) in enumerate(zip(results, grid, strict=True)):
         for number, (name, seeds) in enumerate(result["held_out_loss"].items()):
-            steps = sorted({step for points in seeds.values() for step in points})
-            means = [interval([points[step] for points in seeds.values() if step in points]) for step in steps]
-            low, high = ([mean + sign * (half or 0.0) for mean, half in means] for sign in (-1, 1))
-            for axis, factor in zip(axes, (1.0, result["step_seconds"][name]), strict=True):
-                if steps and factor is not None:
-                    places = [step * factor for step in steps]
-                    axis.plot(places, [mean for mean, _ in means], label=name, marker=".", color=f"C{number}")
-                    axis.fill_between(places, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-        for axis, unit in zip(axes, ("steps", "GPU seconds"), strict=True):
-            axis.set(xlabel=unit, ylabel="held-out loss, nats per token", title=f"{result['input_length']:,} tokens")
+            color = f"C{number}"
+            _draw(axes[0], seeds, 1.0, name, color)
+            if has_time and (seconds := result["step_seconds"][name]) is not None:
+                _draw(axes[1], seeds, seconds, name, color)
+            if has_other:
+                shuffled = result["with_another_input"][name]
+                rise = {
+                    seed: {step: 100 * (other / seeds[seed][step] - 1) for step, other in points.items()}
+                    for seed, points in shuffled.items()
+                }
+                _draw(axes[-1], rise, 1.0, name, color)
+        for axis in axes:
+            axis.set(xlabel="steps", ylabel="held-out loss, nats per token", title=_title(result))
             axis.grid(alpha=0.3)
+        if has_time:
+            axes[1].set(xlabel="GPU seconds")
+        if has_other:
+            axes[-1].set(ylabel="rise of the loss with another sample's input, %")
         if row == 0 and axes[0].get_legend_handles_labels()[0]:
             axes[0].legend()
     figure.suptitle(f"mean over seeds with 95 % t intervals; {device_line()}", fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _title(result: dict[str, Any]) -> str:
+    later = "".join(f", {length:,} from step {step}" for step, length in result["later_lengths"])
+    return f"inputs of {result['input_length']:,} tokens{later}"
+
+
+def _draw(axis: Any, seeds: Mapping[int, Points], factor: float, name: str, color: str) -> None:
+    """Draw a mean over seeds with its band; step times factor is the place."""
+    steps = sorted({step for points in seeds.values() for step in points})
+    if steps:
+        means = [interval([points[step] for points in seeds.values() if step in points]) for step in steps]
+        low, high = ([mean + sign * (half or 0.0) for mean, half in means] for sign in (-1, 1))
+        places = [step * factor for step in steps]
+        axis.plot(places, [mean for mean, _ in means], label=name, marker=".", color=color)
+        axis.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -277,6 +354,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--steps", type=int, default=1500, metavar="N", help="steps of a run (default: %(default)s)")
     add("--eval-every", type=int, default=250, metavar="N", help="steps between evaluations (default: %(default)s)")
     add("--eval-samples", type=int, default=64, metavar="N", help="held-out samples (default: %(default)s)")
+    add("--at", type=int, nargs="+", default=[], metavar="N", help="steps whose evaluations are compared, too")
     add("--steps-of", nargs="+", default=[], metavar="NAME=N", help="other numbers of steps of some variants")
     add("--timed", nargs="*", metavar="NAME", help="variants whose step is timed, for equal GPU time (default: all)")
     add("--parallel", type=int, default=1, metavar="N", help="runs side by side on each GPU (default: %(default)s)")
@@ -303,7 +381,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         # a comma within a value is followed by no key: data.length_schedule=[{step: 9, input_length: 512}]
         named[name] = tuple(re.split(r",(?=[\w.]+=)", settings)) if colon else VARIANTS[name]
     options.variants = named
-    options.timed = list(named) if options.timed is None else options.timed
+    changing = {
+        name
+        for name, settings in named.items()
+        if any(setting.startswith(f"{SCHEDULE}=") for setting in (*options.set, *settings))
+    }
+    options.timed = [name for name in named if name not in changing] if options.timed is None else options.timed
     if unknown := [name for name in options.timed if name not in named]:
         raise ConfigError(f"--timed: {', '.join(unknown)}; use some of {', '.join(named)}")
     steps_of = dict.fromkeys(named, options.steps)
@@ -316,6 +399,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for setting in [*options.set, *(setting for settings in named.values() for setting in settings)]:
         if setting.partition("=")[0] in OWN_KEYS or "=" not in setting:
             raise ConfigError(f"--set, --variants: {setting}: give key=value, of a key that no option sets")
+    if without := [name for name in options.timed if name in changing]:
+        raise ConfigError(f"--timed: {without[0]}: its steps take different times, as {SCHEDULE} says; leave it out")
+    if wrong := [step for step in options.at if step < 1]:
+        raise ConfigError(f"--at: {wrong[0]}; use steps from 1 on")
     smallest = {
         "vocabulary": 0,
         "seeds": 1,

@@ -101,6 +101,11 @@ def test_tokens_are_bytes_without_a_vocabulary(tmp_path):
         (["--seeds", "0"], "--seeds: 0; use 1 or more"),
         (["--minutes", "0"], "--minutes: 0.0; use a number above 0"),
         (["--timed", "own"], "--timed: own; use some of learned, static"),
+        (["--at", "5", "0"], "--at: 0; use steps from 1 on"),
+        (
+            ["--timed", "dense", "--set", "data.length_schedule=[{step: 9, input_length: 512}]"],
+            "--timed: dense: its steps take different times, as data.length_schedule says; leave it out",
+        ),
         (["--steps-of", "dense=0"], "--steps-of: dense=0; use NAME=N"),
         (["--steps-of", "own=3"], "--steps-of: own=3; use NAME=N, with one of learned"),
     ],
@@ -133,9 +138,18 @@ def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
     }
 
 
+def test_lengths_of_a_schedule():
+    schedule = "data.length_schedule=[{step: 9, input_length: 512}, {step: 12, micro_batch_size: 1}]"
+    assert learning.later_lengths(["optimizer.lr=1e-3", schedule]) == [(9, 512)]
+    assert learning.later_lengths([]) == learning.later_lengths(["data.length_schedule=[{step: }"]) == []
+    assert learning.later_lengths(["data.length_schedule=7"]) == []
+
+
 def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     pytest.importorskip("matplotlib")
-    options = learning.parse(["--variants", "learned", "dense", "--seeds", "3", "--steps", "4", "--output", "unused"])
+    options = learning.parse(
+        ["--variants", "learned", "dense", "--seeds", "3", "--steps", "4", "--at", "2", "3", "--output", "unused"]
+    )
 
     def by_objective(loss: float) -> dict[str, float]:
         return {"eval/loss/span_3": 2 * loss, "eval/loss/prefix_lm": 7.0}
@@ -172,8 +186,16 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     # two seeds have step 4; in the 2 s of the learned one's 4 steps the dense one takes 2
     assert table[5].split()[:4] == ["learned", "-", "dense", "2"]
     assert "-0.5000 ± 0.0000 below (4 steps)" in table[5] and "-1.5000 ± 0.0000 below (2 s)" in table[5]
-    assert table[6].split() == ["at", "equal", "steps", "span_3", "prefix_lm"] and len(table) == 8
+    assert table[6].split() == ["at", "equal", "steps", "span_3", "prefix_lm"]
     assert table[7].split() == "learned - dense -1.0000 ± 0.0000 below 0.0000 ± 0.0000".split()
+    # after two steps all seeds are there; after three nothing was measured
+    assert table[8].split() == ["step", "2", "step", "3"] and len(table) == 12
+    assert table[9].split() == ["learned", *str(interval([4.0, 5.0, 6.0])).split(), "+25.0%", "-"]
+    assert table[10].split() == ["dense", *str(interval([4.5, 5.5, 6.5])).split(), "+50.0%", "-"]
+    assert table[11].split() == "learned - dense -0.5000 ± 0.0000 below -".split()
+    untimed = {**result, "later_lengths": [(3, 16_384)], "step_seconds": dict.fromkeys(result["step_seconds"])}
+    assert learning.table(untimed)[0] == "inputs of 8,192 tokens, 16,384 from step 3"
+    learning.plot([untimed], tmp_path / "curves.png")
     learning.plot([result, result], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
