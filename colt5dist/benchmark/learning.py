@@ -307,7 +307,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
                 }
                 _draw(axes[-1], rise, 1.0, name, color)
         for axis in axes:
-            axis.set(xlabel="steps", ylabel="held-out loss, nats per token", title=_title(result))
+            axis.set(xlabel="steps", ylabel="held-out loss, nats per token")
+            axis.set_title(_title(result), fontsize=9)
             axis.grid(alpha=0.3)
         if has_time:
             axes[1].set(xlabel="GPU seconds")
