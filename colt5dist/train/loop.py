@@ -245,7 +245,7 @@ def judged_evaluation(run: Run, held_out: HeldOut) -> Record:
 def make_up_for_evaluation(run: Run) -> None:
     """Evaluate the step that the run resumes from, if a request to stop has cut its evaluation short.
 
-    Only where a later decision depends on it. The checkpoint of the step is there; so it need not be saved.
+    The checkpoint of the step is there; so it need not be saved.
     """
     state, config = run.state, run.config
     if not state.evaluation_left_out:

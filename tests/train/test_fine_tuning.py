@@ -138,6 +138,18 @@ def test_stopped_in_an_evaluation_and_resumed_it_decides_the_same(
     assert best(run_dir) == best(undisturbed) and kept(run_dir) == kept(undisturbed)
 
 
+def test_the_last_evaluation_is_made_up_for_where_nothing_depends_on_it(
+    undisturbed: Path, settings: tuple[str, ...], fork: Callable[..., Any], run_pretrain: Pretrain, tmp_path: Path
+) -> None:
+    """Without it the run would count as finished, and its last held-out loss would never be known."""
+    run_dir, own = tmp_path / "run", (*settings, "checkpoint.keep_best=null")
+    done = fork(CUT_SHORT, ("8", f"run_dir={run_dir}", *MICRO_SETTINGS, *own), 1)
+    assert done.returncode in (0, 75) and "the evaluation of step 8 is left out" in done.stdout, done.stdout
+    assert "eval/loss" not in results(run_dir)[-1] and results(run_dir)[-1]["step"] == 8
+    assert "evaluated step 8" in run_pretrain(run_dir, *own).stdout
+    assert dict(sorted(results(run_dir)[-1].items())) == dict(sorted(results(undisturbed)[-1].items()))
+
+
 def test_an_early_stop_finishes_the_run(
     undisturbed: Path, settings: tuple[str, ...], run_pretrain: Pretrain, tmp_path: Path
 ) -> None:

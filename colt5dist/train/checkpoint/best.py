@@ -25,11 +25,9 @@ def judge(state: TrainerState, config: RunConfig, record: Mapping[str, float | i
         config: the run.
         record: the evaluation's numbers; empty if it was cut short.
     """
-    key = best_key(config)
-    if key is None:
-        return
     state.evaluation_left_out = not record
-    if state.evaluation_left_out:
+    key = best_key(config)
+    if key is None or state.evaluation_left_out:
         return
     if state.best_key != key:  # a resumed run may choose another one
         state.best_key, state.best_value, state.best_step, state.evaluations_since_best = key, None, 0, 0
