@@ -10,10 +10,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,3 +234,59 @@ def verdict(difference: Interval) -> str:
     if abs(difference.mean) <= difference.half:
         return "not told apart"
     return "below" if difference.mean < 0 else "above"
+
+
+Points = dict[int, float]
+"""Held-out loss in nats per token by step."""
+
+
+def loss_at(points: Points, step: float) -> float | None:
+    """Return the loss at a step between evaluations, linear in log(step); None outside of the evaluations."""
+    before = max((s for s in points if s <= step), default=None)
+    after = min((s for s in points if s >= step), default=None)
+    if before is None or after is None:
+        return None
+    if before == after:
+        return points[before]
+    share = math.log(step / before) / math.log(after / before)
+    return points[before] + share * (points[after] - points[before])
+
+
+def compare(
+    first: Mapping[int, Points], second: Mapping[int, Points], seconds: tuple[float | None, float | None]
+) -> dict[str, Any] | None:
+    """Compare two variants, seed by seed.
+
+    Args:
+        first: held-out losses of the first variant by seed.
+        second: the same of the second.
+        seconds: seconds of a step of both, where they were measured.
+
+    Returns:
+        `step`, the last that both have evaluated with some seed, and the `seeds` that have it; `equal_steps` and
+        `equal_time`: mean and half of the difference first - second, and the verdict; `gpu_seconds` of equal_time, the
+        longest time that both trained with all of these seeds. None if no seed has a step in common.
+    """
+    common = {seed: first[seed].keys() & second[seed].keys() for seed in first.keys() & second.keys()}
+    step = max((step for steps in common.values() for step in steps), default=None)
+    if step is None:
+        return None
+    seeds = sorted(seed for seed, steps in common.items() if step in steps)
+
+    def of(differences: list[float]) -> dict[str, Any]:
+        difference = interval(differences)
+        return {**difference._asdict(), "verdict": verdict(difference)}
+
+    result: dict[str, Any] = {"step": step, "seeds": seeds, "equal_time": None, "gpu_seconds": None}
+    result["equal_steps"] = of([first[seed][step] - second[seed][step] for seed in seeds])
+    measured = [own for own in seconds if own is not None]
+    if len(measured) == 2:
+        last = [min(max(of_variant[seed]) for seed in seeds) for of_variant in (first, second)]
+        time_of = [steps * own for steps, own in zip(last, measured, strict=True)]
+        # the one that sets the time ends exactly at its last step: rounded, that might lie behind the last evaluation
+        steps = [own if t == min(time_of) else own * (min(time_of) / t) for own, t in zip(last, time_of, strict=True)]
+        pairs = [(loss_at(first[seed], steps[0]), loss_at(second[seed], steps[1])) for seed in seeds]
+        known = [a - b for a, b in pairs if a is not None and b is not None]
+        if len(known) == len(seeds):
+            result |= {"equal_time": of(known), "gpu_seconds": min(time_of)}
+    return result

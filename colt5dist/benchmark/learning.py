@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from colt5dist.benchmark import Interval, device_line, interval, verdict
+from colt5dist.benchmark import Interval, Points, compare, device_line, interval
 from colt5dist.benchmark.package_text import default_text, make_shards
 from colt5dist.benchmark.side_by_side import STOPPED, Job, check_unchanged, train, visible_gpus
 from colt5dist.data import DataConfig, open_shards, required_sentinels
@@ -62,65 +62,15 @@ QUICK = (
 """Few checkpoints, and no pictures and texts beside the numbers; this changes no result."""
 MICRO_BATCH_TOKENS = 1 << 17
 SCHEDULE = "data.length_schedule"
+LOSS, WITH_ANOTHER_INPUT = "eval/loss", "eval/loss_shuffled_inputs"
+"""Keys of the records: the held-out loss, and the same with another sample's input."""
 TIMED_STEPS, SKIPPED_STEPS = 30, 15
 """Steps of the run that measures the time of a step, and how many of them come before those that count."""
 OWN_KEYS = {"run_dir", "seed", "train.steps", "train.eval_every", "train.eval_samples", "train.global_batch_size"}
 OWN_KEYS |= {"data.shards", "data.sources", "data.input_length", "data.target_length"}
 """Keys that the options give."""
-Points = dict[int, float]
-"""Held-out loss in nats per token by step."""
-
-
-def loss_at(points: Points, step: float) -> float | None:
-    """Return the loss at a step between evaluations, linear in log(step); None outside of the evaluations."""
-    before = max((s for s in points if s <= step), default=None)
-    after = min((s for s in points if s >= step), default=None)
-    if before is None or after is None:
-        return None
-    if before == after:
-        return points[before]
-    share = math.log(step / before) / math.log(after / before)
-    return points[before] + share * (points[after] - points[before])
-
-
-def compare(
-    first: Mapping[int, Points], second: Mapping[int, Points], seconds: tuple[float | None, float | None]
-) -> dict[str, Any] | None:
-    """Compare two variants, seed by seed.
-
-    Args:
-        first: held-out losses of the first variant by seed.
-        second: the same of the second.
-        seconds: seconds of a step of both, where they were measured.
-
-    Returns:
-        `step`, the last that both have evaluated with some seed, and the `seeds` that have it; `equal_steps` and
-        `equal_time`: mean and half of the difference first - second, and the verdict; `gpu_seconds` of equal_time, the
-        longest time that both trained with all of these seeds. None if no seed has a step in common.
-    """
-    common = {seed: first[seed].keys() & second[seed].keys() for seed in first.keys() & second.keys()}
-    step = max((step for steps in common.values() for step in steps), default=None)
-    if step is None:
-        return None
-    seeds = sorted(seed for seed, steps in common.items() if step in steps)
-
-    def of(differences: list[float]) -> dict[str, Any]:
-        difference = interval(differences)
-        return {**difference._asdict(), "verdict": verdict(difference)}
-
-    result: dict[str, Any] = {"step": step, "seeds": seeds, "equal_time": None, "gpu_seconds": None}
-    result["equal_steps"] = of([first[seed][step] - second[seed][step] for seed in seeds])
-    measured = [own for own in seconds if own is not None]
-    if len(measured) == 2:
-        last = [min(max(of_variant[seed]) for seed in seeds) for of_variant in (first, second)]
-        time_of = [steps * own for steps, own in zip(last, measured, strict=True)]
-        # the one that sets the time ends exactly at its last step: rounded, that might lie behind the last evaluation
-        steps = [own if t == min(time_of) else own * (min(time_of) / t) for own, t in zip(last, time_of, strict=True)]
-        pairs = [(loss_at(first[seed], steps[0]), loss_at(second[seed], steps[1])) for seed in seeds]
-        known = [a - b for a, b in pairs if a is not None and b is not None]
-        if len(known) == len(seeds):
-            result |= {"equal_time": of(known), "gpu_seconds": min(time_of)}
-    return result
+Losses = dict[str, dict[str, dict[int, Points]]]
+"""Losses by key of the records, variant and seed."""
 
 
 def common_settings(options: argparse.Namespace, shards: Path, length: int) -> tuple[str, ...]:
@@ -158,28 +108,32 @@ def jobs_of(options: argparse.Namespace, shards: Path, length: int) -> tuple[lis
     )
     return [job(f"{name}-time", name, TIMED_STEPS, *timing, alone=True) for name in options.timed], [
         job(f"{name}-{seed}", name, options.steps_of[name], f"seed={seed}", *curve)
-        for seed in range(options.seeds)
+        for seed in options.seeds
         for name in options.variants
     ]
 
 
 def read_results(
-    options: argparse.Namespace, length: int, timed: Sequence[Job], curves: Sequence[Job]
+    options: argparse.Namespace, length: int, timed: Sequence[Job], curves: Sequence[Job], added: Sequence[Losses] = ()
 ) -> dict[str, Any]:
-    """Read the records of all runs with inputs of a length, and compare the variants."""
+    """Read the records of all runs with inputs of a length, take in the losses of other seeds, and compare."""
     seconds: dict[str, float | None] = dict.fromkeys(options.variants)
     for name, job in zip(options.timed, timed, strict=True):
         records = read_metrics(job.folder) if job.is_done() else []
         times = [record["step_seconds"] for record in records if record["step"] > SKIPPED_STEPS]
         seconds[name] = statistics.median(times) if times else None
-    losses: dict[str, dict[str, dict[int, Points]]] = {}
+    losses: Losses = {}
     for number, job in enumerate(curves):
-        seed, place = divmod(number, len(options.variants))
+        seed, place = options.seeds[number // len(options.variants)], number % len(options.variants)
         for record in read_metrics(job.folder):
             for key, loss in record.items():
                 if key.startswith("eval/loss") and loss is not None and record["step"] <= job.steps:
                     of_variants = losses.setdefault(key, {name: {} for name in options.variants})
                     of_variants[list(options.variants)[place]].setdefault(seed, {})[record["step"]] = loss
+    for found in added:
+        for key, of_runs in found.items():
+            for name, seeds in of_runs.items():
+                losses.setdefault(key, {name: {} for name in options.variants})[name] |= seeds
     nothing: dict[str, dict[int, Points]] = {name: {} for name in options.variants}
     objectives = {key.removeprefix("eval/loss/"): found for key, found in losses.items() if "eval/loss/" in key}
 
@@ -188,16 +142,56 @@ def read_results(
         found = [(a, b, compare(of_variants[a], of_variants[b], own)) for a, b, own in pairs]
         return [{"first": a, "second": b, **result} for a, b, result in found if result is not None]
 
-    held_out = losses.get("eval/loss", nothing)
+    held_out = losses.setdefault(LOSS, nothing)
+    losses.setdefault(WITH_ANOTHER_INPUT, nothing)
     return {
         "input_length": length,
         "later_lengths": later_lengths(options.set),
         "step_seconds": seconds,
-        "held_out_loss": held_out,
-        "with_another_input": losses.get("eval/loss_shuffled_inputs", nothing),
+        "losses": losses,
         "comparisons": comparisons(held_out),
         "comparisons_by_objective": {name: comparisons(of_variants) for name, of_variants in objectives.items()},
         "comparisons_at": {step: comparisons(only_at(held_out, step)) for step in options.at},
+    }
+
+
+def description(options: argparse.Namespace) -> dict[str, Any]:
+    """What runs must have in common, beside their text, so that curves of other seeds may be taken in."""
+    names = ("variants", "set", "batch", "target_length", "eval_samples")
+    content: dict[str, Any] = json.loads(json.dumps({name: getattr(options, name) for name in names}))
+    return content
+
+
+def read_added(path: Path, options: argparse.Namespace, taken: set[int]) -> dict[int, Losses]:
+    """The losses of other seeds, by input length; their seeds join those that are taken.
+
+    Raises:
+        ConfigError: the file is no such file, of other runs, or of seeds that are taken.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name, value in description(options).items() if content[name] != value]
+        found = {result["input_length"]: result["losses"] for result in content["lengths"]}
+    except OSError as error:
+        raise ConfigError(f"--add: {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--add: {path}: is no curves.json of this command") from error
+    if other:
+        raise ConfigError(f"--add: {path}: was made with other {', '.join(other)}; give the same options")
+    known = {int(seed) for losses in found.values() for runs in losses.values() for s in runs.values() for seed in s}
+    if twice := sorted(known & taken):
+        raise ConfigError(f"--add: {path}: has seed {twice[0]}, which is there already; give other --seeds")
+    taken |= known
+
+    def points(of_seed: dict[str, float]) -> Points:
+        return {int(step): loss for step, loss in of_seed.items()}
+
+    def seeds(of_variant: dict[str, dict[str, float]]) -> dict[int, Points]:
+        return {int(seed): points(of_seed) for seed, of_seed in of_variant.items()}
+
+    return {
+        length: {key: {name: seeds(run) for name, run in runs.items()} for key, runs in losses.items()}
+        for length, losses in found.items()
     }
 
 
@@ -231,10 +225,10 @@ def table(result: dict[str, Any]) -> list[str]:
     """Return the lines of the tables of an input length."""
     head = f"{'':10} {'s/step':>8} {'seeds':>5} {'step':>6}  {'held-out loss, mean':22} with another sample's input"
     lines = [_title(result), head]
-    for name, seeds in result["held_out_loss"].items():
+    for name, seeds in result["losses"][LOSS].items():
         seconds = result["step_seconds"][name]
         start = f"{name:10} {'-' if seconds is None else f'{seconds:.4f}':>8}"
-        step, last, more = at_last_step(seeds, result["with_another_input"][name])
+        step, last, more = at_last_step(seeds, result["losses"][WITH_ANOTHER_INPUT][name])
         loss = str(interval(last)) if last else "-"
         lines.append(f"{start} {len(last):>5} {step:>6}  {loss:22} {_share(more)}")
     lines.append(f"{'difference':20} {'seeds':>5}  {'at equal steps':42}  at equal GPU time")
@@ -249,8 +243,8 @@ def table(result: dict[str, Any]) -> list[str]:
         lines += _differences("at equal steps", objectives, result["comparisons"])
     if at := result["comparisons_at"]:
         lines.append(f"{'':20}  " + " ".join(f"{f'step {step}':26}" for step in at).rstrip())
-        for name, seeds in result["held_out_loss"].items():
-            shuffled = result["with_another_input"][name]
+        for name, seeds in result["losses"][LOSS].items():
+            shuffled = result["losses"][WITH_ANOTHER_INPUT][name]
             found = (at_last_step(only_at({name: seeds}, step)[name], shuffled) for step in at)
             texts = (f"{interval(losses)} {_share(more)}" if losses else "-" for _, losses, more in found)
             lines.append(f"{name:20}  " + " ".join(f"{text:26}" for text in texts).rstrip())
@@ -289,18 +283,18 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure  # imported here: it takes most of a second
 
     has_time = any(value is not None for result in results for value in result["step_seconds"].values())
-    has_other = any(seeds for result in results for seeds in result["with_another_input"].values())
+    has_other = any(seeds for result in results for seeds in result["losses"][WITH_ANOTHER_INPUT].values())
     columns = 1 + has_time + has_other
     figure = Figure(figsize=(6 * columns, 4.5 * len(results)), layout="constrained")
     grid = figure.subplots(len(results), columns, squeeze=False)
     for row, (result, axes) in enumerate(zip(results, grid, strict=True)):
-        for number, (name, seeds) in enumerate(result["held_out_loss"].items()):
+        for number, (name, seeds) in enumerate(result["losses"][LOSS].items()):
             color = f"C{number}"
             _draw(axes[0], seeds, 1.0, name, color)
             if has_time and (seconds := result["step_seconds"][name]) is not None:
                 _draw(axes[1], seeds, seconds, name, color)
             if has_other:
-                shuffled = result["with_another_input"][name]
+                shuffled = result["losses"][WITH_ANOTHER_INPUT][name]
                 rise = {
                     seed: {step: 100 * (other / seeds[seed][step] - 1) for step, other in points.items()}
                     for seed, points in shuffled.items()
@@ -348,7 +342,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     variants = f"some of {', '.join(VARIANTS)} (default: all), or your own as NAME:key=value,key=value"
     add("--variants", nargs="+", default=list(VARIANTS), metavar="NAME", help=variants)
-    add("--seeds", type=int, default=4, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    add("--seeds", default="4", metavar="N", help="seeds 0 to N - 1, or FIRST-LAST (default: %(default)s)")
     add("--lengths", type=int, nargs="+", default=[8192], metavar="N", help="input tokens, e.g. 8192 16384 (8192)")
     add("--target-length", type=int, default=910, metavar="N", help="target tokens (default: %(default)s)")
     add("--batch", type=int, default=16, metavar="N", help="samples of a step (default: %(default)s)")
@@ -356,6 +350,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--eval-every", type=int, default=250, metavar="N", help="steps between evaluations (default: %(default)s)")
     add("--eval-samples", type=int, default=64, metavar="N", help="held-out samples (default: %(default)s)")
     add("--at", type=int, nargs="+", default=[], metavar="N", help="steps whose evaluations are compared, too")
+    more = "curves.json of other seeds of the same runs, from other machines, whose curves are taken in"
+    add("--add", type=Path, nargs="+", default=[], metavar="FILE", help=more)
     add("--steps-of", nargs="+", default=[], metavar="NAME=N", help="other numbers of steps of some variants")
     add("--timed", nargs="*", metavar="NAME", help="variants whose step is timed, for equal GPU time (default: all)")
     add("--parallel", type=int, default=1, metavar="N", help="runs side by side on each GPU (default: %(default)s)")
@@ -404,16 +400,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigError(f"--timed: {without[0]}: its steps take different times, as {SCHEDULE} says; leave it out")
     if wrong := [step for step in options.at if step < 1]:
         raise ConfigError(f"--at: {wrong[0]}; use steps from 1 on")
-    smallest = {
-        "vocabulary": 0,
-        "seeds": 1,
-        "target_length": 1,
-        "batch": 1,
-        "steps": 1,
-        "eval_every": 1,
-        "eval_samples": 1,
-        "parallel": 1,
-    }
+    seeds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", options.seeds, re.ASCII)
+    first, last = (0, -1) if seeds is None else (int(seeds[1]), int(seeds[2] or -1))
+    options.seeds, given = range(first, last + 1) if seeds and seeds[2] else range(first), options.seeds
+    if not options.seeds:
+        raise ConfigError(f"--seeds: {given}; use a number from 1 on, or FIRST-LAST")
+    smallest = {"vocabulary": 0}
+    smallest |= dict.fromkeys(("target_length", "batch", "steps", "eval_every", "eval_samples", "parallel"), 1)
     for name, least in smallest.items():
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)}; use {least} or more")
@@ -425,6 +418,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Train what is left to train, write the results, and return the exit status: STOPPED if something is left."""
     options = parse(arguments)
+    taken = set(options.seeds)
+    added = [read_added(path, options, taken) for path in options.add]
     deadline = time.monotonic() + 60 * options.minutes
     options.output.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trainers are stopped on the way out
@@ -434,6 +429,10 @@ def main(arguments: list[str]) -> int:
         )
         if shards is None:
             return STOPPED
+        of_text = {"fingerprint": open_shards(str(shards)).fingerprint}
+        for path in options.add:
+            if json.loads(path.read_text(encoding="utf-8")).get("fingerprint") != of_text["fingerprint"]:
+                print(f"note: {path} is of other text: differences may be compared, losses not", flush=True)
         lengths = {length: jobs_of(options, shards.absolute(), length) for length in options.lengths}
         jobs = [job for timed, curves in lengths.values() for job in (*timed, *curves)]
         text = [str(shards)] if options.shards else [*(options.text or ["default"]), str(options.vocabulary)]
@@ -447,8 +446,11 @@ def main(arguments: list[str]) -> int:
         return STOPPED
     finally:
         signal.signal(signal.SIGTERM, before)
-    results = [read_results(options, length, *jobs) for length, jobs in lengths.items()]
-    content = {"device": device_line(), "variants": options.variants, "set": options.set, "lengths": results}
+    results = [
+        read_results(options, length, *of_length, [found[length] for found in added if length in found])
+        for length, of_length in lengths.items()
+    ]
+    content = {"device": device_line(), **description(options), **of_text, "lengths": results}
     write_whole(options.output / "curves.json", json.dumps(content, indent=1).encode())
     plot(results, options.output / "curves.png")
     lines = [device_line(), *(line for result in results for line in ("", *table(result)))]

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, TRAINER_VARIABLES
 
-from colt5dist.benchmark import interval, learning, package_text, t_quantile, verdict
+from colt5dist.benchmark import compare, interval, learning, loss_at, package_text, t_quantile, verdict
+from colt5dist.data import ensure_standard_library_shards
 from colt5dist.errors import ConfigError
 from colt5dist.train.config.load import load_config
 
@@ -36,22 +38,22 @@ def test_variants_are_compared_seed_by_seed_at_equal_steps_and_equal_gpu_time():
         seed: {step: loss + 0.1 + 0.001 * seed for step, loss in points.items()} for seed, points in first.items()
     }
     del second[2][400]
-    found = learning.compare(first, second, (0.028, 0.056))
+    found = compare(first, second, (0.028, 0.056))
     assert found is not None and found["step"] == 400 and found["seeds"] == [0, 1]
     assert found["equal_steps"]["mean"] == pytest.approx(-0.1005) and found["equal_steps"]["verdict"] == "below"
     # in the 11.2 s of the first variant's 400 steps the second one takes 200; 400 * 0.028 / 0.028 is above 400
     assert found["gpu_seconds"] == pytest.approx(11.2)
     assert found["equal_time"]["mean"] == pytest.approx(-0.1005 + slope * math.log(2))
-    assert learning.loss_at(first[0], 150) == pytest.approx(slope * math.log(150))
-    assert learning.loss_at(first[0], 401) is None and learning.loss_at(first[0], 99) is None
-    assert learning.compare(first, {7: {400: 1.0}}, (1.0, 1.0)) is None
+    assert loss_at(first[0], 150) == pytest.approx(slope * math.log(150))
+    assert loss_at(first[0], 401) is None and loss_at(first[0], 99) is None
+    assert compare(first, {7: {400: 1.0}}, (1.0, 1.0)) is None
     # a dearer variant needs fewer steps: 200 of 0.056 s and the first one's 400 of 0.028 s are the same time
     fewer = {seed: {100: points[100], 200: points[200]} for seed, points in second.items()}
-    found = learning.compare(first, fewer, (0.028, 0.056))
+    found = compare(first, fewer, (0.028, 0.056))
     assert found is not None and found["step"] == 200 and found["equal_steps"]["mean"] == pytest.approx(-0.101)
     assert found["gpu_seconds"] == pytest.approx(11.2)
     assert found["equal_time"]["mean"] == pytest.approx(-0.101 + slope * math.log(2))
-    unmeasured = learning.compare(first, second, (None, 1.0))
+    unmeasured = compare(first, second, (None, 1.0))
     assert unmeasured is not None and unmeasured["equal_time"] is None
 
 
@@ -98,9 +100,11 @@ def test_tokens_are_bytes_without_a_vocabulary(tmp_path):
         (["--variants", "dynamic"], "--variants: dynamic is unknown"),
         (["--variants", "dense", "dense"], "--variants: dense: give each variant a name of its own"),
         (["--variants", "own:train.steps=3"], "train.steps=3: give key=value, of a key that no option sets"),
-        (["--seeds", "0"], "--seeds: 0; use 1 or more"),
         (["--minutes", "0"], "--minutes: 0.0; use a number above 0"),
         (["--timed", "own"], "--timed: own; use some of learned, static"),
+        (["--seeds", "0"], "--seeds: 0; use a number from 1 on, or FIRST-LAST"),
+        (["--seeds", "5-4"], "--seeds: 5-4; use a number from 1 on"),
+        (["--seeds", "-3"], "--seeds: -3; use a number from 1 on"),
         (["--at", "5", "0"], "--at: 0; use steps from 1 on"),
         (
             ["--timed", "dense", "--set", "data.length_schedule=[{step: 9, input_length: 512}]"],
@@ -122,8 +126,6 @@ def test_values_of_an_own_variant_may_hold_commas(tmp_path):
 
 
 def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
-    from colt5dist.data import ensure_standard_library_shards
-
     options = learning.parse(["--output", str(tmp_path), "--variants", *learning.VARIANTS, "own:model.router_eps=0.5"])
     timed, curves = learning.jobs_of(options, ensure_standard_library_shards(), 8192)
     assert [job.name for job in timed[:2]] == ["8192/learned-time", "8192/static-time"]
@@ -178,7 +180,9 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
         patch.setattr(learning, "SKIPPED_STEPS", 2)
         result = learning.read_results(options, 8192, jobs["time"], jobs["curve"])
     assert result["step_seconds"] == {"learned": 0.5, "dense": 1.0}
-    assert result["held_out_loss"]["learned"][2] == {2: 6.0, 4: 5.0} and result["held_out_loss"]["dense"][2] == {2: 6.5}
+    assert result["losses"]["eval/loss"]["learned"][2] == {2: 6.0, 4: 5.0} and result["losses"]["eval/loss"]["dense"][
+        2
+    ] == {2: 6.5}
     table = learning.table(result)
     assert table[0] == "inputs of 8,192 tokens"
     assert table[2].split() == ["learned", "0.5000", "3", "4", *str(interval([3.0, 4.0, 5.0])).split(), "+25.0%"]
@@ -200,6 +204,45 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_of_other_seeds_are_taken_in(tmp_path, shard_cache):
+    """Made on another machine: seeds 0 to 2 there, 3 and 4 here."""
+    asked = ["--variants", "learned", "static", "--timed", "--at", "2", "--output", "unused"]
+    first, second = (learning.parse([*asked, "--seeds", seeds]) for seeds in ("3", "3-4"))
+    results = []
+    for options in (first, second):
+        _, jobs = learning.jobs_of(options, ensure_standard_library_shards(), 8192)
+        jobs = [replace(job, folder=tmp_path / job.name) for job in jobs]
+        for job in jobs:
+            variant, seed = job.name.removeprefix("8192/").split("-")
+            loss = int(seed) + {"learned": 0.0, "static": 0.25}[variant]
+            job.folder.mkdir(parents=True)
+            records = [{"step": 2, "eval/loss": loss}, {"step": 4, "eval/loss": loss, "eval/loss/span_3": loss}]
+            (job.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        results.append(jobs)
+    content = {**learning.description(first), "lengths": [learning.read_results(first, 8192, [], results[0])]}
+    (tmp_path / "curves.json").write_text(json.dumps(content))
+    added = learning.read_added(tmp_path / "curves.json", second, taken := set(second.seeds))
+    assert taken == {0, 1, 2, 3, 4}
+    result = learning.read_results(second, 8192, [], results[1], [added[8192]])
+    assert result["losses"]["eval/loss"]["static"] == {seed: {2: seed + 0.25, 4: seed + 0.25} for seed in range(5)}
+    (pair,) = result["comparisons"]
+    assert pair["seeds"] == [0, 1, 2, 3, 4] and pair["equal_steps"]["verdict"] == "below"
+    assert pair["equal_steps"]["mean"] == -0.25 == result["comparisons_at"][2][0]["equal_steps"]["mean"]
+    for wrong, message in (
+        (["--seeds", "2-4"], "has seed 2, which is there already; give other --seeds"),
+        (["--seeds", "3-4", "--batch", "8"], "was made with other batch; give the same options"),
+        (["--seeds", "3-4", "--set", "seed_of=3"], "was made with other set; give the same options"),
+    ):
+        options = learning.parse([*asked, *wrong])
+        with pytest.raises(ConfigError, match=message):
+            learning.read_added(tmp_path / "curves.json", options, set(options.seeds))
+    (tmp_path / "curves.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is no curves"):
+        learning.read_added(tmp_path / "curves.json", second, set())
+    with pytest.raises(ConfigError, match=r"nothing\.json: No such file"):
+        learning.read_added(tmp_path / "nothing.json", second, set())
+
+
 @pytest.mark.slow
 def test_from_text_to_table_with_the_real_trainer(tmp_path, micro_settings, monkeypatch, capsys):
     monkeypatch.setattr(learning, "TIMED_STEPS", 2)
@@ -214,8 +257,8 @@ def test_from_text_to_table_with_the_real_trainer(tmp_path, micro_settings, monk
     arguments += ["--set", *sizes, "train.compile=off", "data.num_workers=0"]
     assert learning.main(arguments) == 0
     (result,) = json.loads((tmp_path / "curves.json").read_text())["lengths"]
-    assert result["held_out_loss"]["light"]["0"].keys() == {"2", "4"} and result["step_seconds"]["light"] > 0
+    assert result["losses"]["eval/loss"]["light"]["0"].keys() == {"2", "4"} and result["step_seconds"]["light"] > 0
     table = (tmp_path / "table.txt").read_text()
-    assert f"{result['held_out_loss']['light']['0']['4']:.4f}" in table and table in capsys.readouterr().out
+    assert f"{result['losses']['eval/loss']['light']['0']['4']:.4f}" in table and table in capsys.readouterr().out
     with pytest.raises(ConfigError, match="was started with other settings"):
         learning.main([*arguments, "schedule.warmup_steps=9"])
