@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -29,6 +29,9 @@ from colt5dist.data import DataConfig, open_shards, required_sentinels
 from colt5dist.errors import ConfigError
 from colt5dist.files import write_whole
 from colt5dist.train.report.monitor import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VARIANTS = {
     "learned": (),
@@ -146,7 +149,7 @@ def read_results(
     losses.setdefault(WITH_ANOTHER_INPUT, nothing)
     return {
         "input_length": length,
-        "later_lengths": later_lengths(options.set),
+        "later_lengths": {name: later_lengths([*options.set, *own]) for name, own in options.variants.items()},
         "step_seconds": seconds,
         "losses": losses,
         "comparisons": comparisons(held_out),
@@ -195,14 +198,21 @@ def read_added(path: Path, options: argparse.Namespace, taken: set[int]) -> dict
     }
 
 
-def later_lengths(settings: Sequence[str]) -> list[tuple[int, int]]:
-    """The steps at which data.length_schedule changes the input length, and the lengths; [] where it is wrong."""
+def schedule_of(settings: Sequence[str]) -> list[Any]:
+    """The entries of the last data.length_schedule among settings; [] where that is wrong: the trainer refuses it."""
     found = [setting.partition("=")[2] for setting in settings if setting.startswith(f"{SCHEDULE}=")]
     try:
         entries = yaml.safe_load(found[-1]) if found else []
-        return [(int(entry["step"]), int(entry["input_length"])) for entry in entries if "input_length" in entry]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):  # the trainer refuses it, and says why
+    except yaml.YAMLError:
         return []
+    return entries if isinstance(entries, list) else []
+
+
+def later_lengths(settings: Sequence[str]) -> list[tuple[int, int]]:
+    """The steps at which data.length_schedule changes the input length, and the lengths."""
+    entries = [entry for entry in schedule_of(settings) if isinstance(entry, dict)]
+    pairs = [(entry.get("step"), entry.get("input_length")) for entry in entries]
+    return [(step, length) for step, length in pairs if isinstance(step, int) and isinstance(length, int)]
 
 
 def only_at(of_variants: Mapping[str, Mapping[int, Points]], step: int) -> dict[str, dict[int, Points]]:
@@ -240,47 +250,56 @@ def table(result: dict[str, Any]) -> list[str]:
             cells.append(f"{Interval(found['mean'], found['half'])} {found['verdict']} ({place})" if found else "-")
         lines.append(f"{part['first'] + ' - ' + part['second']:20} {len(part['seeds']):>5}  {cells[0]:42}  {cells[1]}")
     if len(objectives := result["comparisons_by_objective"]) > 1:
-        lines += _differences("at equal steps", objectives, result["comparisons"])
+        lines += _aligned([["at equal steps", *objectives], *_differences(objectives, result)])
     if at := result["comparisons_at"]:
-        lines.append(f"{'':20}  " + " ".join(f"{f'step {step}':26}" for step in at).rstrip())
+        rows = [["", *(f"step {step}" for step in at)]]
         for name, seeds in result["losses"][LOSS].items():
             shuffled = result["losses"][WITH_ANOTHER_INPUT][name]
             found = (at_last_step(only_at({name: seeds}, step)[name], shuffled) for step in at)
-            texts = (f"{interval(losses)} {_share(more)}" if losses else "-" for _, losses, more in found)
-            lines.append(f"{name:20}  " + " ".join(f"{text:26}" for text in texts).rstrip())
-        lines += _differences("", at, result["comparisons"])[1:]
+            texts = ((f"{interval(losses)} {_share(more)}" if losses else "", len(losses)) for _, losses, more in found)
+            rows.append([name, *(_of_seeds(text, count, result) for text, count in texts)])
+        lines += _aligned([*rows, *_differences(at, result)])
     return lines
 
 
-def _differences(title: str, columns: Mapping[Any, list[dict[str, Any]]], pairs: list[dict[str, Any]]) -> list[str]:
-    """Lines of the differences of all pairs in several columns, by their names."""
-    lines = [f"{title:20}  " + " ".join(f"{name:26}" for name in columns).rstrip()]
-    for part in pairs:
-        a, b = part["first"], part["second"]
-        same = ([own for own in found if (own["first"], own["second"]) == (a, b)] for found in columns.values())
-        lines.append(f"{f'{a} - {b}':20}  " + " ".join(f"{_cell(found):26}" for found in same).rstrip())
-    return lines
+def _differences(columns: Mapping[Any, list[dict[str, Any]]], result: dict[str, Any]) -> list[list[str]]:
+    """Rows of the differences of all pairs at equal steps, with the verdict if there is one."""
+    rows = []
+    for pair in result["comparisons"]:
+        rows.append([f"{pair['first']} - {pair['second']}"])
+        for found in columns.values():
+            text, count = "-", 0
+            for own in found:
+                if (own["first"], own["second"]) == (pair["first"], pair["second"]):
+                    part, count = own["equal_steps"], len(own["seeds"])
+                    end = f" {part['verdict']}" if part["verdict"] in ("below", "above") else ""
+                    text = f"{Interval(part['mean'], part['half'])}{end}"
+            rows[-1].append(_of_seeds(text, count, result))
+    return rows
+
+
+def _of_seeds(text: str, count: int, result: dict[str, Any]) -> str:
+    """A cell of so many seeds; they are named where there are fewer than elsewhere."""
+    most = max(len(seeds) for seeds in result["losses"][LOSS].values())
+    return "-" if not count else text if count == most else f"{text} ({count} of {most} seeds)"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:+.1%}"
 
 
-def _cell(found: Sequence[dict[str, Any]]) -> str:
-    """A difference at equal steps, with its verdict if there is one; found: one comparison or none."""
-    if not found:
-        return "-"
-    part = found[0]["equal_steps"]
-    verdict_if_any = f" {part['verdict']}" if part["verdict"] in ("below", "above") else ""
-    return f"{Interval(part['mean'], part['half'])}{verdict_if_any}"
-
-
-def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(results: Sequence[dict[str, Any]]) -> "Figure":
     """Draw the mean held-out losses with 95 % bands over steps, and over GPU time where it was measured.
 
     Where it was measured, a third picture has how much higher they are with another sample's input.
     """
-    from matplotlib.figure import Figure  # imported here: it takes most of a second
+    from matplotlib.figure import Figure  # it takes most of a second
 
     has_time = any(value is not None for result in results for value in result["step_seconds"].values())
     has_other = any(seeds for result in results for seeds in result["losses"][WITH_ANOTHER_INPUT].values())
@@ -296,8 +315,9 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
             if has_other:
                 shuffled = result["losses"][WITH_ANOTHER_INPUT][name]
                 rise = {
-                    seed: {step: 100 * (other / seeds[seed][step] - 1) for step, other in points.items()}
-                    for seed, points in shuffled.items()
+                    seed: {s: 100 * (shuffled[seed][s] / points[s] - 1) for s in points.keys() & shuffled[seed].keys()}
+                    for seed, points in seeds.items()
+                    if seed in shuffled
                 }
                 _draw(axes[-1], rise, 1.0, name, color)
         for axis in axes:
@@ -311,12 +331,18 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         if row == 0 and axes[0].get_legend_handles_labels()[0]:
             axes[0].legend()
     figure.suptitle(f"mean over seeds with 95 % t intervals; {device_line()}", fontsize=9)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _title(result: dict[str, Any]) -> str:
-    later = "".join(f", {length:,} from step {step}" for step, length in result["later_lengths"])
-    return f"inputs of {result['input_length']:,} tokens{later}"
+    """The input lengths; those of single variants where they differ."""
+    later = {
+        name: "".join(f", {length:,} from step {step}" for step, length in lengths)
+        for name, lengths in result["later_lengths"].items()
+    }
+    alike = len(set(later.values())) == 1
+    ends = set(later.values()) if alike else {f"; {name}{text}" for name, text in later.items() if text}
+    return "".join([f"inputs of {result['input_length']:,} tokens", *sorted(ends)])
 
 
 def _draw(axis: Any, seeds: Mapping[int, Points], factor: float, name: str, color: str) -> None:
@@ -378,11 +404,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         # a comma within a value is followed by no key: data.length_schedule=[{step: 9, input_length: 512}]
         named[name] = tuple(re.split(r",(?=[\w.]+=)", settings)) if colon else VARIANTS[name]
     options.variants = named
-    changing = {
-        name
-        for name, settings in named.items()
-        if any(setting.startswith(f"{SCHEDULE}=") for setting in (*options.set, *settings))
-    }
+    changing = {name for name, settings in named.items() if schedule_of([*options.set, *settings])}
     options.timed = [name for name in named if name not in changing] if options.timed is None else options.timed
     if unknown := [name for name in options.timed if name not in named]:
         raise ConfigError(f"--timed: {', '.join(unknown)}; use some of {', '.join(named)}")
@@ -398,8 +420,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise ConfigError(f"--set, --variants: {setting}: give key=value, of a key that no option sets")
     if without := [name for name in options.timed if name in changing]:
         raise ConfigError(f"--timed: {without[0]}: its steps take different times, as {SCHEDULE} says; leave it out")
-    if wrong := [step for step in options.at if step < 1]:
-        raise ConfigError(f"--at: {wrong[0]}; use steps from 1 on")
     seeds = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", options.seeds, re.ASCII)
     first, last = (0, -1) if seeds is None else (int(seeds[1]), int(seeds[2] or -1))
     options.seeds, given = range(first, last + 1) if seeds and seeds[2] else range(first), options.seeds
@@ -410,6 +430,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, least in smallest.items():
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)}; use {least} or more")
+    last_steps = set(steps_of.values())
+    for step in options.at:
+        if step not in last_steps and (step % options.eval_every or not 0 < step <= max(last_steps)):
+            every = f"multiples of --eval-every {options.eval_every}, or the last step"
+            raise ConfigError(f"--at: {step}: nothing is evaluated then; use {every}")
     if not options.minutes > 0:
         raise ConfigError(f"--minutes: {options.minutes}; use a number above 0")
     return options
@@ -452,9 +477,9 @@ def main(arguments: list[str]) -> int:
     ]
     content = {"device": device_line(), **description(options), **of_text, "lengths": results}
     write_whole(options.output / "curves.json", json.dumps(content, indent=1).encode())
-    plot(results, options.output / "curves.png")
     lines = [device_line(), *(line for result in results for line in ("", *table(result)))]
     write_whole(options.output / "table.txt", ("\n".join(lines) + "\n").encode())
+    plot(results).savefig(options.output / "curves.png", dpi=150)
     print("\n".join([*lines, *(f"{name} failed: {problem}" for name, problem in problems.items())]), flush=True)
     if problems:
         return 1

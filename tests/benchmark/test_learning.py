@@ -105,7 +105,13 @@ def test_tokens_are_bytes_without_a_vocabulary(tmp_path):
         (["--seeds", "0"], "--seeds: 0; use a number from 1 on, or FIRST-LAST"),
         (["--seeds", "5-4"], "--seeds: 5-4; use a number from 1 on"),
         (["--seeds", "-3"], "--seeds: -3; use a number from 1 on"),
-        (["--at", "5", "0"], "--at: 0; use steps from 1 on"),
+        (["--at", "250", "0"], "--at: 0: nothing is evaluated then; use multiples of --eval-every 250, or the last"),
+        (["--at", "300"], "--at: 300: nothing is evaluated then"),
+        (["--at", "1750"], "--at: 1750: nothing is evaluated then"),
+        (
+            ["--variants", "own:data.length_schedule=[{step: 9, input_length: 512}]", "--timed", "own"],
+            "--timed: own: its steps take different times",
+        ),
         (
             ["--timed", "dense", "--set", "data.length_schedule=[{step: 9, input_length: 512}]"],
             "--timed: dense: its steps take different times, as data.length_schedule says; leave it out",
@@ -122,7 +128,9 @@ def test_wrong_options_are_named(tmp_path, wrong, message):
 def test_values_of_an_own_variant_may_hold_commas(tmp_path):
     own = "data.length_schedule=[{step: 9, input_length: 512}]", "model.router_eps=0.5"
     options = learning.parse(["--output", str(tmp_path), "--variants", f"longer:{','.join(own)}"])
-    assert options.variants == {"longer": own}
+    assert options.variants == {"longer": own} and options.timed == []
+    options = learning.parse(["--output", str(tmp_path), "--set", "data.length_schedule=[]", "--at", "250", "1500"])
+    assert options.timed == list(learning.VARIANTS) and options.at == [250, 1500]
 
 
 def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
@@ -142,15 +150,32 @@ def test_runs_of_a_seed_differ_in_the_routing_only(tmp_path, shard_cache):
 
 def test_lengths_of_a_schedule():
     schedule = "data.length_schedule=[{step: 9, input_length: 512}, {step: 12, micro_batch_size: 1}]"
-    assert learning.later_lengths(["optimizer.lr=1e-3", schedule]) == [(9, 512)]
-    assert learning.later_lengths([]) == learning.later_lengths(["data.length_schedule=[{step: }"]) == []
-    assert learning.later_lengths(["data.length_schedule=7"]) == []
+    assert learning.later_lengths([schedule, "optimizer.lr=1e-3"]) == [(9, 512)]
+    assert learning.later_lengths([schedule, "data.length_schedule=[{step: 7, input_length: 1024}]"]) == [(7, 1024)]
+    wrong = ("[{step: }", "7", "[7]", "[{step: .inf, input_length: 512}]")
+    assert [learning.later_lengths([f"data.length_schedule={value}"]) for value in wrong] == [[]] * 4
+    assert learning.later_lengths([]) == []
 
 
 def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     pytest.importorskip("matplotlib")
     options = learning.parse(
-        ["--variants", "learned", "dense", "--seeds", "3", "--steps", "4", "--at", "2", "3", "--output", "unused"]
+        [
+            "--variants",
+            "learned",
+            "dense",
+            "--seeds",
+            "3",
+            "--steps",
+            "4",
+            "--eval-every",
+            "2",
+            "--at",
+            "2",
+            "4",
+            "--output",
+            "unused",
+        ]
     )
 
     def by_objective(loss: float) -> dict[str, float]:
@@ -191,22 +216,49 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     assert table[5].split()[:4] == ["learned", "-", "dense", "2"]
     assert "-0.5000 ± 0.0000 below (4 steps)" in table[5] and "-1.5000 ± 0.0000 below (2 s)" in table[5]
     assert table[6].split() == ["at", "equal", "steps", "span_3", "prefix_lm"]
-    assert table[7].split() == "learned - dense -1.0000 ± 0.0000 below 0.0000 ± 0.0000".split()
-    # after two steps all seeds are there; after three nothing was measured
-    assert table[8].split() == ["step", "2", "step", "3"] and len(table) == 12
-    assert table[9].split() == ["learned", *str(interval([4.0, 5.0, 6.0])).split(), "+25.0%", "-"]
-    assert table[10].split() == ["dense", *str(interval([4.5, 5.5, 6.5])).split(), "+50.0%", "-"]
-    assert table[11].split() == "learned - dense -0.5000 ± 0.0000 below -".split()
-    untimed = {**result, "later_lengths": [(3, 16_384)], "step_seconds": dict.fromkeys(result["step_seconds"])}
+    assert table[7].split() == (
+        "learned - dense -1.0000 ± 0.0000 below (2 of 3 seeds) 0.0000 ± 0.0000 (2 of 3 seeds)".split()
+    )
+    # after four steps one seed of the dense one is missing
+    assert table[8].split() == ["step", "2", "step", "4"] and len(table) == 12
+    assert table[9].split() == [
+        *("learned", *str(interval([4.0, 5.0, 6.0])).split(), "+25.0%"),
+        *(*str(interval([3.0, 4.0, 5.0])).split(), "+25.0%"),
+    ]
+    assert table[10].endswith(f"{interval([3.5, 4.5])} +50.0% (2 of 3 seeds)")
+    assert table[11].split("  ")[0] == "learned - dense" and "-0.5000 ± 0.0000 below  " in table[11]
+    assert table[11].endswith("-0.5000 ± 0.0000 below (2 of 3 seeds)")
+    axes = learning.plot([result, result]).axes
+    assert [axis.get_xlabel() for axis in axes] == ["steps", "GPU seconds", "steps"] * 2
+    assert list(axes[0].lines[0].get_xdata()) == [2, 4] and list(axes[1].lines[0].get_xdata()) == [1.0, 2.0]
+    assert list(axes[2].lines[1].get_ydata()) == pytest.approx([50.0, 50.0])
+    later = {"learned": [(3, 16_384)], "dense": [(3, 16_384)]}
+    untimed = {**result, "later_lengths": later, "step_seconds": dict.fromkeys(result["step_seconds"])}
     assert learning.table(untimed)[0] == "inputs of 8,192 tokens, 16,384 from step 3"
-    learning.plot([untimed], tmp_path / "curves.png")
-    learning.plot([result, result], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [axis.get_xlabel() for axis in learning.plot([untimed]).axes] == ["steps"] * 2
+    of_one = {**result, "later_lengths": {"learned": [], "dense": [(3, 16_384)]}}
+    assert learning.table(of_one)[0] == "inputs of 8,192 tokens; dense, 16,384 from step 3"
+
+
+@pytest.mark.parametrize("key", ["eval/loss", "eval/loss_shuffled_inputs"])
+def test_a_loss_that_is_no_number_is_left_out(tmp_path, key, shard_cache):
+    pytest.importorskip("matplotlib")
+    options = learning.parse(
+        [*("--variants", "dense", "--seeds", "1", "--timed", "--steps", "4", "--at", "4", "--output", "unused")]
+    )
+    job = learning.Job(name="dense-0", folder=tmp_path, settings=(), steps=4)
+    whole = {"eval/loss": 3.0, "eval/loss_shuffled_inputs": 6.0}
+    records = [{"step": 2, **whole}, {"step": 4, **whole, key: None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = learning.read_results(options, 8192, [], [job])
+    assert list(learning.plot([result]).axes[1].lines[0].get_ydata()) == [100.0]
+    cell = {"eval/loss": "-", "eval/loss_shuffled_inputs": str(interval([3.0])) + " -"}[key]
+    assert learning.table(result)[-1].split(maxsplit=1) == ["dense", cell]
 
 
 def test_curves_of_other_seeds_are_taken_in(tmp_path, shard_cache):
     """Made on another machine: seeds 0 to 2 there, 3 and 4 here."""
-    asked = ["--variants", "learned", "static", "--timed", "--at", "2", "--output", "unused"]
+    asked = ["--variants", "learned", "static", "--timed", "--eval-every", "2", "--at", "2", "--output", "unused"]
     first, second = (learning.parse([*asked, "--seeds", seeds]) for seeds in ("3", "3-4"))
     results = []
     for options in (first, second):

@@ -118,6 +118,7 @@ class FlatGradients(GradientSums):
             for total, whole in zip(self.sums, self.incoming, strict=True):
                 for piece, reduced in self._reduced_pieces(whole):
                     total[piece] += reduced
+                    del reduced  # or its memory stays while that of the next tensor is taken
 
     def own_sums(self) -> list[torch.Tensor]:
         if not self.sums_whole or self.world_size == 1:
@@ -128,6 +129,7 @@ class FlatGradients(GradientSums):
             for part, whole in zip(parts, self.sums, strict=True):
                 for piece, reduced in self._reduced_pieces(whole):
                     part[piece] = reduced
+                    del reduced  # or its memory stays while that of the next tensor is taken
         return parts
 
     def _reduced_pieces(self, whole: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -138,16 +140,16 @@ class FlatGradients(GradientSums):
         """
         rows = whole.view(self.world_size, -1)
         size = min(max(1, self.bucket_size // self.world_size), rows.shape[1])
-        has_reduce_scatter = dist.get_backend() == "nccl"  # gloo has none
+        is_nccl = dist.get_backend() == "nccl"  # gloo has no reduce-scatter in all versions of PyTorch
         # taken once: if each piece had memory of its own, that of the piece before would still be there
         outgoing = whole.new_empty(self.world_size * size, dtype=self.reduce_dtype)
-        incoming = whole.new_empty(size if has_reduce_scatter else 0, dtype=self.reduce_dtype)
+        incoming = whole.new_empty(size if is_nccl else 0, dtype=self.reduce_dtype)
         for first in range(0, rows.shape[1], max(1, size)):
             piece = slice(first, min(first + size, rows.shape[1]))
             count = piece.stop - piece.start
             sent = outgoing[: self.world_size * count].view(self.world_size, count)
             sent.copy_(rows[:, piece])
-            if has_reduce_scatter:
+            if is_nccl:
                 reduced = incoming[:count]
                 dist.reduce_scatter_tensor(reduced, sent)
             else:

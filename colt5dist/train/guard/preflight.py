@@ -7,7 +7,8 @@ one around in rings. A device that computes wrongly ends the start; one that is 
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,8 @@ def preflight(ranks: Ranks, hosts: list[str], device: torch.device, *, multiply:
     """
     began = time.perf_counter()
     sizes, inside, between = SIZES[device.type], ring_inside_hosts(hosts), ring_between_hosts(hosts)
-    rate, wrong_products = measure_products(sizes.order, device, multiply)
+    with parts_summed_in_float32():
+        rate, wrong_products = measure_products(sizes.order, device, multiply)
     sum_seconds, wrong_sums = measure_sum(sizes.summed, ranks, device) if len(hosts) > 1 else (0.0, 0)
     rings = [measure_ring(sizes.sent, ring, ranks.rank, device) for ring in (inside, between)]
     mine = Measured(ranks.local_rank, rate, wrong_products, sum_seconds, wrong_sums, *rings)
@@ -105,6 +107,22 @@ def preflight(ranks: Ranks, hosts: list[str], device: torch.device, *, multiply:
         torch.cuda.reset_peak_memory_stats(device)
     if faults:
         raise TrainingFault("; ".join(faults))
+
+
+@contextmanager
+def parts_summed_in_float32() -> Iterator[None]:
+    """Let matrix products add up parts of their sums in float32; PyTorch's default allows bf16.
+
+    A library may cut the sums into any parts, and bf16 does not hold all of those exactly: a sound GPU could be called
+    wrong.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction_split_k
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def measure_products(order: int, device: torch.device, multiply: Multiply) -> tuple[float, int]:

@@ -125,16 +125,31 @@ def test_how_much_is_summed_at_once_changes_no_number(
     assert found["in pieces"]["train 2"] == found["at once"]["train 2"]
 
 
-def test_sums_in_pieces_take_the_memory_of_one() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        gradients = object.__new__(FlatGradients)
-        gradients.world_size, gradients.rank = 1, 0
-        gradients.bucket_size, gradients.reduce_dtype = 4, torch.float32
-        whole, places = torch.arange(10.0), set()
-        for piece, reduced in gradients._reduced_pieces(whole):
-            assert torch.equal(reduced, whole[piece])
-            places.add(reduced.untyped_storage().data_ptr())
-        assert len(places) == 1
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_sums_in_pieces_take_the_memory_of_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two ranks, both with the same gradients; a stand-in for the collectives says what it was given."""
+    places: dict[int, int] = {}
+
+    def seen(*tensors: torch.Tensor) -> None:
+        places.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors})
+
+    def all_reduce(sent: torch.Tensor) -> None:
+        seen(sent)
+        sent *= 2
+
+    def reduce_scatter(reduced: torch.Tensor, sent: torch.Tensor) -> None:
+        seen(reduced, sent)
+        reduced.copy_(2 * sent[1])
+
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
+    gradients = object.__new__(FlatGradients)
+    gradients.world_size, gradients.rank = 2, 1
+    gradients.bucket_size, gradients.reduce_dtype = 8, torch.float32
+    whole = torch.arange(20.0)
+    found = torch.empty(10)
+    for piece, reduced in gradients._reduced_pieces(whole):
+        found[piece] = reduced
+    assert torch.equal(found, 2 * whole[10:])
+    assert sorted(places.values()) == {"gloo": [4 * 8], "nccl": [4 * 4, 4 * 8]}[backend]

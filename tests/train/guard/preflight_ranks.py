@@ -38,6 +38,13 @@ def one_element_wrong(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return product
 
 
+def in_three_parts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product in parts, as GPU libraries make it; they may round the parts where that is not forbidden."""
+    rounded = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    parts = [a @ b for a, b in zip(left.chunk(3, dim=1), right.chunk(3), strict=True)]
+    return sum((part.bfloat16().float() if rounded else part for part in parts), torch.zeros_like(parts[0]))
+
+
 def sum_with_one_element_wrong(sum_over_ranks: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], None]:
     """An all-reduce whose result has one wrong element."""
 
@@ -55,6 +62,7 @@ def main(folder: Path) -> None:
     hosts = gather_host_names()
     is_last = ranks.rank == ranks.world_size - 1
     cases: dict[str, Multiply] = {"whole": torch.mm, "slow": eight_times, "wrong": one_element_wrong}
+    cases["in parts"] = in_three_parts
     found = {}
     for case, multiply in {**cases, "wrong sum": torch.mm}.items():
         out, err, fault = StringIO(), StringIO(), ""

@@ -28,6 +28,11 @@ def test_rank_0_prints_the_rates(found: list[dict[str, dict[str, str]]]) -> None
     assert "error" not in found[0]["whole"]["err"] and found[0]["whole"]["fault"] == ""
 
 
+def test_a_product_may_be_summed_in_parts(found: list[dict[str, dict[str, str]]]) -> None:
+    """A device on which the library does that is sound."""
+    assert found[0]["in parts"]["fault"] == found[1]["in parts"]["fault"] == ""
+
+
 def test_a_slow_rank_is_named(found: list[dict[str, dict[str, str]]]) -> None:
     (line,) = [line for line in found[0]["slow"]["err"].splitlines() if "products" in line]
     assert re.match(r"WARNING: preflight: rank 1 on \S+ \(cpu\): products \d+ GFLOP/s, \d+% of the median \d+", line)
