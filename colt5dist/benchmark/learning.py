@@ -160,42 +160,49 @@ def read_results(
 
 def description(options: argparse.Namespace) -> dict[str, Any]:
     """What runs must have in common, beside their text, so that curves of other seeds may be taken in."""
-    names = ("variants", "set", "batch", "target_length", "eval_samples")
-    content: dict[str, Any] = json.loads(json.dumps({name: getattr(options, name) for name in names}))
-    return content
+
+    def in_one_line(settings: Sequence[str]) -> list[str]:
+        return [" ".join(setting.split()) for setting in settings]
+
+    return {
+        "variants": {name: in_one_line(settings) for name, settings in options.variants.items()},
+        "set": in_one_line(options.set),
+        **{name: getattr(options, name) for name in ("batch", "target_length", "eval_samples")},
+    }
 
 
-def read_added(path: Path, options: argparse.Namespace, taken: set[int]) -> dict[int, Losses]:
-    """The losses of other seeds, by input length; their seeds join those that are taken.
+def read_added(path: Path, options: argparse.Namespace, taken: set[int]) -> tuple[str, dict[int, Losses]]:
+    """The fingerprint of the text, and the losses of other seeds by input length; their seeds join those taken.
 
     Raises:
         ConfigError: the file is no such file, of other runs, or of seeds that are taken.
     """
+
+    def with_numbers(of_seeds: dict[str, dict[str, float]]) -> dict[int, Points]:
+        return {int(seed): {int(step): loss for step, loss in of.items()} for seed, of in of_seeds.items()}
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, value in description(options).items() if content[name] != value]
-        found = {result["input_length"]: result["losses"] for result in content["lengths"]}
+        fingerprint: str = content["fingerprint"]
+        found = {
+            result["input_length"]: {
+                key: {name: with_numbers(of_seeds) for name, of_seeds in of_variants.items()}
+                for key, of_variants in result["losses"].items()
+            }
+            for result in content["lengths"]
+        }
     except OSError as error:
         raise ConfigError(f"--add: {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--add: {path}: is no curves.json of this command") from error
     if other:
         raise ConfigError(f"--add: {path}: was made with other {', '.join(other)}; give the same options")
-    known = {int(seed) for losses in found.values() for runs in losses.values() for s in runs.values() for seed in s}
+    known = {seed for losses in found.values() for runs in losses.values() for seeds in runs.values() for seed in seeds}
     if twice := sorted(known & taken):
         raise ConfigError(f"--add: {path}: has seed {twice[0]}, which is there already; give other --seeds")
     taken |= known
-
-    def points(of_seed: dict[str, float]) -> Points:
-        return {int(step): loss for step, loss in of_seed.items()}
-
-    def seeds(of_variant: dict[str, dict[str, float]]) -> dict[int, Points]:
-        return {int(seed): points(of_seed) for seed, of_seed in of_variant.items()}
-
-    return {
-        length: {key: {name: seeds(run) for name, run in runs.items()} for key, runs in losses.items()}
-        for length, losses in found.items()
-    }
+    return fingerprint, found
 
 
 def schedule_of(settings: Sequence[str]) -> list[Any]:
@@ -266,16 +273,18 @@ def _differences(columns: Mapping[Any, list[dict[str, Any]]], result: dict[str, 
     """Rows of the differences of all pairs at equal steps, with the verdict if there is one."""
     rows = []
     for pair in result["comparisons"]:
-        rows.append([f"{pair['first']} - {pair['second']}"])
+        names = pair["first"], pair["second"]
+        rows.append([" - ".join(names)])
         for found in columns.values():
-            text, count = "-", 0
-            for own in found:
-                if (own["first"], own["second"]) == (pair["first"], pair["second"]):
-                    part, count = own["equal_steps"], len(own["seeds"])
-                    end = f" {part['verdict']}" if part["verdict"] in ("below", "above") else ""
-                    text = f"{Interval(part['mean'], part['half'])}{end}"
-            rows[-1].append(_of_seeds(text, count, result))
+            same = next((own for own in found if (own["first"], own["second"]) == names), None)
+            rows[-1].append(_of_seeds(_difference(same), len(same["seeds"]), result) if same else "-")
     return rows
+
+
+def _difference(found: dict[str, Any]) -> str:
+    part = found["equal_steps"]
+    verdict_if_any = f" {part['verdict']}" if part["verdict"] in ("below", "above") else ""
+    return f"{Interval(part['mean'], part['half'])}{verdict_if_any}"
 
 
 def _of_seeds(text: str, count: int, result: dict[str, Any]) -> str:
@@ -454,9 +463,9 @@ def main(arguments: list[str]) -> int:
         )
         if shards is None:
             return STOPPED
-        of_text = {"fingerprint": open_shards(str(shards)).fingerprint}
-        for path in options.add:
-            if json.loads(path.read_text(encoding="utf-8")).get("fingerprint") != of_text["fingerprint"]:
+        fingerprint = open_shards(str(shards)).fingerprint
+        for path, (other, _) in zip(options.add, added, strict=True):
+            if other != fingerprint:
                 print(f"note: {path} is of other text: differences may be compared, losses not", flush=True)
         lengths = {length: jobs_of(options, shards.absolute(), length) for length in options.lengths}
         jobs = [job for timed, curves in lengths.values() for job in (*timed, *curves)]
@@ -472,10 +481,10 @@ def main(arguments: list[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     results = [
-        read_results(options, length, *of_length, [found[length] for found in added if length in found])
+        read_results(options, length, *of_length, [found[length] for _, found in added if length in found])
         for length, of_length in lengths.items()
     ]
-    content = {"device": device_line(), **description(options), **of_text, "lengths": results}
+    content = {"device": device_line(), **description(options), "fingerprint": fingerprint, "lengths": results}
     write_whole(options.output / "curves.json", json.dumps(content, indent=1).encode())
     lines = [device_line(), *(line for result in results for line in ("", *table(result)))]
     write_whole(options.output / "table.txt", ("\n".join(lines) + "\n").encode())

@@ -159,24 +159,8 @@ def test_lengths_of_a_schedule():
 
 def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
     pytest.importorskip("matplotlib")
-    options = learning.parse(
-        [
-            "--variants",
-            "learned",
-            "dense",
-            "--seeds",
-            "3",
-            "--steps",
-            "4",
-            "--eval-every",
-            "2",
-            "--at",
-            "2",
-            "4",
-            "--output",
-            "unused",
-        ]
-    )
+    asked = "--variants learned dense --seeds 3 --steps 4 --eval-every 2 --at 2 4 --output unused"
+    options = learning.parse(asked.split())
 
     def by_objective(loss: float) -> dict[str, float]:
         return {"eval/loss/span_3": 2 * loss, "eval/loss/prefix_lm": 7.0}
@@ -205,9 +189,8 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
         patch.setattr(learning, "SKIPPED_STEPS", 2)
         result = learning.read_results(options, 8192, jobs["time"], jobs["curve"])
     assert result["step_seconds"] == {"learned": 0.5, "dense": 1.0}
-    assert result["losses"]["eval/loss"]["learned"][2] == {2: 6.0, 4: 5.0} and result["losses"]["eval/loss"]["dense"][
-        2
-    ] == {2: 6.5}
+    losses = result["losses"]["eval/loss"]
+    assert losses["learned"][2] == {2: 6.0, 4: 5.0} and losses["dense"][2] == {2: 6.5}
     table = learning.table(result)
     assert table[0] == "inputs of 8,192 tokens"
     assert table[2].split() == ["learned", "0.5000", "3", "4", *str(interval([3.0, 4.0, 5.0])).split(), "+25.0%"]
@@ -243,9 +226,7 @@ def test_table_and_curves_of_runs_of_which_one_is_not_finished(tmp_path):
 @pytest.mark.parametrize("key", ["eval/loss", "eval/loss_shuffled_inputs"])
 def test_a_loss_that_is_no_number_is_left_out(tmp_path, key, shard_cache):
     pytest.importorskip("matplotlib")
-    options = learning.parse(
-        [*("--variants", "dense", "--seeds", "1", "--timed", "--steps", "4", "--at", "4", "--output", "unused")]
-    )
+    options = learning.parse("--variants dense --seeds 1 --timed --steps 4 --at 4 --output unused".split())
     job = learning.Job(name="dense-0", folder=tmp_path, settings=(), steps=4)
     whole = {"eval/loss": 3.0, "eval/loss_shuffled_inputs": 6.0}
     records = [{"step": 2, **whole}, {"step": 4, **whole, key: None}]
@@ -259,7 +240,11 @@ def test_a_loss_that_is_no_number_is_left_out(tmp_path, key, shard_cache):
 def test_curves_of_other_seeds_are_taken_in(tmp_path, shard_cache):
     """Made on another machine: seeds 0 to 2 there, 3 and 4 here."""
     asked = ["--variants", "learned", "static", "--timed", "--eval-every", "2", "--at", "2", "--output", "unused"]
-    first, second = (learning.parse([*asked, "--seeds", seeds]) for seeds in ("3", "3-4"))
+    schedule = "data.length_schedule=[{step: 3, input_length: 512},BREAK{step: 4, input_length: 1024}]"
+    first, second = (
+        learning.parse([*asked, "--seeds", seeds, "--set", schedule.replace("BREAK", space)])
+        for seeds, space in (("3", " "), ("3-4", "\n    "))
+    )
     results = []
     for options in (first, second):
         _, jobs = learning.jobs_of(options, ensure_standard_library_shards(), 8192)
@@ -271,10 +256,14 @@ def test_curves_of_other_seeds_are_taken_in(tmp_path, shard_cache):
             records = [{"step": 2, "eval/loss": loss}, {"step": 4, "eval/loss": loss, "eval/loss/span_3": loss}]
             (job.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         results.append(jobs)
-    content = {**learning.description(first), "lengths": [learning.read_results(first, 8192, [], results[0])]}
+    content = {
+        **learning.description(first),
+        "fingerprint": "f",
+        "lengths": [learning.read_results(first, 8192, [], results[0])],
+    }
     (tmp_path / "curves.json").write_text(json.dumps(content))
-    added = learning.read_added(tmp_path / "curves.json", second, taken := set(second.seeds))
-    assert taken == {0, 1, 2, 3, 4}
+    fingerprint, added = learning.read_added(tmp_path / "curves.json", second, taken := set(second.seeds))
+    assert fingerprint == "f" and taken == {0, 1, 2, 3, 4}
     result = learning.read_results(second, 8192, [], results[1], [added[8192]])
     assert result["losses"]["eval/loss"]["static"] == {seed: {2: seed + 0.25, 4: seed + 0.25} for seed in range(5)}
     (pair,) = result["comparisons"]
@@ -285,12 +274,13 @@ def test_curves_of_other_seeds_are_taken_in(tmp_path, shard_cache):
         (["--seeds", "3-4", "--batch", "8"], "was made with other batch; give the same options"),
         (["--seeds", "3-4", "--set", "seed_of=3"], "was made with other set; give the same options"),
     ):
-        options = learning.parse([*asked, *wrong])
+        options = learning.parse([*asked, "--set", schedule.replace("BREAK", " "), *wrong])
         with pytest.raises(ConfigError, match=message):
             learning.read_added(tmp_path / "curves.json", options, set(options.seeds))
-    (tmp_path / "curves.json").write_text("[]")
-    with pytest.raises(ConfigError, match="is no curves"):
-        learning.read_added(tmp_path / "curves.json", second, set())
+    for wrong in ([], {**content, "lengths": [{"input_length": 8192, "losses": [1]}]}):
+        (tmp_path / "curves.json").write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError, match="is no curves"):
+            learning.read_added(tmp_path / "curves.json", second, set())
     with pytest.raises(ConfigError, match=r"nothing\.json: No such file"):
         learning.read_added(tmp_path / "nothing.json", second, set())
 

@@ -144,7 +144,7 @@ def test_the_last_evaluation_is_made_up_for_where_nothing_depends_on_it(
     """Without it the run would count as finished, and its last held-out loss would never be known."""
     run_dir, own = tmp_path / "run", (*settings, "checkpoint.keep_best=null")
     done = fork(CUT_SHORT, ("8", f"run_dir={run_dir}", *MICRO_SETTINGS, *own), 1)
-    assert done.returncode in (0, 75) and "the evaluation of step 8 is left out" in done.stdout, done.stdout
+    assert done.returncode == 0 and "the evaluation of step 8 is left out" in done.stdout, done.stdout
     assert "eval/loss" not in results(run_dir)[-1] and results(run_dir)[-1]["step"] == 8
     assert "evaluated step 8" in run_pretrain(run_dir, *own).stdout
     assert dict(sorted(results(run_dir)[-1].items())) == dict(sorted(results(undisturbed)[-1].items()))
