@@ -58,20 +58,31 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(Path(parent))
 
 
-def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:
+def write_whole(path: Path, content: bytes, *, writer: str = "", keep_existing: bool = False) -> None:
     """Write a file so that its name never refers to a part of the content.
 
     Args:
         path: path of the file; an existing file is replaced.
         content: content of the file.
         writer: name of the process, where several may write the file at the same time.
+        keep_existing: an existing file stays as it is, also one that appears meanwhile.
     """
     temporary = path.with_name(f"{path.name}{writer and f'.{writer}'}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.rename(temporary, path)
+    if keep_existing:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links, where looking first has to do
+            if not path.exists():
+                os.rename(temporary, path)
+        temporary.unlink(missing_ok=True)
+    else:
+        os.rename(temporary, path)
     fsync_path(path.parent)
 
 

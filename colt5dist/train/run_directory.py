@@ -206,7 +206,15 @@ def environment(ranks: Ranks, hosts: list[str]) -> dict[str, Any]:
     }
 
 
-def write_status(run_dir: Path, status: str, step: int, reason: str | None = None, *, writer: str = "") -> None:
+def write_status(
+    run_dir: Path,
+    status: str,
+    step: int,
+    reason: str | None = None,
+    *,
+    writer: str = "",
+    keep_existing: bool = False,
+) -> None:
     """Write status.json.
 
     Args:
@@ -215,9 +223,11 @@ def write_status(run_dir: Path, status: str, step: int, reason: str | None = Non
         step: last step that was done.
         reason: why the run stopped or failed.
         writer: name of this process, if several may write at the same time.
+        keep_existing: what another process has written stays.
     """
     content = {"status": status, "step": step, **({"reason": reason} if reason else {})}
-    write_whole(run_dir / STATUS, f"{json.dumps(content)}\n".encode(), writer=writer)
+    text = f"{json.dumps(content)}\n".encode()
+    write_whole(run_dir / STATUS, text, writer=writer, keep_existing=keep_existing)
 
 
 def record_end(run_dir: Path, step: int, stopped: str | None, finished_early: str | None = None) -> None:

@@ -76,8 +76,8 @@ def write_failure(run_dir: Path, ranks: Ranks, message: str, details: str, *, fi
         more = f"{path} cannot be written ({error.strerror})"
     print(f"{message}; {more}", file=sys.stderr, flush=True)
     # two halves of a cluster may each have lost the other: then what rank 0 writes counts
-    if ranks.is_first or (first_rank_failed and not (run_dir / STATUS).exists()):
-        _try_to_write_status(run_dir, message, writer=f"rank_{ranks.rank}")
+    if ranks.is_first or first_rank_failed:
+        _try_to_write_status(run_dir, message, writer=f"rank_{ranks.rank}", keep_existing=not ranks.is_first)
 
 
 def last_step(run_dir: Path) -> int:
@@ -87,10 +87,10 @@ def last_step(run_dir: Path) -> int:
     return 0
 
 
-def _try_to_write_status(run_dir: Path, reason: str, *, writer: str = "") -> None:
+def _try_to_write_status(run_dir: Path, reason: str, *, writer: str = "", keep_existing: bool = False) -> None:
     """Write `status.json` if possible: the failure itself must be reported even if the disk is full."""
     with suppress(OSError):
-        write_status(run_dir, "failed", last_step(run_dir), reason, writer=writer)
+        write_status(run_dir, "failed", last_step(run_dir), reason, writer=writer, keep_existing=keep_existing)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
