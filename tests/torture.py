@@ -112,9 +112,10 @@ def launch_ranks(run_dir: Path, log: Path, settings: Sequence[str], *, processes
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         for launcher in runner.children():
-            ranks = launcher.children()
-            if len(ranks) == processes:
-                return Start([runner, launcher, *ranks], log, processes)
+            with contextlib.suppress(psutil.NoSuchProcess):  # a short command of deepspeed's, which ended just now
+                ranks = launcher.children()
+                if len(ranks) == processes:
+                    return Start([runner, launcher, *ranks], log, processes)
         time.sleep(0.1)
     raise AssertionError(f"deepspeed did not start: see {log}")
 
