@@ -33,6 +33,7 @@ OF_OTHERS = {
     "--node_rank": "deepspeed",
     "--master_addr": "deepspeed",
     "--master_port": "deepspeed",
+    "--dist": "pytest-xdist",
     "--nproc-per-node": "torchrun",
     "--standalone": "torchrun",
     "--partition": "srun",

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -331,7 +332,7 @@ def plot(results: Sequence[dict[str, Any]]) -> "Figure":
                 _draw(axes[-1], rise, 1.0, name, color)
         for axis in axes:
             axis.set(xlabel="steps", ylabel="held-out loss, nats per token")
-            axis.set_title(_title(result), fontsize=9)
+            axis.set_title(fill(_title(result), 60), fontsize=9)
             axis.grid(alpha=0.3)
         if has_time:
             axes[1].set(xlabel="GPU seconds")

@@ -12,7 +12,7 @@ import torch
 
 from colt5dist.train.report.monitor import read_metrics
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("bad_numbers_gpu")]
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path(__file__).with_name("bad_numbers.py")
 VARIANTS = ("auto-none-1", "auto-none-2", "auto-none-3", "auto-optimizer-2", "auto-optimizer-3", "fp32-none-0")
