@@ -77,17 +77,20 @@ def check_positive(**values: Any) -> None:
             raise ValueError(f"{name}: {value}; use a number above 0")
 
 
-def check_optional_not_negative(**values: Any) -> None:
-    """Raise where an argument, given by its name, is neither None nor a finite number of 0 or more.
+def check_not_negative(**values: Any) -> None:
+    """Raise where an argument, given by its name, is no finite number of 0 or more.
 
     Raises:
         TypeError: a value is no number.
         ValueError: a value is negative, infinite or NaN.
     """
     for name, value in values.items():
-        if value is None:
-            continue
         if not is_number(value):
             raise TypeError(not_a_number(name, value))
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: {value}; use 0 or more")
+
+
+def check_optional_not_negative(**values: Any) -> None:
+    """As `check_not_negative`, for arguments that may be None."""
+    check_not_negative(**{name: value for name, value in values.items() if value is not None})

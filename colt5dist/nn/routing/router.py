@@ -14,8 +14,8 @@ from colt5dist.nn.routing.kept_routing import keep_value, routing_decision
 from colt5dist.nn.routing.routing_tokens import RoutingTokens, cosine_similarity, routing_scores
 from colt5dist.ops.checks import (
     check_counts,
+    check_not_negative,
     check_optional_counts,
-    check_optional_not_negative,
     check_positive,
     check_whole,
 )
@@ -131,7 +131,7 @@ class CoordinateDescentRouter(nn.Module):
         check_counts(dim=dim, num_routing_tokens=num_routing_tokens)
         check_optional_counts(route_block_size=route_block_size, triton_checkpoint_segments=triton_checkpoint_segments)
         check_positive(fetch_k_ratio=fetch_k_ratio, cosine_sim_scale=cosine_sim_scale)
-        check_optional_not_negative(std=std)
+        check_not_negative(std=std)
         check_whole(random_seed=random_seed, random_stream=random_stream)
         implementation = "triton" if use_triton else implementation
         if not 1 <= fetch_k_ratio < math.inf:

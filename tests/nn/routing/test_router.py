@@ -249,6 +249,13 @@ def test_refuses_settings_that_do_not_fit(named, kwargs):
         router(**kwargs)
 
 
+@pytest.mark.parametrize("routing", ["learned", "static", "random"])
+@pytest.mark.parametrize("std", [None, "0.1", True])
+def test_std_is_a_number(routing, std):
+    with pytest.raises(TypeError, match="^std: "):
+        router(routing=routing, std=std)
+
+
 def test_use_triton_stands_before_the_implementation():
     assert router(solver="newton", implementation="reference", use_triton=True).implementation == "triton"
 
