@@ -252,7 +252,7 @@ def test_refuses_settings_that_do_not_fit(named, kwargs):
 @pytest.mark.parametrize("routing", ["learned", "static", "random"])
 @pytest.mark.parametrize("std", [None, "0.1", True])
 def test_std_is_a_number(routing, std):
-    with pytest.raises(TypeError, match="^std: "):
+    with pytest.raises(TypeError, match=r"^std: "):
         router(routing=routing, std=std)
 
 
