@@ -1,10 +1,12 @@
 """Signals to the real `deepspeed` command, lost hosts: short versions of the scripts."""
 
+import contextlib
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TRAINER_VARIABLES, Fork
 
@@ -16,11 +18,15 @@ import two_hosts
 
 @pytest.fixture
 def trainer_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Set the environment that the started processes inherit."""
+    """Set the environment that the started processes inherit; those that a failed test leaves are ended."""
+    before = set(psutil.Process().children(recursive=True))
     for name in TRAINER_VARIABLES:
         monkeypatch.setenv(name, TRAINER_VARIABLES[name])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield
+    for process in set(psutil.Process().children(recursive=True)) - before:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.mark.parametrize(
