@@ -16,8 +16,9 @@ SCRIPT = Path(__file__).with_name("zero_matrix.py")
 TOLERANCE = 2e-3
 """Relative; bf16 has 8 bits, and the stages add gradients in another order."""
 ALL_PAIRS = ",".join(f"{written}{loaded}" for written in "123" for loaded in "123")
-NO_PAIRS = ""
-"""Which stages load which stages' checkpoints; each load compiles and captures anew."""
+ONE_PAIR, NO_PAIRS = "12", ""
+"""Pairs of stages, the one that wrote a checkpoint and the one that loads it. Each load compiles anew; rollbacks are
+left out."""
 
 
 def run_matrix(
@@ -47,7 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str,
             tmp_path_factory.mktemp(mode),
             processes,
             (*micro_settings, f"train.activation_checkpointing={mode}"),
-            ALL_PAIRS if mode == "none" else NO_PAIRS,
+            ALL_PAIRS if mode == "none" else ONE_PAIR,
         )
         for mode in ("none", "full", "full_keep_routing")
     }

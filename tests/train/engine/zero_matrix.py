@@ -6,8 +6,9 @@ With --flat, stages 1-3 sum gradients by FlatGradients and ShardedGradients also
 memory in every step of an odd number, and torch's own in the others. With --hosts each process says that it is on a
 host of its own.
 
-Saves a checkpoint a stage in FOLDER where there is none, and loads those that are there at every stage, or by the pairs
-of stages in --loads=02,13. With --load-micro-batch=N those that are loaded go on with micro-batches of that size.
+Saves a checkpoint a stage in FOLDER where there is none, goes back to earlier ones, and loads those that are there at
+every stage; with --loads=02,13 it loads by these pairs of stages (--loads=: by none) and never goes back. With
+--load-micro-batch=N those that are loaded go on with micro-batches of that size.
 """
 
 import gc
