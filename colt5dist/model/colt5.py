@@ -53,7 +53,7 @@ class CoLT5(PretrainedForm):
         activation_checkpointing: of every layer of encoder and decoder: "none" keeps all activations; "full" runs each
             layer again in the backward pass; "full_keep_routing" does the same with the routing decisions of the first
             run.
-        seed: seed of random routing and of dropout, used with routing="random" or dropout only.
+        seed: seed of random routing, noise of the routers and dropout, used with these only.
 
     Raises:
         TypeError: config is no CoLT5Config, or seed no whole number.
@@ -91,7 +91,8 @@ class CoLT5(PretrainedForm):
             target_ids: (b, t) int64; padding at the end.
             input_mask: (b, n) bool, True = valid; None: all.
             target_mask: (b, t) bool, True = counts; None: all.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout and
+                for noise of the routers.
             collect_routing: whether to return what the routers did.
 
         Returns:
@@ -124,7 +125,8 @@ class CoLT5(PretrainedForm):
         Args:
             input_ids: (b, n) int64, n a multiple of `config.input_multiple`.
             input_mask: (b, n) bool, True = valid; None: all.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for dropout and
+                for noise of the routers.
             collect_routing: whether to return what the routers did.
 
         Returns:

@@ -57,6 +57,8 @@ class CoLT5Config:
         router_eps_decay: factor of the temperature from one iteration to the next, in (0, 1].
         router_solver: coordinate_descent (the papers'); newton: exact.
         router_implementation: auto: triton on CUDA, scalar elsewhere; reference, scalar, triton: that one.
+        router_noise: standard deviation of the normal noise that training adds to the raw scores, which start with
+            variance 1; 0: none. Evaluation adds none.
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square in RMSNorm.
         initializer_range: standard deviation of the initial weights but the input embedding's; maps into the residual
@@ -94,6 +96,7 @@ class CoLT5Config:
     router_eps_decay: float = 1.0
     router_solver: str = "coordinate_descent"
     router_implementation: str = keeps_result("auto")
+    router_noise: float = 0.0
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     initializer_range: float | None = keeps_result(None)
@@ -128,6 +131,10 @@ class CoLT5Config:
             found.append("model.light_positions: relative has no form for architecture=causal; use rotary")
         if self.architecture != "causal" and self.num_encoder_layers < 1:
             found.append(f"model.num_encoder_layers: {self.num_encoder_layers}; use 1 or more")
+        if not 0 <= self.router_noise < math.inf:
+            found.append(f"model.router_noise: {self.router_noise}; use 0 or more")
+        if self.architecture == "causal" and self.router_noise:
+            found.append("model.router_noise: has no form for architecture=causal; use 0")
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout: {self.dropout}; use a share in [0, 1), for instance 0.1")
         choices: dict[str, tuple[str, ...]] = {

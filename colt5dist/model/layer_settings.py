@@ -25,7 +25,7 @@ def router_settings(config: CoLT5Config, *, seed: int, stream: int) -> dict[str,
 
     Args:
         config: the model's configuration.
-        seed: seed of random routing.
+        seed: seed of random routing and of the routers' noise.
         stream: the layer's first stream of random numbers; each route of the layer draws from a stream of its own.
     """
     return {
@@ -43,6 +43,7 @@ def router_settings(config: CoLT5Config, *, seed: int, stream: int) -> dict[str,
             "std": config.d_model**-0.5,
             "random_seed": seed,
             "random_stream": stream,
+            "noise": config.router_noise,
         },
     }
 

@@ -38,6 +38,7 @@ def losses_and_gradients(model, batch):
         {"router_implementation": "reference"},
         {"routing": "static"},
         {"routing": "random"},
+        {"router_noise": 0.5},
         {"encoder": "dense"},
         {"encoder": "light"},
         {"light_positions": "relative"},

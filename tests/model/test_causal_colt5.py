@@ -234,6 +234,7 @@ def test_work_grows_with_the_text_and_not_with_its_square():
         ({"encoder": "dense"}, "model.encoder: dense, but architecture=causal has no encoder"),
         ({"encoder": "light"}, "model.encoder: light, but architecture=causal has no encoder"),
         ({"light_positions": "relative"}, "model.light_positions: relative has no form for architecture=causal"),
+        ({"router_noise": 0.5}, "model.router_noise: has no form for architecture=causal"),
         ({"window_size": 12}, "model.window_size: 12 is not a multiple of 8"),
         ({"memory_size": 0}, "model.memory_size: 0"),
         ({"architecture": "decoder"}, "model.architecture: 'decoder'; use one of"),

@@ -5,7 +5,9 @@ import torch
 
 ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"heavy_key_value_ratio": 8.0}, {"encoder": "dense"}]
 ENCODERS += [{"light_positions": "relative"}, {"encoder": "light"}, {"router_scores": "straight_through"}]
+ENCODERS += [{"router_noise": 0.5}]
 NAMES = ["learned", "static", "random", "all keys", "dense", "relative bias", "light", "straight through"]
+NAMES += ["noise"]
 each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=NAMES)
 
 

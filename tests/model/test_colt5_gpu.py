@@ -6,7 +6,10 @@ import torch
 pytestmark = pytest.mark.gpu
 
 ENCODERS = [{}, {"routing": "static"}, {"routing": "random"}, {"encoder": "dense"}, {"encoder": "light"}]
-each_encoder = pytest.mark.parametrize("fields", ENCODERS, ids=["learned", "static", "random", "dense", "light"])
+ENCODERS += [{"router_noise": 0.5}]
+each_encoder = pytest.mark.parametrize(
+    "fields", ENCODERS, ids=["learned", "static", "random", "dense", "light", "noise"]
+)
 # flash kernels want heads of a multiple of 8, Triton's soft top-k rows of any length
 SMALL_WEIGHTS = {"initializer_range": 0.02, "embedding_init_std": 0.02}
 LONGER = {"head_dim": 64, "num_heads": 4, "d_model": 64, "light_radius": 127}

@@ -105,6 +105,8 @@ def test_budgets_are_whole_numbers(fields, multiple, length, routed):
         ("router_eps_decay", 1.1),
         ("router_solver", "sinkhorn"),
         ("router_implementation", "cuda"),
+        ("router_noise", -0.5),
+        ("router_noise", float("inf")),
         ("rope_theta", 0.0),
         ("norm_eps", -1e-6),
         ("initializer_range", 0.0),

@@ -168,7 +168,8 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
             decoder_input_ids: (b, t) int64, the start token first; None: made of labels.
             labels: (b, t) int64 targets; those that are -100 do not count.
             encoder_outputs: what the encoder gave for these inputs, instead of input_ids.
-            sample_index: (b,) int64, needed by a model with random routing and, in training, by one with dropout.
+            sample_index: (b,) int64, needed by a model with random routing and, in training, by one with dropout or
+                noise of the routers.
 
         Returns:
             logits (b, t, vocab_size), and loss where labels are given.
@@ -289,7 +290,8 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
             attention_mask: (b, t), 1 = valid; padding may be on either side; None: all.
             labels: (b, t) int64, usually input_ids: position i is compared with the logits of position i - 1; those
                 that are -100, or come after padding, do not count.
-            sample_index: (b,) int64, needed by a model with random routing and, in training, by one with dropout.
+            sample_index: (b,) int64, needed by a model with random routing and, in training, by one with dropout or
+                noise of the routers.
 
         Returns:
             logits (b, t, vocab_size), and loss where labels are given.

@@ -180,7 +180,7 @@ class ConditionalRoutedAttention(nn.Module):
             num_heavy_tokens_q: budget in place of the constructor's.
             num_heavy_tokens_kv: budget in place of the constructor's.
             mask: (b, n) bool, True = valid; None: all.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for noise.
             rotary_angles: of the n positions, computed once for a stack of layers whose two branches have one head
                 dimension; None: computed here, where the layer has rotary positions.
             return_route: whether to return the routing too.

@@ -118,7 +118,7 @@ class ConditionalRoutedFeedForward(nn.Module):
             mask: (b, n) bool, True = valid; None: all. Refused with routing="causal", where padding has to be at the
                 end.
             num_heavy_tokens: budget in place of the constructor's.
-            sample_index: (b,) int64, the samples' numbers, needed for random routing.
+            sample_index: (b,) int64, the samples' numbers, needed for random routing and, in training, for noise.
             return_route: whether to return the routing too.
             residual: whether to add x to the result.
             dropout: of the hidden units of both branches (those of the heavy one by the number of the routed token)

@@ -52,8 +52,8 @@ class CausalRouter(CoordinateDescentRouter):
     Args:
         dim: width of a token.
         window_size: tokens of a window.
-        settings: the other arguments of `CoordinateDescentRouter`, which describes them; learned_routing_tokens and
-            route_block_size are refused.
+        settings: the other arguments of `CoordinateDescentRouter`, which describes them; learned_routing_tokens,
+            route_block_size and noise are refused.
 
     Raises:
         TypeError: an argument has the wrong type, such as a string for a number.
@@ -66,6 +66,8 @@ class CausalRouter(CoordinateDescentRouter):
             raise ValueError("learned_routing_tokens: windows of one sequence have one router's vectors; leave it out")
         if self.route_block_size is not None:
             raise ValueError("route_block_size: the sequence is cut into windows already; leave it out")
+        if self.noise:
+            raise ValueError("noise: has no form for windows; leave it out")
         check_counts(window_size=window_size)
         self.window_size = window_size
 

@@ -96,6 +96,9 @@ class CoordinateDescentRouter(nn.Module):
         random_seed: seed of random routing, whose picks are a function of random_seed, random_stream and the sample's
             number.
         random_stream: stream of random numbers of the first route; route i draws from stream random_stream + i.
+        noise: standard deviation of the normal noise that training mode adds to learned scores before the soft top-k
+            and the choice of tokens (noisy top-k gating, arXiv 1701.06538, with a fixed size). It is drawn as random
+            routing is, for `route`. 0: none.
 
     Raises:
         TypeError: an argument has the wrong type, such as a string for a number.
@@ -126,12 +129,13 @@ class CoordinateDescentRouter(nn.Module):
         implementation: str = "auto",
         random_seed: int = 0,
         random_stream: int = 0,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
         check_counts(dim=dim, num_routing_tokens=num_routing_tokens)
         check_optional_counts(route_block_size=route_block_size, triton_checkpoint_segments=triton_checkpoint_segments)
         check_positive(fetch_k_ratio=fetch_k_ratio, cosine_sim_scale=cosine_sim_scale)
-        check_not_negative(std=std)
+        check_not_negative(std=std, noise=noise)
         check_whole(random_seed=random_seed, random_stream=random_stream)
         implementation = "triton" if use_triton else implementation
         if not 1 <= fetch_k_ratio < math.inf:
@@ -170,6 +174,7 @@ class CoordinateDescentRouter(nn.Module):
         self.implementation = implementation
         self.random_seed = random_seed
         self.random_stream = random_stream
+        self.noise = noise
         self.takes_routing_tokens = routing == "learned" and learned_routing_tokens
         self.routing_tokens: RoutingTokens | None = None
         if routing == "learned" and not learned_routing_tokens:
@@ -242,7 +247,7 @@ class CoordinateDescentRouter(nn.Module):
             mask: (b, n) bool, True = valid; None: all.
             random_route: whether to pick at random, with scores 1, as a negative control.
             routing_tokens: (b, dim) or (b, r, dim), with learned_routing_tokens only.
-            sample_index: (b,) int64, the samples' numbers, needed for routing="random".
+            sample_index: (b,) int64, the samples' numbers, needed for routing="random" and, in training, for noise.
 
         Returns:
             A `Route` for each group.
@@ -254,7 +259,10 @@ class CoordinateDescentRouter(nn.Module):
         """
         self._check(x, budgets, mask, routing_tokens)
         length = x.shape[1]
-        scores, touch = self._scores(x, routing_tokens, any(budget < length for budget in budgets))
+        routed = any(budget < length for budget in budgets)
+        scores, touch = self._scores(x, routing_tokens, routed)
+        if routed and self.noise and self.training and self.routing == "learned" and not random_route:
+            scores = scores + self._noise(x, sample_index).to(scores.dtype)
         pick_by, soft = scores, None
         if self.routing == "random" or random_route:
             pick_by = self._random_scores(x, sample_index)
@@ -388,12 +396,27 @@ class CoordinateDescentRouter(nn.Module):
         """Uniform numbers (b, r, n); without the samples' numbers from PyTorch's default generator."""
         check_sample_index(sample_index, x)
         if sample_index is not None:
-            streams = range(self.random_stream, self.random_stream + self.num_routing_tokens)
-            rows = [counter_uniform(sample_index, x.shape[1], stream=s, seed=self.random_seed) for s in streams]
-            return torch.stack(rows, dim=1)
+            return self._uniform(x, sample_index)
         if self.routing == "random":
             raise ValueError("sample_index: needed for random routing, which is a function of the sample's number")
         return torch.rand(x.shape[0], self.num_routing_tokens, x.shape[1], device=x.device)
+
+    def _uniform(self, x: Tensor, sample_index: Tensor) -> Tensor:
+        """Numbers (b, r, n) in [0, 1), a function of seed, streams and the samples' numbers."""
+        streams = range(self.random_stream, self.random_stream + self.num_routing_tokens)
+        rows = [counter_uniform(sample_index, x.shape[1], stream=s, seed=self.random_seed) for s in streams]
+        return torch.stack(rows, dim=1)
+
+    def _noise(self, x: Tensor, sample_index: Tensor | None) -> Tensor:
+        """Normal numbers (b, r, n) of standard deviation `noise`."""
+        check_sample_index(sample_index, x)
+        if sample_index is None:
+            raise ValueError(
+                "sample_index: needed for noise in training, which is a function of the sample's number; give it, or "
+                "call eval()"
+            )
+        uniform = self._uniform(x, sample_index).clamp(min=2.0**-25)  # of multiples of 2^-24: no infinite quantile
+        return self.noise * math.sqrt(2) * torch.erfinv(2 * uniform - 1)
 
     def _weigh(
         self, x: Tensor, indices: Tensor, soft: Tensor | None, mask: Tensor | None, touch: Tensor | None

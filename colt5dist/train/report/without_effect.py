@@ -23,6 +23,7 @@ SCORES = (
     "model.router_eps_decay",
     "model.router_solver",
     "model.router_implementation",
+    "model.router_noise",
 )
 """Settings of the soft scores of learned routing."""
 HEAVY = (

@@ -186,6 +186,47 @@ def test_random_routing_is_a_function_of_seed_stream_and_sample():
         picks(index=None)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_noise_is_added_in_training_and_is_a_function_of_the_sample(masked):
+    x, mask = tokens(), padding_mask(N, 15, M) if masked else None
+    sample_index = torch.tensor([7, 2**40, -1])
+    module = router(noise=0.5, random_stream=3, random_seed=5, straight_through=False)
+
+    def route(index=sample_index):
+        return module.route(x, budgets=(M,), mask=mask, sample_index=index)[0]
+
+    raw = x @ module.routing_tokens.weight[0]
+    uniform = counter_uniform(sample_index, N, stream=3, seed=5)
+    noisy = raw + torch.distributions.Normal(0.0, 0.5).icdf(uniform).double()
+    found = route()
+    assert torch.equal(found.indices[:, 0], largest(noisy, M, mask))
+    soft = soft_topk(noisy, M * 9 / 8, mask=mask, eps=1.0, n_iters=20)
+    torch.testing.assert_close(found.scores[:, 0], soft.gather(-1, found.indices[:, 0]), rtol=0, atol=1e-6)
+    assert not torch.equal(route(sample_index.flip(0)).indices, found.indices)
+    found.scores.sum().backward()
+    assert module.routing_tokens.weight.grad.abs().min() > 0
+    with pytest.raises(ValueError, match="sample_index: needed for noise"):
+        route(None)
+    module.eval()
+    assert torch.equal(route(None).indices[:, 0], largest(raw, M, mask))
+    assert torch.equal(
+        route().scores,
+        router(random_stream=3, straight_through=False)
+        .eval()(x, num_tokens=M, mask=mask, keep_one_route_dim=True)
+        .scores,
+    )
+
+
+def test_noise_is_normal_and_finite(monkeypatch):
+    module, x = router(noise=2.0, num_routing_tokens=2).float(), torch.zeros(4, 50_000, D)
+    noise = module._noise(x, torch.arange(4))
+    assert noise.std().item() == pytest.approx(2.0, rel=0.01) and abs(noise.mean().item()) < 0.02
+    assert abs(torch.corrcoef(noise[0])[0, 1].item()) < 0.03
+    ends = torch.tensor([0.0, 1 - 2.0**-24]).expand(4, 1, 2)
+    monkeypatch.setattr(module, "_uniform", lambda *_: ends)
+    assert module._noise(x, torch.arange(4)).isfinite().all()
+
+
 def test_random_route_of_a_learned_router():
     module, x, mask = router(), tokens(), padding_mask(N, 10, N)
     torch.manual_seed(0)
@@ -235,6 +276,8 @@ def test_scores_of_16_bit_tokens_on_the_gpu():
         ("fetch_k_ratio", {"fetch_k_ratio": float("nan")}),
         ("routing", {"routing": "hash"}),
         ("num_routing_tokens", {"num_routing_tokens": 0}),
+        ("noise", {"noise": -0.1}),
+        ("noise", {"noise": float("nan")}),
         ("route_groups", {"num_routing_tokens": 2, "route_groups": (1, 2)}),
         ("route_block_size", {"route_block_size": 7, "routing": "static"}),
         ("eps", {"eps": 0.0}),

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model.router_eps=0.5": (("model.router_eps_init=2",), ("model.router_eps_init=2", "model.router_eps_decay=0.9")),
     "model.fetch_k_ratio=1.5": (("model.routing=random",), ()),
     "model.router_scores=straight_through": (("model.routing=static",), ()),
+    "model.router_noise=0.5": (("model.routing=static",), ()),
     "optimizer.router_lr_factor=3": (("model.routing=random",), ()),
     "model.memory_size=64": ((), ()),
     "model.embedding_init_std=0.5": (("init_from=somewhere",), ()),
