@@ -4,8 +4,8 @@
 
 For each variant STAGE-CHECKPOINTING: the losses of all steps, the relative error of each gradient at the first step,
 and whether a step whose gradient was made NaN left weights and moments as they were, to the bit. For a variant
-STAGE-CHECKPOINTING-KIND with static routing or in float32 the first step only; `released` is a model too large to stay
-gathered.
+STAGE-CHECKPOINTING-KIND with static routing or in float32 (also with noise in the scores) the first step only;
+`released` is a model too large to stay gathered.
 """
 
 import json
@@ -29,9 +29,10 @@ VARIANTS = ("1-none", "1-full", "1-full_keep_routing", "2-none", "3-none", "3-no
 KINDS = {
     "static": "model.routing=static",
     "float32": "train.precision=fp32",
+    "noise": "model.router_noise=0.5",
     "released": "deepspeed.zero_optimization.stage3_max_live_parameters=0",
 }
-EXACT_VARIANTS = ("1-none-static", "3-none-static", "1-none-float32", "3-none-float32")
+EXACT_VARIANTS = ("1-none-static", "3-none-static", "1-none-float32", "3-none-float32", "1-none-float32-noise")
 STEPS = 50
 NAN_STEP = 6
 
