@@ -98,7 +98,7 @@ class CoordinateDescentRouter(nn.Module):
         random_stream: stream of random numbers of the first route; route i draws from stream random_stream + i.
         noise: standard deviation of the normal noise that training mode adds to learned scores before the soft top-k
             and the choice of tokens (noisy top-k gating, arXiv 1701.06538, with a fixed size). It is drawn as random
-            routing is, for `route`. 0: none.
+            routing is, so `route` needs the samples' numbers; `forward` takes none. 0: none.
 
     Raises:
         TypeError: an argument has the wrong type, such as a string for a number.
@@ -412,8 +412,8 @@ class CoordinateDescentRouter(nn.Module):
         check_sample_index(sample_index, x)
         if sample_index is None:
             raise ValueError(
-                "sample_index: needed for noise in training, which is a function of the sample's number; give it, or "
-                "call eval()"
+                "sample_index: needed for noise in training, which is a function of the sample's number; give it, call "
+                "eval(), or leave noise at 0"
             )
         uniform = self._uniform(x, sample_index).clamp(min=2.0**-25)  # of multiples of 2^-24: no infinite quantile
         return self.noise * math.sqrt(2) * torch.erfinv(2 * uniform - 1)
