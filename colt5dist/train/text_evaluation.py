@@ -54,6 +54,7 @@ def evaluate_texts(run: Run, stage: RunConfig, stop_wanted: Callable[[], bool]) 
         )
     found: list[tuple[int, dict[str, float]]] = []
     with run.engine.writer() as model:
+        assert model is not None
         model.pad_id, model.eos_id = tokenizer.pad_id, tokenizer.eos_id
         for first in range(0, len(batches), world_size):
             if stop_wanted():

@@ -237,26 +237,20 @@ class Engine:
             return self._call(module, batch, collect_routing)
 
     @contextmanager
-    def writer(self) -> Iterator[CoLT5 | CausalCoLT5]:
-        """Give the model as it is now, for its `generate`, which needs no other rank.
+    def writer(self, *, wanted: bool = True) -> Iterator[CoLT5 | CausalCoLT5 | None]:
+        """Give the model as it is now, for its `generate`, which needs no other rank; None where it is not wanted.
 
         At stage 3 it is a copy with whole weights, which takes their memory meanwhile, and this call is collective; it
-        raises a ConfigError on all ranks where some rank has no room.
+        raises a NoRoomError on all ranks where some rank has no room.
         """
-        module = whole_copy(self.module, self.device) if self.stage == 3 else self.module
+        module: nn.Module | None = self.module if wanted else None
+        if self.stage == 3:
+            module = whole_copy(self.module, self.device, wanted=wanted)
         with self.forms.code(compiled=False):
-            yield cast(CoLT5, module)
-
-    def generate(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
-        """The model's own `generate` as it is now, for few tokens: without a CUDA graph of its own.
-
-        No collective. Not at stage 3, where its weights are sharded.
-        """
-        assert self.stage != 3
-        with self.writer() as model:
-            if isinstance(model, CoLT5):
-                settings["cuda_graph"] = False
-            return model.generate(input_ids, seed=0, **settings)
+            yield cast(CoLT5 | None, module)
+        if self.stage == 3 and self.device.type == "cuda":
+            del module
+            torch.cuda.empty_cache()  # what the copy took may be missed elsewhere, by NCCL for one
 
     def _call(self, module: nn.Module, batch: Batch, collect_routing: bool) -> CoLT5Output:
         return module(

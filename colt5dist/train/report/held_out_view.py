@@ -7,6 +7,7 @@ import torch
 
 from colt5dist.data import ModelTokenizer
 from colt5dist.data.read.batch import Batch
+from colt5dist.model.causal_colt5 import CausalCoLT5
 from colt5dist.model.colt5 import CoLT5
 from colt5dist.model.generation import Constraint
 from colt5dist.pretrained.fill import answers_in, text_ids
@@ -14,6 +15,7 @@ from colt5dist.pretrained.routing import document_routing, draw_kinds, draw_map
 from colt5dist.pretrained.write_texts import until_end
 from colt5dist.train.engine.engine import Engine
 from colt5dist.train.engine.micro_batch_graph import to_device
+from colt5dist.train.engine.whole_model import NoRoomError
 from colt5dist.train.report.monitor import Monitor
 from colt5dist.train.report.tensorboard.texts import literal
 
@@ -57,8 +59,8 @@ def show_held_out(
 ) -> None:
     """Show a sample of a micro-batch of rank 0 in TensorBoard, and its pictures also as files; collective.
 
-    Neither the weights nor any random state changes. At ZeRO stage 3 no rank has the weights whole, so nothing is
-    written there, and the text says so.
+    Neither the weights nor any random state changes. At ZeRO stage 3, where no rank has the weights whole, rank 0 has a
+    copy meanwhile. Where it has no room to write, the text says so.
 
     Args:
         monitor: writes; on rank 0 only.
@@ -75,12 +77,11 @@ def show_held_out(
     try:
         with torch.no_grad():  # on every rank: at stage 3 each layer's weights are gathered from all of them
             output = engine.forward(to_device(sample, engine.device), collect_routing=True)
-            passages = write_passages(engine, sample, tokenizer) if monitor.is_first else []
+            passages, note = what_is_written(engine, sample, tokenizer, wanted=monitor.is_first)
     finally:
         engine.train(True)
     if not monitor.is_first:
         return
-    note = "At ZeRO stage 3 the model does not write: no process has its weights whole." if engine.stage == 3 else ""
     objective = objectives[int(sample["objective"][0])]
     loss = float(output.token_loss.sum()) / max(int(sample["target_mask"].sum()), 1)
     monitor.text(step, SAMPLE_TAG, sample_text(passages, f"objective {objective}, loss {loss:.4f}", note))
@@ -97,22 +98,46 @@ def row_to_show(batch: Batch, tokenizer: ModelTokenizer) -> int:
     return int(has_sentinels.to(torch.int8).argmax())
 
 
-def write_passages(engine: Engine, sample: Batch, tokenizer: ModelTokenizer) -> list[Written]:
-    """Have the model write greedily, a few tokens; outside of ZeRO stage 3.
+def what_is_written(
+    engine: Engine, sample: Batch, tokenizer: ModelTokenizer, *, wanted: bool
+) -> tuple[list[Written], str]:
+    """Have the model write on the rank that wants it; collective at ZeRO stage 3.
 
     Args:
         engine: the engine.
         sample: a micro-batch of one row, on the host.
         tokenizer: the model's tokenizer.
+        wanted: whether this rank wants it.
+
+    Returns:
+        The passages, none where they are not wanted; and why the model has not written, or an empty text.
     """
-    model = cast(CoLT5, engine.module)
-    model.pad_id, model.eos_id = tokenizer.pad_id, tokenizer.eos_id
+    try:
+        with engine.writer(wanted=wanted) as model:
+            return ([] if model is None else write_passages(model, sample, tokenizer)), ""
+    except NoRoomError as error:
+        note = f"at ZeRO stage 3 this takes {error.gib:.1f} GiB more of the first GPU, which has no room"
+    except torch.OutOfMemoryError:
+        note = "the GPU has no room for it"
+    return (write_passages(None, sample, tokenizer) if wanted else []), f"The model did not write: {note}."
+
+
+def write_passages(model: CoLT5 | CausalCoLT5 | None, sample: Batch, tokenizer: ModelTokenizer) -> list[Written]:
+    """Have a model write greedily, a few tokens.
+
+    Args:
+        model: the model with whole weights; None: only the truth is given.
+        sample: a micro-batch of one row, on the host.
+        tokenizer: the model's tokenizer.
+    """
+    if model is not None:
+        model.pad_id, model.eos_id = tokenizer.pad_id, tokenizer.eos_id
     target = until_end(sample["target_ids"][0][sample["target_mask"][0]].tolist(), tokenizer.eos_id)
     inputs = sample["input_ids"][0][sample["input_mask"][0]].tolist()
     if not target:
         return []
     if target[0] >= tokenizer.first_sentinel:
-        return _fill(engine, sample, tokenizer, inputs, answers_in(target, tokenizer)[:SHOWN_BLANKS])
+        return _fill(model, sample, tokenizer, inputs, answers_in(target, tokenizer)[:SHOWN_BLANKS])
     if inputs:
         given, rest = until_end(inputs, tokenizer.eos_id), target
         ids, mask = sample["input_ids"], sample["input_mask"]
@@ -120,30 +145,39 @@ def write_passages(engine: Engine, sample: Batch, tokenizer: ModelTokenizer) -> 
         half = max(min(len(target) // 2, PROMPT_TOKENS), 1)
         given, rest = target[: half - 1], target[half - 1 :]
         ids, mask = sample["decoder_input_ids"][:, :half], None
-    written = _generate(engine, ids, mask, max_new_tokens=CONTINUED_TOKENS)
-    own = None if written is None else tokenizer.decode(until_end(written, tokenizer.eos_id))
+    own = None
+    if model is not None:
+        written = _generate(model, ids, mask, max_new_tokens=CONTINUED_TOKENS)
+        own = tokenizer.decode(until_end(written, tokenizer.eos_id))
     before = tokenizer.decode(given[-2 * CONTEXT_TOKENS :])
     return [Written(before, "", tokenizer.decode(rest[:CONTINUED_TOKENS]), own)]
 
 
 def _fill(
-    engine: Engine, sample: Batch, tokenizer: ModelTokenizer, inputs: list[int], answers: list[list[int]]
+    model: CoLT5 | CausalCoLT5 | None,
+    sample: Batch,
+    tokenizer: ModelTokenizer,
+    inputs: list[int],
+    answers: list[list[int]],
 ) -> list[Written]:
     """The first blanks of a sample of span corruption, each with the text around it."""
-    written = _generate(
-        engine,
-        sample["input_ids"],
-        sample["input_mask"],
-        max_new_tokens=len(answers) * (1 + ANSWER_TOKENS) + 1,
-        constraint=Constraint(
-            torch.tensor([len(answers)], device=engine.device),
-            answer_tokens=ANSWER_TOKENS,
-            is_text=text_ids(tokenizer, cast(CoLT5, engine.module).config.vocab_size).to(engine.device),
-            first_sentinel=tokenizer.first_sentinel,
-            eos_id=tokenizer.eos_id,
-        ),
-    )
-    own = None if written is None else answers_in(until_end(written, tokenizer.eos_id), tokenizer)
+    own = None
+    if model is not None:
+        device = next(model.parameters()).device
+        written = _generate(
+            model,
+            sample["input_ids"],
+            sample["input_mask"],
+            max_new_tokens=len(answers) * (1 + ANSWER_TOKENS) + 1,
+            constraint=Constraint(
+                torch.tensor([len(answers)], device=device),
+                answer_tokens=ANSWER_TOKENS,
+                is_text=text_ids(tokenizer, model.config.vocab_size).to(device),
+                first_sentinel=tokenizer.first_sentinel,
+                eos_id=tokenizer.eos_id,
+            ),
+        )
+        own = answers_in(until_end(written, tokenizer.eos_id), tokenizer)
     found = []
     for number, truth in enumerate(answers):
         place = inputs.index(tokenizer.sentinel_id(number))
@@ -163,12 +197,13 @@ def _with_blanks(ids: list[int], tokenizer: ModelTokenizer) -> str:
     return re.sub(r"<[a-z0-9_]*_(\d+)>", r"[\1]", tokenizer.decode(ids))
 
 
-def _generate(engine: Engine, ids: torch.Tensor, mask: torch.Tensor | None, **settings: Any) -> list[int] | None:
-    """What the model writes for one row; None at stage 3."""
-    if engine.stage == 3:
-        return None
-    mask = None if mask is None else mask.to(engine.device)
-    return engine.generate(ids.to(engine.device), input_mask=mask, **settings)[0].tolist()
+def _generate(model: CoLT5 | CausalCoLT5, ids: torch.Tensor, mask: torch.Tensor | None, **settings: Any) -> list[int]:
+    """What the model writes for one row; so little that a CUDA graph of its own would not pay."""
+    device = next(model.parameters()).device
+    mask = None if mask is None else mask.to(device)
+    if isinstance(model, CoLT5):
+        settings["cuda_graph"] = False
+    return model.generate(ids.to(device), input_mask=mask, seed=0, **settings)[0].tolist()
 
 
 def sample_text(passages: list[Written], heading: str, note: str) -> str:

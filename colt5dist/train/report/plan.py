@@ -426,10 +426,15 @@ def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
         f"note: time from {speed:.1%} of the peak, as measured on H100s and H200s; evaluations, checkpoints and waits "
         "for data come on top"
     ]
+    whole = num_parameters * (2 if uses_bf16(config, on_gpu=True) else 4) / GIB
     if config.train.eval_generate_samples:
-        whole = num_parameters * (2 if uses_bf16(config, on_gpu=True) else 4) / GIB
         lines.append(
             f"note: at ZeRO stage 3 train.eval_generate_samples takes {whole:.1f} GiB more while texts are written"
+        )
+    elif config.monitor.held_out_sample and config.train.eval_every:
+        lines.append(
+            f"note: at ZeRO stage 3 an evaluation takes {whole:.1f} GiB more of the first GPU, where it has room, to write "
+            "a sample (monitor.held_out_sample)"
         )
     if num_parameters < MEASURED_MFU[0][0] * 0.9:
         lines.append("note: the model is smaller than any that was measured, and will be slower than this")

@@ -1,7 +1,8 @@
 """The held-out sample of an evaluation: which text stands beside which, for all kinds of samples."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import Mock
 
 import markdown
 import pytest
@@ -11,12 +12,14 @@ from conftest import TINY_MODEL
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.data.model_tokenizer import ModelTokenizer
 from colt5dist.data.tokenizer import ByteTokenizer
+from colt5dist.train.engine.whole_model import NoRoomError
 from colt5dist.train.report.held_out_view import (
     ANSWER_TOKENS,
     CONTINUED_TOKENS,
     Written,
     row_to_show,
     sample_text,
+    what_is_written,
     write_passages,
 )
 from colt5dist.train.report.tensorboard.texts import code_block, literal
@@ -24,21 +27,8 @@ from colt5dist.train.report.tensorboard.texts import code_block, literal
 TOKENIZER = ModelTokenizer(ByteTokenizer(), num_modes=0, num_sentinels=6)
 
 
-@dataclass
-class Writer:
-    """As much of the engine as writing needs, around a real model."""
-
-    module: torch.nn.Module
-    stage: int = 1
-    device: str = "cpu"
-
-    def generate(self, ids: torch.Tensor, **settings: Any) -> torch.Tensor:
-        """The model's own."""
-        return self.module.generate(ids, **settings)
-
-
-def writer(architecture: str, stage: int = 1) -> Writer:
-    """An untrained model that writes something else for each input."""
+def untrained(architecture: str) -> CoLT5 | CausalCoLT5:
+    """A model that writes something else for each input."""
     torch.manual_seed(0)
     causal = architecture == "causal"
     config = CoLT5Config(**TINY_MODEL, architecture=architecture, num_encoder_layers=0 if causal else 1)
@@ -47,7 +37,7 @@ def writer(architecture: str, stage: int = 1) -> Writer:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
-    return Writer(model.eval(), stage)
+    return model.eval()
 
 
 def ids_of(text: str) -> list[int]:
@@ -78,34 +68,58 @@ def test_each_blank_stands_beside_its_answer() -> None:
     batch = sample(
         ids_of("The <extra_id_0> fox <extra_id_1> over."), ids_of("<extra_id_0>quick brown red<extra_id_1>jumps")
     )
-    first, second = write_passages(writer("encoder_decoder"), batch, TOKENIZER)  # type: ignore[arg-type]
+    first, second = write_passages(untrained("encoder_decoder"), batch, TOKENIZER)
     assert (first.before, first.after, first.truth) == ("The ", " fox [1] over.", "quick brown …")
     assert (second.before, second.after, second.truth) == ("The [0] fox ", " over.", "jumps")
     assert first.model and second.model and all(len(p.model or "") <= ANSWER_TOKENS for p in (first, second))
-    (same, _) = write_passages(writer("encoder_decoder"), batch, TOKENIZER)  # type: ignore[arg-type]
+    (same, _) = write_passages(untrained("encoder_decoder"), batch, TOKENIZER)
     assert same == first  # nothing is drawn
 
 
 def test_a_prefix_is_continued() -> None:
-    (found,) = write_passages(writer("encoder_decoder"), sample(ids_of("Once upon"), ids_of(" a time")), TOKENIZER)  # type: ignore[arg-type]
+    (found,) = write_passages(untrained("encoder_decoder"), sample(ids_of("Once upon"), ids_of(" a time")), TOKENIZER)
     assert (found.before, found.after, found.truth) == ("Once upon", "", " a time")
     assert found.model is not None and len(found.model) <= CONTINUED_TOKENS
 
 
 def test_a_decoder_only_model_continues_half_of_the_text() -> None:
     targets = TOKENIZER.encode("abcdefgh").tolist()
-    (found,) = write_passages(writer("causal"), sample([], targets), TOKENIZER)  # type: ignore[arg-type]
+    (found,) = write_passages(untrained("causal"), sample([], targets), TOKENIZER)
     assert (found.before, found.truth) == ("abc", "defgh")
     assert found.model is not None
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "causal"])
-def test_at_stage_3_nothing_is_written(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (NoRoomError(3 * 2**30), "at ZeRO stage 3 this takes 3.0 GiB more of the first GPU, which has no room"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the GPU has no room for it"),
+    ],
+    ids=["for the copy", "to write"],
+)
+def test_without_room_the_truth_is_shown_and_why_there_is_no_more(
+    architecture: str, failure: Exception, words: str
+) -> None:
+    """An evaluation does not end a run because a GPU has no memory left to write a sample."""
+
+    class Engine:
+        @contextmanager
+        def writer(self, *, wanted: bool) -> Iterator[CoLT5 | CausalCoLT5 | None]:
+            if isinstance(failure, NoRoomError):
+                raise failure
+            model = untrained(architecture)
+            model.generate = Mock(side_effect=failure)  # type: ignore[method-assign]
+            yield model if wanted else None
+
     inputs = ids_of("a <extra_id_0> b") if architecture == "encoder_decoder" else []
     batch = sample(inputs, ids_of("<extra_id_0>x" if inputs else "xyz"))
-    passages = write_passages(writer(architecture, stage=3), batch, TOKENIZER)  # type: ignore[arg-type]
+    passages, note = what_is_written(Engine(), batch, TOKENIZER, wanted=True)  # type: ignore[arg-type]
+    assert note == f"The model did not write: {words}."
     assert [passage.model for passage in passages] == [None]
     assert "model |" not in sample_text(passages, "", "")
+    passages, _ = what_is_written(Engine(), batch, TOKENIZER, wanted=False)  # type: ignore[arg-type]
+    assert passages == []
 
 
 def test_rows_with_sentinels_come_first() -> None:
