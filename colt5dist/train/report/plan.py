@@ -433,8 +433,8 @@ def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
         )
     elif config.monitor.held_out_sample and config.train.eval_every:
         lines.append(
-            f"note: at ZeRO stage 3 an evaluation takes {whole:.1f} GiB more of the first GPU, where it has room, to write "
-            "a sample (monitor.held_out_sample)"
+            f"note: at ZeRO stage 3 an evaluation takes {whole:.1f} GiB more of the first GPU, where it has room, to "
+            "write a sample (monitor.held_out_sample)"
         )
     if num_parameters < MEASURED_MFU[0][0] * 0.9:
         lines.append("note: the model is smaller than any that was measured, and will be slower than this")
