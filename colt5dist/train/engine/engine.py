@@ -243,14 +243,24 @@ class Engine:
         At stage 3 it is a copy with whole weights, which takes their memory meanwhile, and this call is collective; it
         raises a NoRoomError on all ranks where some rank has no room.
         """
-        module: nn.Module | None = self.module if wanted else None
-        if self.stage == 3:
-            module = whole_copy(self.module, self.device, wanted=wanted)
-        with self.forms.code(compiled=False):
-            yield cast(CoLT5 | None, module)
-        if self.stage == 3 and self.device.type == "cuda":
-            del module
-            torch.cuda.empty_cache()  # what the copy took may be missed elsewhere, by NCCL for one
+        is_copied = self.stage == 3
+        module = None if is_copied or not wanted else self.module
+        try:
+            if is_copied:
+                self._free_memory()  # so that what is free shows
+                module = whole_copy(self.module, self.device, wanted=wanted)
+            with self.forms.code(compiled=False):
+                yield cast(CoLT5 | None, module)
+        finally:
+            if is_copied and module is not None:
+                module.to_empty(device="meta")  # whoever still refers to the copy
+            if is_copied:
+                self._free_memory()
+
+    def _free_memory(self) -> None:
+        """Give back the memory that PyTorch keeps for later, which NCCL and CUDA's libraries cannot use."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _call(self, module: nn.Module, batch: Batch, collect_routing: bool) -> CoLT5Output:
         return module(

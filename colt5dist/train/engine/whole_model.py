@@ -11,19 +11,24 @@ from colt5dist.errors import ConfigError
 from colt5dist.nn.attention.relative_bias import RelativeBias
 from colt5dist.train.ranks import sum_over_ranks
 
+SPARE_BYTES = 1 << 30
+"""Memory of a GPU that a copy has to leave to CUDA's libraries and NCCL, which would end a run for want of it."""
+
 
 class NoRoomError(ConfigError):
-    """Some rank has no room for a copy with whole weights.
+    """Some rank has no room for what a copy with whole weights takes there; raised on all ranks.
 
     Args:
-        num_bytes: the memory that the copy takes.
+        num_bytes: the memory of whole weights.
     """
 
+    known_to_all = True
+
     def __init__(self, num_bytes: int) -> None:
-        self.gib = num_bytes / 2**30
         super().__init__(
-            f"train.eval_generate_samples: at zero.stage=3 each GPU needs {self.gib:.1f} GiB more for whole weights, "
-            "and one has no room; set 0, or lower train.micro_batch_size"
+            f"at zero.stage=3 whole weights, with which texts are written, take {num_bytes / 2**30:.2g} GiB more, and "
+            "a GPU has no room for them; lower train.micro_batch_size, or have no texts written "
+            "(train.eval_generate_samples=0, monitor.held_out_sample=false)"
         )
 
 
@@ -31,9 +36,9 @@ class NoRoomError(ConfigError):
 def whole_copy(module: nn.Module, device: torch.device, *, wanted: bool = True) -> nn.Module | None:
     """Return a copy of a model under ZeRO stage 3 that any rank can use without the others; collective.
 
-    It takes the memory of all weights in their own number format, where it is wanted; on every rank, for a moment, that
-    of the largest weight. What is taken from DeepSpeed 0.19.8: `ds_tensor`, a parameter's share, which may end in
-    padding, and may be in host memory.
+    It takes the memory of all weights in their own number format, where it is wanted; on every rank, until it is
+    complete, that of the largest weight. What is taken from DeepSpeed 0.19.8: `ds_tensor`, a parameter's share, which
+    may end in padding, and may be in host memory.
 
     Args:
         module: the model, `CoLT5` or `CausalCoLT5`.
@@ -44,31 +49,34 @@ def whole_copy(module: nn.Module, device: torch.device, *, wanted: bool = True) 
         The copy, in evaluation mode, without gradients; None where it is not wanted.
 
     Raises:
-        NoRoomError: on all ranks, if some rank has no room for it.
+        NoRoomError: on all ranks, if some rank has no room.
     """
     own: Any = module
-    shares: dict[str, torch.Tensor] = {name: p.ds_tensor for name, p in own.named_parameters()}
-    first, world_size = next(iter(shares.values())), dist.get_world_size()
+    shares: dict[str, torch.Tensor] = {name: p.ds_tensor.data for name, p in own.named_parameters()}
+    some = next(iter(shares.values()))
     with torch.device("meta"):
         copy: Any = type(own)(replace(own.config), seed=own.seed)
-    copy.to(first.dtype)
+    copy.to(some.dtype)
     num_bytes = sum(p.numel() * p.element_size() for p in copy.parameters())
-    gathered = None
+    # whatever takes memory comes before the ranks agree, so that no rank leaves the others in a collective
+    has_room, buffers = torch.ones(1, device=device), None
     try:
         if wanted:
             copy.to_empty(device=device)
-        gathered = first.new_empty(max(share.numel() for share in shares.values()) * world_size, device=device)
+        buffers = allocate_buffers(list(shares.values()), device)
     except torch.OutOfMemoryError:
-        copy = None
-    has_room = torch.tensor(float(gathered is not None), device=device)
-    if int(sum_over_ranks(has_room)) < world_size or gathered is None:
+        has_room.zero_()
+    if int(sum_over_ranks(has_room)) < dist.get_world_size() or buffers is None:
+        copy = buffers = None  # the error keeps what this frame refers to
         raise NoRoomError(num_bytes)
+    share_buffer, whole_buffer = buffers
     for name, whole in copy.named_parameters():
-        share = shares[name].data.to(device)
-        filled = gathered[: share.numel() * world_size]
-        dist.all_gather_into_tensor(filled, share)
+        size = shares[name].numel()
+        share = shares[name] if share_buffer is None else share_buffer[:size].copy_(shares[name])
+        gathered = whole_buffer[: size * dist.get_world_size()]
+        dist.all_gather_into_tensor(gathered, share)
         if wanted:
-            whole.copy_(filled[: whole.numel()].view(whole.shape))
+            whole.copy_(gathered[: whole.numel()].view(whole.shape))
     if not wanted:
         return None
     for part in copy.modules():
@@ -76,3 +84,22 @@ def whole_copy(module: nn.Module, device: torch.device, *, wanted: bool = True) 
             part.reset_buckets()
     copy.pad_id, copy.eos_id = own.pad_id, own.eos_id
     return copy.eval().requires_grad_(False)
+
+
+def allocate_buffers(shares: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Allocate a buffer for a share, if shares are not on the device, and one for a whole weight.
+
+    Args:
+        shares: this rank's share of each weight.
+        device: where weights are gathered.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room, or too little would be left.
+    """
+    size = max(share.numel() for share in shares)
+    is_there = shares[0].device.type == device.type
+    share_buffer = None if is_there else shares[0].new_empty(size, device=device)
+    whole_buffer = shares[0].new_empty(size * dist.get_world_size(), device=device)
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < SPARE_BYTES:
+        raise torch.OutOfMemoryError(f"less than {SPARE_BYTES} bytes of the GPU are left")
+    return share_buffer, whole_buffer

@@ -114,11 +114,14 @@ def what_is_written(
     """
     try:
         with engine.writer(wanted=wanted) as model:
-            return ([] if model is None else write_passages(model, sample, tokenizer)), ""
+            if model is None:
+                return [], ""
+            try:
+                return write_passages(model, sample, tokenizer), ""
+            except torch.OutOfMemoryError:  # only of this rank's own work, so that the ranks' collectives stay in order
+                note = "the GPU has no room for it; lower train.micro_batch_size, or set monitor.held_out_sample=false"
     except NoRoomError as error:
-        note = f"at ZeRO stage 3 this takes {error.gib:.1f} GiB more of the first GPU, which has no room"
-    except torch.OutOfMemoryError:
-        note = "the GPU has no room for it"
+        note = str(error)
     return (write_passages(None, sample, tokenizer) if wanted else []), f"The model did not write: {note}."
 
 

@@ -187,7 +187,7 @@ def plan_report(config_file: str, settings: Sequence[str], gpus: Cluster, tokens
         f"{'buckets':>7} {'gaps':>7} {'CUDA':>5} {'total':>7}  {'fits':<5} {'s/step':>8} {'days':>8}",
         *(_row(option, steps, "*" if option is best else " ") for option in shown(options, best)),
         *_checkpoint_lines(config, checkpoint_bytes(shapes, config), steps),
-        *_notes(config, gpus, num_parameters),
+        *_notes(config, gpus, num_parameters, options),
     ]
     if best is None:
         fix = "more GPUs (--gpus), GPUs with more memory, shorter inputs or zero.offload"
@@ -419,7 +419,7 @@ def _checkpoint_lines(config: RunConfig, size: int, steps: int) -> list[str]:
     ]
 
 
-def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
+def _notes(config: RunConfig, gpus: Cluster, num_parameters: int, options: Sequence[Option]) -> list[str]:
     """What the figures leave out of account, one line each."""
     speed = expected_mfu(num_parameters, config.data.input_length)
     lines = [
@@ -431,10 +431,10 @@ def _notes(config: RunConfig, gpus: Cluster, num_parameters: int) -> list[str]:
         lines.append(
             f"note: at ZeRO stage 3 train.eval_generate_samples takes {whole:.1f} GiB more while texts are written"
         )
-    elif config.monitor.held_out_sample and config.train.eval_every:
+    elif config.monitor.held_out_sample and whole >= 0.1 and any(option.stage == 3 for option in options):
         lines.append(
-            f"note: at ZeRO stage 3 an evaluation takes {whole:.1f} GiB more of the first GPU, where it has room, to "
-            "write a sample (monitor.held_out_sample)"
+            f"note: at ZeRO stage 3 each evaluation needs {whole:.1f} GiB more on the first GPU to write a sample "
+            "(monitor.held_out_sample); without that room it writes none"
         )
     if num_parameters < MEASURED_MFU[0][0] * 0.9:
         lines.append("note: the model is smaller than any that was measured, and will be slower than this")

@@ -3,9 +3,10 @@
 That a run at stage 3 on two processes scores the answers of one process is in tests/train/test_fine_tuning.py.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from conftest import TINY_MODEL
 
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.train.engine.whole_model import NoRoomError, whole_copy
+
+SCRIPT = Path(__file__).with_name("held_out_ranks.py")
 
 
 @pytest.fixture
@@ -53,17 +56,40 @@ def test_the_copy_writes_what_the_model_writes(kind: Any, routing: str, alone: N
     assert len(set(expected.flatten().tolist())) > 3
 
 
-def test_a_rank_that_wants_no_copy_gets_none(alone: None) -> None:
-    assert whole_copy(sharded(CoLT5), torch.device("cpu"), wanted=False) is None
+@pytest.fixture(scope="module")
+def written(
+    run_ranks: Callable[..., str], tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """What two processes get of a held-out sample, with and without room."""
+    output = tmp_path_factory.mktemp("written") / "out.json"
+    run_ranks(SCRIPT, str(output), *micro_settings, processes=2)
+    return json.loads(output.read_text())
 
 
-def test_no_room_is_an_error_of_its_own(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says how much memory is missing, and what to set."""
-    monkeypatch.setattr(CoLT5, "to_empty", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    model = sharded(CoLT5)
-    gib = sum(p.numel() for p in model.parameters()) * 4 / 2**30
-    with pytest.raises(
-        NoRoomError, match=f"zero.stage=3 each GPU needs {gib:.1f} GiB more .*; set 0, or lower"
-    ) as found:
-        whole_copy(model, torch.device("cpu"))
-    assert found.value.gib == gib
+def test_the_first_of_two_ranks_writes_at_stage_3_what_it_writes_at_stage_1(
+    written: dict[str, dict[str, Any]],
+) -> None:
+    """The other one helps it to its copy, has none itself, and nothing of the copy is left."""
+    (passage,), others = written["stage 1"]["written"]
+    assert others == [] and len(set(passage)) > 3
+    for case in ("stage 3", "room again"):
+        assert written[case] == written["stage 1"]
+    assert written["stage 1"]["notes"] == ["", ""]
+    assert written["copy"] == {"has weights": [True, False], "is freed": [True, True]}
+
+
+@pytest.mark.parametrize("case", ["no room for the copy", "no room to help", "no room to write"])
+def test_a_rank_without_room_is_a_note_and_no_rank_waits_for_another(
+    written: dict[str, dict[str, Any]], case: str
+) -> None:
+    """The collective after it has every rank's part."""
+    found = written[case]
+    assert found["sum"] == 2
+    assert found["written"] == [[None], []]
+    words = "the GPU has no room for it" if case == "no room to write" else "a GPU has no room for them"
+    assert f"{words}; lower train.micro_batch_size" in found["notes"][0]
+
+
+def test_the_error_says_how_much_memory_is_missing() -> None:
+    assert "whole weights, with which texts are written, take 3 GiB more" in str(NoRoomError(3 * 2**30))
+    assert "take 0.0098 GiB more" in str(NoRoomError(10 * 2**20))

@@ -15,6 +15,7 @@ from colt5dist.train.report.plan import (
     duration,
     expected_mfu,
     plan_options,
+    plan_report,
     recommend,
     shown,
     step_seconds,
@@ -153,3 +154,20 @@ def test_wrong_gpus_are_named(arguments: tuple[int, ...], message: str) -> None:
 
 def test_eight_gpus_are_a_host() -> None:
     assert cluster(64) == Cluster(64, 8, 80 * GIB, "H100", 989e12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_noted"),
+    [
+        ((), True),
+        (("train.eval_every=0",), True),
+        (("zero.stage=2",), False),
+        (("monitor.held_out_sample=false",), False),
+    ],
+    ids=str,
+)
+def test_what_a_sample_takes_at_stage_3_is_noted(settings: tuple[str, ...], is_noted: bool) -> None:
+    """Where stage 3 is planned; an evaluation follows the last step, whatever train.eval_every is."""
+    text = plan_report("base", settings, cluster(8))
+    words = "note: at ZeRO stage 3 each evaluation needs 0.8 GiB more on the first GPU to write a sample"
+    assert (words in text) == is_noted
