@@ -46,9 +46,9 @@ def main(arguments: list[str]) -> int:
     is_first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
     if is_first and not (options.print_config or options.dry_run):
         print("loading libraries and shards", flush=True)
-    # OpenMP reads it when PyTorch is loaded. Threads that spin while they wait for each other take the cores from those
-    # that they wait for: beside another busy process, a step on two cores took ten times as long
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP reads them as PyTorch is loaded: threads that wait for each other spin for some microseconds, then sleep
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"}
     # imported late, so that --help and a wrong argument are answered at once
     from colt5dist.train.guard.launcher import launcher_processes
 
