@@ -60,7 +60,7 @@ def show_held_out(
     """Show a sample of a micro-batch of rank 0 in TensorBoard, and its pictures also as files; collective.
 
     Neither the weights nor any random state changes. At ZeRO stage 3, where no rank has the weights whole, rank 0 has a
-    copy meanwhile. Where it has no room to write, the text says so.
+    copy meanwhile. Where a GPU has no room for that, or to write, the text says so.
 
     Args:
         monitor: writes; on rank 0 only.

@@ -71,14 +71,15 @@ def main(output: Path, settings: list[str]) -> None:
             "sum": int(ones),
         }
 
-    for stage in (1, 3):
-        config = load_config(TINY, [*settings, f"zero.stage={stage}"])
-        engine = Engine(config, ranks.world_size, device)
-        batch: Any = micro_batches(config, 1, 0, 1)[0]
-        sample: Any = {name: tensor[:1] for name, tensor in batch.items()}
+    configs = {stage: load_config(TINY, [*settings, f"zero.stage={stage}"]) for stage in (1, 3)}
+    batch: Any = micro_batches(configs[1], 1, 0, 1)[0]
+    sample: Any = {name: tensor[:1] for name, tensor in batch.items()}
+    engines = {stage: Engine(config, ranks.world_size, device) for stage, config in configs.items()}
+    for stage, engine in engines.items():
         engine.train(False)
         with torch.no_grad():
             case(f"stage {stage}", engine, sample)
+    engine = engines[3]
     with engine.writer(wanted=ranks.is_first) as model:
         has_weights = model is not None and not any(p.is_meta for p in model.parameters())
     is_freed = model is None or all(p.is_meta for p in model.parameters())
