@@ -175,9 +175,12 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
-def pretrain_main() -> Callable[[list[str]], int]:
-    """`main` of launch/pretrain.py."""
+@pytest.fixture
+def pretrain_main(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[str]], int]:
+    """`main` of launch/pretrain.py, in a folder without runs: the checkout may have some, with other settings."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("without_runs"))
     return load_script("pretrain").main
 
 
