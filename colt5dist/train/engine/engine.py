@@ -91,6 +91,8 @@ class Engine:
         """The moving average of the weights (`train.ema`), if there is one."""
         self._num_micro_batches = config.gradient_accumulation_steps(world_size)
         self._micro_batch = 0
+        self._has_room = torch.ones(1, device=device)
+        """By which ranks agree in `writer`, taken while there is memory."""
         if on_gpu and not compiled and config.train.compile != "off" and self.deepspeed.global_rank == 0:
             self.forms.news.append(
                 "note: train.compile: layers are not compiled; it serves runs without zero.offload and without "
@@ -248,7 +250,7 @@ class Engine:
         try:
             if is_copied:
                 self._free_memory()  # so that what is free shows
-                module = whole_copy(self.module, self.device, wanted=wanted)
+                module = whole_copy(self.module, self.device, wanted=wanted, has_room=self._has_room)
             with self.forms.code(compiled=False):
                 yield cast(CoLT5 | None, module)
         finally:

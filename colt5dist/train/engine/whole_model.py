@@ -33,7 +33,9 @@ class NoRoomError(ConfigError):
 
 
 @torch.no_grad()
-def whole_copy(module: nn.Module, device: torch.device, *, wanted: bool = True) -> nn.Module | None:
+def whole_copy(
+    module: nn.Module, device: torch.device, *, wanted: bool = True, has_room: torch.Tensor | None = None
+) -> nn.Module | None:
     """Return a copy of a model under ZeRO stage 3 that any rank can use without the others; collective.
 
     It takes the memory of all weights in their own number format, where it is wanted; on every rank, until it is
@@ -44,6 +46,7 @@ def whole_copy(module: nn.Module, device: torch.device, *, wanted: bool = True) 
         module: the model, `CoLT5` or `CausalCoLT5`.
         device: where to put the copy.
         wanted: whether this rank wants one; the others help it to theirs.
+        has_room: (1,) on the device, by which the ranks agree: no memory is taken for it if it is given.
 
     Returns:
         The copy, in evaluation mode, without gradients; None where it is not wanted.
@@ -59,7 +62,7 @@ def whole_copy(module: nn.Module, device: torch.device, *, wanted: bool = True) 
     copy.to(some.dtype)
     num_bytes = sum(p.numel() * p.element_size() for p in copy.parameters())
     # whatever takes memory comes before the ranks agree, so that no rank leaves the others in a collective
-    has_room, buffers = torch.ones(1, device=device), None
+    has_room, buffers = torch.ones(1, device=device) if has_room is None else has_room.fill_(1), None
     try:
         if wanted:
             copy.to_empty(device=device)

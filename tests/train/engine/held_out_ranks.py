@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/train/engine/held_out_ranks.py OUTPUT SETTING...
 
-OUTPUT gets as JSON, for each case, what each rank has got, and the sum of a collective that follows.
+OUTPUT gets as JSON, for each case, what each rank has got, and the sum of a collective that follows. On GPUs there is
+one case more: a rank whose GPU would be left too little memory.
 """
 
 import json
@@ -35,10 +36,10 @@ from colt5dist.train.report.held_out_view import what_is_written
 TOKENIZER = ModelTokenizer(ByteTokenizer(), num_modes=0, num_sentinels=6)
 CASES: dict[str, tuple[Any, str, int]] = {
     "no room for the copy": (CoLT5, "to_empty", 0),
-    "no room to help": (whole_model, "allocate_buffers", 1),
+    "no room to help": (whole_model, "allocate_buffers", -1),
     "no room to write": (CoLT5, "generate", 0),
 }
-"""What runs out of memory: where it is, its name, and the rank."""
+"""What runs out of memory: where it is, its name, and the rank (-1: the last one)."""
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def main(output: Path, settings: list[str]) -> None:
 
     def case(name: str, engine: Engine, sample: Batch) -> None:
         passages, note = what_is_written(engine, sample, TOKENIZER, wanted=ranks.is_first)
-        ones = torch.ones(1)
+        ones = torch.ones(1, device=device)
         dist.all_reduce(ones)
         results[name] = {
             "written": gather_objects([passage.model for passage in passages]),
@@ -86,12 +87,17 @@ def main(output: Path, settings: list[str]) -> None:
     results["copy"] = {"has weights": gather_objects(has_weights), "is freed": gather_objects(is_freed)}
     with torch.no_grad():
         for name, (where, function, rank) in CASES.items():
-            with without_room(where, function, fails=ranks.rank == rank):
+            with without_room(where, function, fails=ranks.rank == rank % ranks.world_size):
                 case(name, engine, sample)
+        if device.type == "cuda":
+            spare = 1 << 60 if ranks.rank == ranks.world_size - 1 else whole_model.SPARE_BYTES
+            with patch.object(whole_model, "SPARE_BYTES", spare):
+                case("too little left", engine, sample)
         case("room again", engine, sample)
     if ranks.is_first:
         output.write_text(json.dumps(results))
-    engine.close()
+    for engine in engines.values():
+        engine.close()
     finish_process_group()
 
 
