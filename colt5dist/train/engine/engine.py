@@ -250,7 +250,7 @@ class Engine:
         try:
             if is_copied:
                 self._free_memory()  # so that what is free shows
-                module = whole_copy(self.module, self.device, wanted=wanted, has_room=self._has_room)
+                module = whole_copy(self.module, self.device, self._has_room, wanted=wanted)
             with self.forms.code(compiled=False):
                 yield cast(CoLT5 | None, module)
         finally:

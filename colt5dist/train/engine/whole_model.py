@@ -34,7 +34,7 @@ class NoRoomError(ConfigError):
 
 @torch.no_grad()
 def whole_copy(
-    module: nn.Module, device: torch.device, *, wanted: bool = True, has_room: torch.Tensor | None = None
+    module: nn.Module, device: torch.device, has_room: torch.Tensor, *, wanted: bool = True
 ) -> nn.Module | None:
     """Return a copy of a model under ZeRO stage 3 that any rank can use without the others; collective.
 
@@ -45,8 +45,8 @@ def whole_copy(
     Args:
         module: the model, `CoLT5` or `CausalCoLT5`.
         device: where to put the copy.
+        has_room: (1,) on the device, by which the ranks agree; from before, for now there may be no memory for it.
         wanted: whether this rank wants one; the others help it to theirs.
-        has_room: (1,) on the device, by which the ranks agree: no memory is taken for it if it is given.
 
     Returns:
         The copy, in evaluation mode, without gradients; None where it is not wanted.
@@ -62,7 +62,8 @@ def whole_copy(
     copy.to(some.dtype)
     num_bytes = sum(p.numel() * p.element_size() for p in copy.parameters())
     # whatever takes memory comes before the ranks agree, so that no rank leaves the others in a collective
-    has_room, buffers = torch.ones(1, device=device) if has_room is None else has_room.fill_(1), None
+    has_room.fill_(1)
+    buffers = None
     try:
         if wanted:
             copy.to_empty(device=device)

@@ -50,7 +50,7 @@ def sharded(kind: Any, routing: str = "learned") -> Any:
 def test_the_copy_writes_what_the_model_writes(kind: Any, routing: str, alone: None) -> None:
     """Also with random routing, which depends on the seed of the run."""
     model = sharded(kind, routing)
-    copy = whole_copy(model, torch.device("cpu"))
+    copy = whole_copy(model, torch.device("cpu"), torch.ones(1))
     assert copy is not None and not copy.training and not any(p.requires_grad for p in copy.parameters())
     ids = torch.randint(3, 300, (2, 70))
     number = {"sample_index": torch.tensor([4, 9])}
