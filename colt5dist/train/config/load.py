@@ -23,6 +23,13 @@ from colt5dist.train.config.text import TEXT_KEYS, expand_home, keep_texts, odd_
 ALLOW_FROM_ZERO = "from_zero"
 """The entry of `resume_allow` that is not a key: start at step 0 although there are checkpoints, none of them whole."""
 
+LIST_FORMS = {
+    "data.sources": "[{shards: FOLDER, weight: 2.0}]",
+    "data.validation": "[{name: NAME, shards: FOLDER}]",
+    "data.length_schedule": "[{step: 1000, input_length: 8192}]",
+}
+"""How the keys are written that take a list of sections."""
+
 
 def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """Read and check a configuration.
@@ -139,7 +146,10 @@ def _apply(tree: DictConfig, known: list[str], key: str, value: Any) -> str | No
     try:
         OmegaConf.update(tree, key, value, merge=True, force_add=section in FREE_SECTIONS)
     except OmegaConfBaseException as error:
-        return f"{key}: {_first_line(error)}; see the field of that name in --print-config"
+        if key not in LIST_FORMS:
+            return f"{key}: {_first_line(error)}; see the field of that name in --print-config"
+        is_list = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        return f"{key}: {_first_line(error) if is_list else 'no list of sections'}; write it like {LIST_FORMS[key]}"
     return None
 
 

@@ -73,7 +73,10 @@ def summary(
                 "held-out bits per byte of target text: not measured, since the held-out targets hold no byte of text "
                 "(are most tokens unknown to the tokenizer? `prepare.py info` counts them)"
             )
-        sets = {key.split("/")[1]: last[key] for key in last if re.fullmatch("eval/[^/]+/loss", key)}
+        average = last.get("eval/ema/loss")
+        if average is not None:
+            lines.append(f"held-out loss of the averaged weights (train.ema): {average:.4f}")
+        sets = {key.split("/")[1]: last[key] for key in last if re.fullmatch("eval/(?!ema/)[^/]+/loss", key)}
         if sets:
             losses = [f"{name} {'not finite' if loss is None else f'{loss:.4f}'}" for name, loss in sets.items()]
             lines.append(f"held-out loss of each validation set: {', '.join(losses)}")

@@ -53,8 +53,10 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off"),  # the console stays the run's own
             )
         except (wandb.Error, OSError, ValueError) as error:
+            about = " ".join(str(error).partition("For further information")[0].split())  # pydantic adds an address
             raise ConfigError(
-                f"monitor.wandb: {first_line(error)}; run `wandb login`, set WANDB_MODE=offline, or monitor.wandb=false"
+                f"monitor.wandb: {type(error).__name__}: {about}; run `wandb login`, set WANDB_MODE=offline, or "
+                "monitor.wandb=false"
             ) from None
 
     def log(self, step: int, values: Mapping[str, float | int | None]) -> None:

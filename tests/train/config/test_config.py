@@ -9,7 +9,7 @@ from colt5dist.errors import ConfigError
 from colt5dist.marks import KEEPS_RESULT, OF_A_HOST
 from colt5dist.train.config.deepspeed_sections import FREE, FREE_ZERO, OWNED, WITHOUT_EFFECT, deepspeed_problems
 from colt5dist.train.config.differences import settings_that_must_be_alike
-from colt5dist.train.config.load import config_leaves, load_config
+from colt5dist.train.config.load import LIST_FORMS, config_leaves, load_config
 from colt5dist.train.config.schema import RunConfig
 from colt5dist.train.engine.deepspeed_json import deepspeed_config, engine_stage
 from colt5dist.train.engine.engine import device_problems
@@ -148,6 +148,17 @@ def test_more_processes_than_gpus_is_refused(tmp_path: Path) -> None:
     config = load(tmp_path, "")
     (problem,) = device_problems(config, world_size=4, cuda_devices=2, local_world_size=4)
     assert "2 GPUs for 4 processes" in problem
+
+
+@pytest.mark.parametrize("key", ["data.sources", "data.validation", "data.length_schedule"])
+def test_a_wrong_list_of_sections_is_told_how_it_is_written(tmp_path: Path, key: str) -> None:
+    for wrong in ("[a]", "a", "[3]"):
+        with pytest.raises(ConfigError, match=rf"^{key}: no list of sections; write it like \[\{{[^\n]*$"):
+            load(tmp_path, "", f"{key}={wrong}")
+    with pytest.raises(ConfigError, match=rf"^{key}: Key 'stepp' not in '\w+'[^\n]*; write it like \[\{{"):
+        load(tmp_path, "", f"{key}=[{{stepp: 3}}]")
+    written = LIST_FORMS[key]
+    assert config_leaves(load(tmp_path, "", f"{key}={written}"))[key]
 
 
 @pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 4, 2), (2, 4, 1), (4, 2, 1), (8, 1, 1)])

@@ -26,6 +26,12 @@ def test_held_out_figures(tmp_path: Path) -> None:
     assert any("another sample's input: 3.3000 (+10.0%" in line for line in lines)
 
 
+def test_the_averaged_weights_are_no_validation_set(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, {"eval/loss": 3.0, "eval/ema/loss": 2.5, "eval/code/loss": 2.0}, 4.0)
+    assert "held-out loss of the averaged weights (train.ema): 2.5000" in lines
+    assert "held-out loss of each validation set: code 2.0000" in lines
+
+
 def test_a_run_that_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     text = summary(tmp_path, TrainerState(step=4), "signal", unigram_entropy=1.0, tokens_per_second=None)
     assert text.splitlines()[0] == "stopped at step 4 (signal); the same command continues it"

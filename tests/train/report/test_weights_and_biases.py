@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_an_offline_run_and_its_continuation(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for first_step, rate in ((0, 0.1), (2, 0.2)):
+        time.sleep(first_step)  # wandb names the folder of a start by the second
         writer = WeightsAndBiases(tmp_path, "abc123", {"optimizer.lr": rate})
         with Monitor(tmp_path, is_first=True, first_step=first_step, num_steps=9, wandb=writer) as monitor:
             for step in range(first_step + 1, first_step + 4):
