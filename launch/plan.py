@@ -25,8 +25,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
     parser.add_argument("--hosts", type=int, help="hosts that they are in (default: eight GPUs a host)")
-    parser.add_argument("--gpu", default="H100", help="name of the GPU, for its peak rate (default: H100)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU (default: 80)")
+    parser.add_argument("--gpu", default="H100", help="name of the GPU, for its peak rate and memory (default: H100)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: by its name, else 80)")
     parser.add_argument(
         "--tokens", type=float, help="tokens to read, for instance 1e11 (default: those of train.steps)"
     )

@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         ranks = ranks_from_environment()
-        if options.gpus is not None and (options.gpus < 1 or not options.dry_run):
-            raise ConfigError(f"--gpus: {options.gpus} needs --dry-run and 1 or more; the launcher sets a run's GPUs")
+        if options.gpus is not None and not options.dry_run:
+            raise ConfigError("--gpus: goes with --dry-run only, a run has the launcher's GPUs; leave it out")
         config = load_config(options.config, options.settings)
         if options.print_config:
             if ranks.is_first:
@@ -68,13 +68,12 @@ def main(arguments: list[str]) -> int:
             return status_of_report()
         if options.dry_run:
             from colt5dist.train.pretrain import check_start
-            from colt5dist.train.report.dry_run import dry_run_report
-            from colt5dist.train.report.plan import cluster, plan_report
+            from colt5dist.train.report.dry_run import dry_run_report, plan_or_reason
 
             if ranks.is_first:
                 print(dry_run_report(config, ranks.world_size, num_gpus=options.gpus), flush=True)
                 if options.gpus is not None:
-                    print(plan_report(options.config, options.settings, cluster(options.gpus)), flush=True)
+                    print(plan_or_reason(options.config, options.settings, options.gpus), flush=True)
                 print("\n".join(check_start(config, ranks)))
             return status_of_report()
         from colt5dist.train.pretrain import pretrain

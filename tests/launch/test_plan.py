@@ -33,6 +33,36 @@ def test_the_command_that_it_prints_can_be_typed(
     assert "micro_batch_size: 4" in capsys.readouterr().out
 
 
+def test_the_command_has_each_key_once(main: Main, pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    free = ["deepspeed={dump_state: true}", "deepspeed={wall_clock_breakdown: true}"]
+    given = ["zero.offload=optimizer", "seed=1", *free, "zero.stage=1", "seed=2", "zero.stage=2"]
+    assert main(["--config", TINY, "--gpus", "8", *given]) == 0
+    out = capsys.readouterr().out
+    assert "note: zero.offload: optimizer is left out of the plan, which is slower and not needed" in out
+    command = shlex.split(out.splitlines()[-1])
+    settings = [text for text in command if "=" in text]
+    assert settings[:3] == ["seed=2", *free]
+    keys = [text.split("=")[0] for text in settings[3:]]
+    assert sorted(keys) == ["train.activation_checkpointing", "train.micro_batch_size", "zero.offload", "zero.stage"]
+    assert "zero.offload=none" in settings and "zero.stage=2" in settings
+    assert pretrain_main([*command[4:], "--print-config"]) == 0
+
+
+def test_dry_run_goes_on_where_there_is_no_plan(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    adafactor = ["optimizer.name=adafactor", "zero.stage=0", "train.precision=fp32"]
+    for gpus, settings, reason in (
+        ("2", adafactor, "optimizer.name: a plan is for adamw or muon, not adafactor"),
+        ("9", ["train.global_batch_size=9"], "--gpus: 9 GPUs do not divide among 2 hosts"),
+    ):
+        settings = [*settings, "train.micro_batch_size=1", "data.shards=not-there"]
+        assert pretrain_main(["--dry-run", "--gpus", gpus, *settings]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (place,) = [i for i, line in enumerate(lines) if line.startswith("no plan: ")]
+        assert lines[place].startswith(f"no plan: {reason}")
+        assert any(line.startswith("parameters: ") for line in lines[:place])
+        assert lines[place + 1].startswith("note: data.shards: not-there not there")  # of the checks
+
+
 def test_dry_run_shows_the_plan_of_other_gpus(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain_main(["--dry-run", "--gpus", "8", "zero.stage=1", "train.activation_checkpointing=none"]) == 0
     out = capsys.readouterr().out
@@ -60,12 +90,31 @@ def test_nothing_fits(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "many"], "arguments: argument --gpus: invalid int value: 'many'"),
         ([], "arguments: the following arguments are required: --gpus"),
         (["--gpus", "1", "--tokens", "-5"], "--tokens: -5.0 is not positive"),
+        (["--gpus", "1", "--tokens", "inf"], "--tokens: inf is not a finite number"),
+        (["--gpus", "1", "--tokens", "1e-9"], "--tokens: 1e-09 is less than one"),
         (["--gpus", "1", "optimizer.name=adafactor", "zero.stage=0"], "optimizer.name: a plan is for adamw"),
+        (["--gpus", "1", "optimizer.name=adafactor"], "optimizer.name: a plan is for adamw"),
+        (["--gpus", "1", "zero.stage=7"], "zero.stage: "),
+        (["--gpus", "1", "zero.offload=disk"], "zero.offload: "),
         (["--gpus", "1", "train.stepps=3"], "train.stepps: no such key"),
         (["--gpus", "2", "--hosts", "0"], "--gpus: 2 GPUs do not divide among 0 hosts"),
         (["--gpus", "1", "--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
     ],
-    ids=["batch", "no number", "missing", "tokens", "optimizer", "key", "hosts", "file"],
+    ids=[
+        "batch",
+        "no number",
+        "missing",
+        "tokens",
+        "infinite tokens",
+        "few tokens",
+        "optimizer",
+        "optimizer alone",
+        "stage",
+        "offload",
+        "key",
+        "hosts",
+        "file",
+    ],
 )
 def test_wrong_input_is_one_line(
     arguments: list[str], message: str, main: Main, capsys: pytest.CaptureFixture[str]
@@ -82,4 +131,6 @@ def test_wrong_input_is_one_line(
 
 def test_a_run_takes_its_gpus_from_the_launcher(pretrain_main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain_main(["--gpus", "2"]) == 2
-    assert capsys.readouterr().err.startswith("error: --gpus: 2 needs --dry-run")
+    assert capsys.readouterr().err.startswith("error: --gpus: goes with --dry-run only, a run has the launcher's GPUs")
+    assert pretrain_main(["--dry-run", "--gpus", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: --gpus: 0 is not positive; use 1 or more")

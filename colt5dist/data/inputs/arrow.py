@@ -4,6 +4,7 @@ The file is mapped into memory, so that only the text that is read occupies it. 
 values are used: damaged offsets would otherwise point anywhere.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def read_arrow(path: Path, column: str, first: int) -> Iterator[tuple[Any, int]]
                 for value in values[begin:]:
                     row += 1
                     yield value.as_py(), position
-            if not _is_whole(source):
+            if not is_whole(source):
                 raise DamagedError("the file ends without the mark of its end")
     except (pyarrow.ArrowException, OSError, EOFError, UnicodeError) as error:
         raise DamagedError(one_line(error)) from None
@@ -93,10 +94,12 @@ def _checked(values: Any) -> Any:
     return values
 
 
-def _is_whole(source: Any) -> bool:
-    """Whether the file has its end: a stream that is cut between two batches reads like a whole one."""
+def is_whole(source: Any) -> bool:
+    """Whether an open file has its end: a stream that is cut between two batches reads like a whole one."""
     source.seek(0)
     begin = source.read(len(FILE_MAGIC))
-    source.seek(max(source.size() - len(END_OF_STREAM), 0))
-    # the file format was read from its end; streams from before 2019 have no mark before the size of a message
-    return begin == FILE_MAGIC or source.read().endswith(END_OF_STREAM if begin[:4] == END_OF_STREAM[:4] else b"\0" * 4)
+    source.seek(max(source.seek(0, os.SEEK_END) - len(END_OF_STREAM), 0))
+    if begin == FILE_MAGIC:
+        return source.read().endswith(FILE_MAGIC)
+    # streams from before 2019 have no mark before the size of a message
+    return source.read().endswith(END_OF_STREAM if begin[:4] == END_OF_STREAM[:4] else b"\0" * 4)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from colt5dist.data.inputs.archives import HELD_OUT_MEMBERS, TEST_MEMBER, ZIP_SUFFIX, is_held_out, list_members
-from colt5dist.data.inputs.dataset_folders import DESCRIPTION, DatasetFolders, cards, splits_note
+from colt5dist.data.inputs.dataset_folders import DESCRIPTION, DatasetFolders, cards, lists_nothing, splits_note
 from colt5dist.data.inputs.mds import MDS_SUFFIXES
 from colt5dist.data.inputs.megatron import index_of, is_token_file, token_file_problem
 from colt5dist.data.manifest import holds_shards
@@ -25,6 +25,8 @@ ARROW_SUFFIX = ".arrow"
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 READ_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX, ARROW_SUFFIX, ".mds")
+READ_KINDS = (*READ_SUFFIXES, *list(MDS_SUFFIXES)[1:], ".bin with its .idx")
+"""How all kinds of files that are read are named in messages."""
 PAIR_SUFFIXES = (*JSONL_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX, ZIP_SUFFIX)
 """Files that can hold pairs of an input and a target."""
 FOREIGN_SUFFIXES = frozenset(
@@ -172,7 +174,8 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
         pairs: whether only files are read that can hold pairs; of a zip archive, the members that hold some.
 
     Raises:
-        ConfigError: a pattern matches no file, or a file cannot be accessed or is of a kind that is not supported.
+        ConfigError: a pattern matches no file; a file cannot be accessed, is of a kind that is not supported, or is
+            damaged by what the index of its data set says; or such an index is damaged.
     """
     is_wanted = _can_hold_pairs if pairs else _is_read
     made_folders = {Path(os.path.realpath(folder)) for folder in made}
@@ -190,7 +193,10 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
         if os.path.isdir(pattern):
             names = list(_below(pattern, is_made, is_wanted, not_read, datasets, notes))
         else:
-            names = _without_descriptions(glob.glob(_escape_existing(pattern), recursive=True), not_read, datasets)
+            matched = glob.glob(_escape_existing(pattern), recursive=True)
+            if pattern and not matched and os.path.isfile(f"{pattern}.bin"):
+                matched = [f"{pattern}.bin"]  # how Megatron-LM names a .bin file with its .idx file
+            names = _without_descriptions(matched, not_read, datasets)
         left_out = cards(map(Path, names))
         not_read[DESCRIPTION] += len(left_out)
         names = [name for name in names if Path(name) not in left_out]
@@ -199,7 +205,7 @@ def find_inputs(patterns: Iterable[str], made: Iterable[Path] = (), *, pairs: bo
         folders = [path for path, status in matches.items() if status and stat.S_ISDIR(status.st_mode)]
         texts = {path: status for path, status in files.items() if not is_made(path.parent)}
         if not texts:
-            why = _why_no_text(pattern, matches, files, PAIR_SUFFIXES if pairs else READ_SUFFIXES)
+            why = _why_no_text(pattern, matches, files, PAIR_SUFFIXES if pairs else READ_KINDS)
             raise ConfigError(f"--input: {pattern!r} {why}")
         not_read[NO_FILE] += len(matches) - len(files) - len(folders)
         not_read[NOT_ENTERED] += len(folders) if "**" not in pattern else 0
@@ -282,7 +288,8 @@ def _check_kinds(paths: list[Path], *, pairs: bool) -> None:
         suffix = Path(_bare_name(foreign[0])).suffix
         raise ConfigError(
             f"--input: {foreign[0]} is a {suffix} file{more}; give text, jsonl or parquet files (text and jsonl also "
-            f"as .gz or .zst), for instance each row or page as one line of a .jsonl file{HINTS.get(suffix, '')}"
+            "as .gz or .zst; .arrow, .mds, .mds.zstd and .bin with its .idx are read, too), for instance each row or "
+            f"page as one line of a .jsonl file{HINTS.get(suffix, '')}"
         )
     for path in paths:
         if path in tokens and (problem := token_file_problem(path)):
@@ -385,7 +392,7 @@ def _unreadable(path: str, error: OSError) -> ConfigError:
     return ConfigError(f"--input: {path} cannot be read ({error.strerror}); fix its permissions")
 
 
-def _why_no_text(pattern: str, matches: Statuses, files: Statuses, suffixes: tuple[str, ...]) -> str:
+def _why_no_text(pattern: str, matches: Statuses, files: Statuses, kinds_read: tuple[str, ...]) -> str:
     """What is wrong with a pattern that matches no text, and how to fix it."""
     if not pattern:
         return "is an empty pattern; give text or jsonl files"
@@ -395,9 +402,11 @@ def _why_no_text(pattern: str, matches: Statuses, files: Statuses, suffixes: tup
     if pipes := [path for path, mode in kinds.items() if not stat.S_ISDIR(mode)]:
         return f"matches no file, {pipes[0]} is a pipe or device; write its output to a file and give that file"
     if os.path.isdir(pattern):
-        kinds_read = ", ".join(suffixes)
+        if lists_nothing(Path(pattern)):
+            return "is a data set without records: its index lists no file; give one that has some"
         other_kinds = os.path.join(pattern, "**", "*.ext")
-        return f"holds no file of a supported kind ({kinds_read}); give text files with another suffix as {other_kinds}"
+        supported = ", ".join(kinds_read)
+        return f"holds no file of a supported kind ({supported}); give text files with another suffix as {other_kinds}"
     if kinds:
         return f"matches no file; give its files, for instance as {os.path.join(pattern, '**', '*.txt')}"
     return "matches no file; give text or jsonl files"

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -24,6 +25,7 @@ from colt5dist.train.report.accounting import (
     tokens_of_run,
 )
 from colt5dist.train.report.activation_memory import activation_bytes
+from colt5dist.train.report.plan import cluster, plan_report
 from colt5dist.train.report.without_effect import settings_without_effect
 from colt5dist.wording import count
 
@@ -42,8 +44,11 @@ def dry_run_report(config: RunConfig, world_size: int, *, num_gpus: int | None =
         The report, several lines.
 
     Raises:
-        ConfigError: the batch sizes do not divide among the devices, or DeepSpeed refuses its section.
+        ConfigError: the number of devices is not positive, the batch sizes do not divide among them, or DeepSpeed
+            refuses its section.
     """
+    if num_gpus is not None and num_gpus < 1:
+        raise ConfigError(f"--gpus: {num_gpus} is not positive; use 1 or more")
     is_alone = num_gpus is None and world_size == 1
     world_size = num_gpus or world_size
     problems = config.batch_problems(world_size) or library_problems(config, world_size, on_gpu=True)
@@ -89,6 +94,20 @@ def dry_run_report(config: RunConfig, world_size: int, *, num_gpus: int | None =
         )
     lines += [f"note: {line}" for line in settings_without_effect(config, on_gpu=True)]
     return "\n".join(lines)
+
+
+def plan_or_reason(config_file: str, settings: Sequence[str], num_gpus: int) -> str:
+    """Write the plan of the run as text, or one line that says why there is none: that is no reason not to train.
+
+    Args:
+        config_file: YAML file of the run, which loads with `settings`.
+        settings: `key=value` texts that replace the file's.
+        num_gpus: number of GPUs.
+    """
+    try:
+        return plan_report(config_file, settings, cluster(num_gpus))
+    except ConfigError as error:
+        return f"no plan: {'; '.join(str(error).splitlines())}"
 
 
 def optimizer_lines(config: RunConfig) -> list[str]:

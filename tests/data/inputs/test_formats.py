@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -97,8 +100,9 @@ def write_mds(folder: Path, texts: list[str], *, compression: str = "", shards: 
         ]
         content = mds_shard(samples, MDS_COLUMNS, {**dict.fromkeys(MDS_COLUMNS), "id": 8})
         name = f"shard.{number:05d}.mds"
-        (folder / f"{name}{compression}").write_bytes(COMPRESS[compression](content))
-        zipped = {"basename": name + compression, "bytes": 0, "hashes": {}} if compression else None
+        packed = COMPRESS[compression](content)
+        (folder / f"{name}{compression}").write_bytes(packed)
+        zipped = {"basename": name + compression, "bytes": len(packed), "hashes": {}} if compression else None
         raw = {"basename": name, "bytes": len(content), "hashes": {}}
         entries.append({"format": "mds", "raw_data": raw, "zip_data": zipped, "samples": len(part), "version": 2})
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
@@ -368,13 +372,85 @@ def test_data_sets_that_are_not_whole(tmp_path: Path) -> None:
         find_inputs([str(tmp_path / "mds")])
 
 
+def test_splits_that_are_missing(tmp_path: Path) -> None:
+    """A split that a DatasetDict lists is refused by name, with status 2, if its folder or its index is not there."""
+    write_saved(tmp_path / "in/train", TEXTS)
+    (tmp_path / "in/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    script = Path(__file__).parents[3] / "launch/prepare.py"
+    command = [sys.executable, str(script), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert "/in lists the split test, which is not there; copy" in run.stderr and not (tmp_path / "out").exists()
+    (tmp_path / "in/test").mkdir()
+    with pytest.raises(ConfigError, match=r"/in lists the split test, and test/state\.json is not there; copy"):
+        find_inputs([str(tmp_path / "in")])
+    (tmp_path / "in/dataset_dict.json").write_text('{"splits": ["../test"]}')
+    with pytest.raises(ConfigError, match=r"lists a split outside it: \.\./test; do not use"):
+        find_inputs([str(tmp_path / "in")])
+    assert len(find_inputs([str(tmp_path / "in/train")]).files) == 2
+
+
+@pytest.mark.parametrize("damage", ["x", "{", "[]", "{}", ""])
+@pytest.mark.parametrize(
+    ("index", "pattern"), [("saved/state.json", "*.arrow"), ("mds/index.json", "*.mds"), ("dict/dataset_dict.json", "")]
+)
+def test_a_damaged_index(tmp_path: Path, index: str, pattern: str, damage: str) -> None:
+    """It is refused by name; files that a pattern matches are read without it, and elsewhere it is an ordinary file."""
+    write_saved(tmp_path / "saved", TEXTS[:6])
+    write_mds(tmp_path / "mds", TEXTS[:6], compression=".zstd")
+    write_saved(tmp_path / "dict/train", TEXTS[:6])
+    (tmp_path / index).write_text(damage)
+    for given in ((tmp_path / index).parent, tmp_path / index):
+        with pytest.raises(ConfigError, match=rf"--input: .*/{index} is damaged: it does not list .*; restore it, or"):
+            find_inputs([str(given)])
+    if pattern:
+        assert len(find_inputs([str((tmp_path / index).parent / f"{pattern}*")]).files) in (2, 3)  # 3 with the cache
+    (tmp_path / "other").mkdir()
+    (other := tmp_path / "other" / (tmp_path / index).name).write_text(damage)
+    assert [file.path for file in find_inputs([str(other.parent)]).files] == [other]
+
+
+def test_an_index_of_shards_in_other_folders(tmp_path: Path) -> None:
+    """If it is damaged it is refused, as is one that lists no shard beside shards; without it they are read."""
+    write_mds(tmp_path / "mds/part", TEXTS[:6])
+    (index := tmp_path / "mds/index.json").write_text('["the folder below has an index"]')
+    assert len(find_inputs([str(tmp_path / "mds")]).files) == 2 + 1
+    (tmp_path / "mds/part/index.json").unlink()
+    with pytest.raises(ConfigError, match=r"--input: .*/mds/index\.json is damaged: .*; restore it, or give"):
+        find_inputs([str(tmp_path / "mds")])
+    assert len(find_inputs([str(tmp_path / "mds/**/*.mds*")]).files) == 2
+    index.rename(tmp_path / "mds/part/index.json").write_text('{"shards": [], "version": 2}')
+    with pytest.raises(ConfigError, match=r"--input: .*/part/index\.json is damaged"):
+        find_inputs([str(tmp_path / "mds")])
+
+
+@pytest.mark.parametrize("length", [0, 1000])
+@pytest.mark.parametrize("kind", ["saved", *(f"mds{compression}" for compression in COMPRESS)])
+def test_a_listed_file_that_is_cut(tmp_path: Path, kind: str, length: int) -> None:
+    """It is refused before anything is read, as a missing one is, also by a pattern; the others can be read."""
+    if kind == "saved":
+        write_saved(tmp_path / "in", TEXTS, shards=3)
+    else:
+        rng = random.Random(1)
+        texts = ["".join(rng.choices("abcdefgh ", k=400)) for _ in range(60)]  # long when compressed, too
+        write_mds(tmp_path / "in", texts, compression=kind.removeprefix("mds"), shards=3)
+    _, cut, _ = sorted((tmp_path / "in").glob("*0000*"))
+    assert cut.stat().st_size > length
+    os.truncate(cut, length)
+    for given in (cut.parent, cut.parent / "*0000*", cut):
+        with pytest.raises(ConfigError, match=rf"--input: .*/{cut.name} (has|is empty|ends).* its index .*; copy"):
+            find_inputs([str(given)])
+    assert len(find_inputs([str(cut.parent / "*0000[02]*")]).files) == 2
+
+
 def test_ids_of_token_files(tokenizer: Path, tmp_path: Path) -> None:
-    """They are kept, sequences joined, end tokens only within; all types; an .idx file names its .bin file."""
+    """They are kept, sequences joined, end tokens only within; all types; .idx or no ending names the .bin file."""
     documents = [[[9, 4, 3, 0]], [[1, 8], [7, 1, 0, 0]], [[], [6]], [[0, 1]], [], [[3] * 5]]
     expected = sorted([[9, 4, 3], [1, 8, 7], [6], [3] * 5])
     for name, dtype, kind in (("a", "<u2", 8), ("b", "<i4", 4), ("c", "<i8", 5), ("d", "u1", 1)):
         write_tokens(tmp_path / f"{name}.bin", documents, dtype=dtype, kind=kind)
-        prepared = prepare(config(tmp_path / f"{name}.idx", tmp_path / name, tokenizer=tokenizer))
+        given = tmp_path / (name if kind == 4 else f"{name}.idx")
+        prepared = prepare(config(given, tmp_path / name, tokenizer=tokenizer))
         assert documents_of(tmp_path / name) == expected
         assert prepared.problems.counts == {"empty": 2}
     prepare(config(tmp_path / "?.*", tmp_path / "all", tokenizer=tokenizer, workers=1, deduplicate=True))
@@ -401,8 +477,9 @@ def test_token_files_that_are_refused(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ids\.idx gives the ids the type number 7, which is no type of ids"):
         prepare(config(path, tmp_path / "other", tokenizer=tokenizer))
     path.with_suffix(".idx").unlink()
-    with pytest.raises(ConfigError, match=r"ids\.bin is a \.bin file; .* needs its \.idx file beside it"):
-        find_inputs([str(path)])
+    for given in (path, path.with_suffix("")):
+        with pytest.raises(ConfigError, match=r"ids\.bin is a \.bin file; .* needs its \.idx file beside it"):
+            find_inputs([str(given)])
 
 
 def test_keys_by_file(tmp_path: Path) -> None:
@@ -421,23 +498,3 @@ def test_keys_by_file(tmp_path: Path) -> None:
         prepare(config(tmp_path / "*.jsonl", tmp_path / "other", text_keys=[("x.jsonl", "k")]))
     with pytest.raises(ConfigError, match=r"--text-key: x= has no key; give PATTERN=KEY"):
         prepare(config(tmp_path / "*.jsonl", tmp_path / "other", text_keys=[("x", "")]))
-
-
-def test_the_real_packages(tmp_path: Path) -> None:
-    """What `datasets` and `streaming` write is read as what this file's own writers make."""
-    datasets, streaming = pytest.importorskip("datasets"), pytest.importorskip("streaming")
-    made = datasets.Dataset.from_dict({"id": list(range(60)), "text": TEXTS})
-    made.save_to_disk(str(tmp_path / "saved"), num_shards=3)
-    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "dict"))
-    folders = ["saved", "dict"]
-    columns = {"id": "int", "text": "str", "raw": "bytes", "value": "json", "vector": "ndarray"}
-    for compression in (None, "zstd:3", "gz"):
-        folders.append(f"mds-{compression}")
-        output = str(tmp_path / folders[-1])
-        with streaming.MDSWriter(out=output, columns=columns, compression=compression, size_limit=4096) as writer:
-            for number, text in enumerate(TEXTS):
-                row = {"id": number, "text": text, "raw": text.encode(), "value": text, "vector": np.ones(1 + number)}
-                writer.write(row)
-    for folder in folders:
-        prepared = prepare(config(tmp_path / folder, tmp_path / f"shards-{folder}"))
-        assert all_texts(tmp_path / f"shards-{folder}") == sorted(TEXTS) and prepared.problems.counts == {}

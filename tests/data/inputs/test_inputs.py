@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow
 import pytest
@@ -316,8 +317,26 @@ def test_kinds_that_are_refused(tmp_path: Path, name: str) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"is a \.\w+ file \(and 1 more file.*; give text, jsonl or parquet files"):
+    kinds = r"give text, jsonl or parquet files .*\.mds\.zstd and \.bin with its \.idx are read, too"
+    with pytest.raises(ConfigError, match=rf"is a \.\w+ file \(and 1 more file.*; {kinds}"):
         find_inputs([str(tmp_path / "*" / "*")])
+
+
+def test_folders_with_nothing_to_read(tmp_path: Path) -> None:
+    """Data sets without records, as `datasets` and `streaming` write them; else all kinds that are read are named."""
+    for name, text in (
+        ("dict/train/state.json", '{"_data_files": []}'),
+        ("dict/dataset_dict.json", '{"splits": ["train"]}'),
+        ("mds/index.json", '{"shards": [], "version": 2}'),
+        ("other/a.xyz", "a"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for folder in ("dict", "dict/train", "mds"):
+        with pytest.raises(ConfigError, match=rf"/{folder}' is a data set without records: its index lists no file"):
+            find_inputs([str(tmp_path / folder)])
+    with pytest.raises(ConfigError, match=r"of a supported kind \(.*\.mds, .*\.mds\.zstd, .*\.bin with its \.idx\)"):
+        find_inputs([str(tmp_path / "other")])
 
 
 def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
@@ -443,3 +462,24 @@ def test_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers
     assert prepared.problems.counts == expected
     assert content(tmp_path / "long") == content(tmp_path / "short")
     assert len([done for done in told if done < len(long.encode())]) > 10
+
+
+def test_the_real_packages(texts: list[str], tmp_path: Path) -> None:
+    """What `datasets` and `streaming` write is read as what the writers of `test_formats.py` make."""
+    datasets, streaming = pytest.importorskip("datasets"), pytest.importorskip("streaming")
+    texts = [text[:400] for text in texts[:60]]
+    made = datasets.Dataset.from_dict({"id": list(range(len(texts))), "text": texts})
+    made.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "dict"))
+    folders = ["saved", "dict"]
+    columns = {"id": "int", "text": "str", "raw": "bytes", "value": "json", "vector": "ndarray"}
+    for compression in (None, "zstd:3", "gz"):
+        folders.append(f"mds-{compression}")
+        output = str(tmp_path / folders[-1])
+        with streaming.MDSWriter(out=output, columns=columns, compression=compression, size_limit=4096) as writer:
+            for number, text in enumerate(texts):
+                row = {"id": number, "text": text, "raw": text.encode(), "value": text, "vector": np.ones(1 + number)}
+                writer.write(row)
+    for folder in folders:
+        prepared = prepare(config(tmp_path / folder, tmp_path / f"shards-{folder}"))
+        assert all_texts(tmp_path / f"shards-{folder}") == sorted(texts) and prepared.problems.counts == {}

@@ -86,6 +86,38 @@ def test_links_cost_time() -> None:
     assert step_seconds(config, cluster(2), 2, 1, 432_809_472) > step_seconds(config, cluster(2), 2, 128, 432_809_472)
 
 
+MEASURED_SECONDS = (
+    ("base", 32, 64, 1, (0.2511,)),
+    ("base", 32, 64, 2, (0.2512,)),
+    ("base", 32, 64, 3, (0.2533, 0.2580)),
+    ("large", 8, 32, 1, (0.3972,)),
+    ("xl", 2, 32, 3, (1.4606,)),
+)
+"""Configuration, micro-batch, global batch, ZeRO stage, and seconds per step on two H200s, from the table of the
+training step in colt5dist/benchmark/README.md."""
+
+
+@pytest.mark.parametrize("measured", MEASURED_SECONDS, ids=lambda row: f"{row[0]} {row[3]}")
+def test_time_on_two_gpus_is_what_was_measured(measured: tuple[str, int, int, int, tuple[float, ...]]) -> None:
+    file, size, batch, stage, seconds = measured
+    settings = [f"train.global_batch_size={batch}", f"train.micro_batch_size={size}"]
+    given = {"train.micro_batch_size", "train.activation_checkpointing"}
+    options = plan_options(load_config(CONFIGS / f"{file}.yaml", settings), cluster(2, gpu="H200"), given)
+    (expected,) = [o.step_seconds for o in options if o.stage == stage]
+    assert [expected] * len(seconds) == pytest.approx(seconds, rel=0.03)
+
+
+@pytest.mark.parametrize(("num_gpus", "batch"), [(2, 64), (8, 256), (8, 8), (16, 256)], ids=str)
+def test_stage_3_is_never_faster_than_stage_1(num_gpus: int, batch: int) -> None:
+    config = load_config(CONFIGS / "base.yaml", [f"train.global_batch_size={batch}", "train.micro_batch_size=1"])
+    options = plan_options(config, cluster(num_gpus), set())
+    seconds = {(o.stage, o.checkpointing, o.micro_batch_size): o.step_seconds for o in options}
+    pairs = [(at_3, seconds[1, *way]) for (stage, *way), at_3 in seconds.items() if stage == 3]
+    assert pairs and all(at_3 >= at_1 for at_3, at_1 in pairs)
+    best = recommend(options)
+    assert best is not None and best.stage == 1
+
+
 def option(stage: int, size: int, memory: float, seconds: float) -> Option:
     """A way to run on a GPU of 80 GiB, in GiB without the one that CUDA takes."""
     return Option(
@@ -143,9 +175,10 @@ def test_given_keys_are_not_varied_and_offload_is_left_out() -> None:
         ((0,), "--gpus: 0 is not positive"),
         ((9, 2), "--gpus: 9 GPUs do not divide among 2 hosts"),
         ((8, 1, 0.0), "--gpu-memory: 0.0 is not positive"),
+        ((8, 1, float("inf")), "--gpu-memory: inf is not a finite number"),
         ((8, 1, 80.0, "Z1"), "--gpu: the peak of 'Z1' is not known"),
     ],
-    ids=["gpus", "hosts", "memory", "name"],
+    ids=["gpus", "hosts", "memory", "infinite", "name"],
 )
 def test_wrong_gpus_are_named(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -154,6 +187,63 @@ def test_wrong_gpus_are_named(arguments: tuple[int, ...], message: str) -> None:
 
 def test_eight_gpus_are_a_host() -> None:
     assert cluster(64) == Cluster(64, 8, 80 * GIB, "H100", 989e12)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "expected", "is_assumed"),
+    [
+        ("H200", None, 141, False),
+        ("NVIDIA H100 80GB HBM3", None, 80, False),
+        ("H100 NVL", None, 94, False),
+        ("H200", 100.0, 100, False),
+        ("A100", None, 80, True),  # there are two sizes
+        ("A100", 40.0, 40, False),
+    ],
+    ids=str,
+)
+def test_memory_follows_the_name_or_is_said_to_be_assumed(
+    gpu: str, memory: float | None, expected: int, is_assumed: bool
+) -> None:
+    gpus = cluster(1, gpu=gpu, gpu_memory=memory)
+    assert gpus.memory_bytes == expected * GIB
+    text = plan_report("tiny", [], gpus)
+    assert ("note: 80 GiB are assumed for A100; --gpu-memory" in text) == is_assumed
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (("train.micro_batch_size=64",), "note: train.micro_batch_size: 64 is run as 32, all that a GPU gets"),
+        (("zero.stage=0",), "note: zero.stage: 0 is run as stage 1 in bf16"),
+        ((), "note: small micro-batches are slower than said"),
+    ],
+    ids=str,
+)
+def test_what_is_not_as_it_was_given_is_noted(settings: tuple[str, ...], note: str) -> None:
+    assert note in plan_report("base", settings, cluster(8))
+    others = plan_report("base", ["train.micro_batch_size=32", "zero.stage=2"], cluster(8))
+    assert "is run as" not in others
+
+
+def test_what_is_varied_is_no_reason_to_refuse() -> None:
+    """The file's micro-batch is 32 and its ZeRO stage 1; given values have to go together."""
+    assert "micro-batch 1," in plan_report("base", ["train.global_batch_size=12"], cluster(12))
+    assert "recommended (*): ZeRO stage 1" in plan_report("base", ["zero.offload=parameters"], cluster(8))
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 5 does not divide"):
+        plan_report("base", ["train.global_batch_size=12", "train.micro_batch_size=5"], cluster(12))
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 4 does not divide the 6 samples"):
+        plan_report("base", ["train.global_batch_size=12", "train.micro_batch_size=4"], cluster(2))
+    with pytest.raises(ConfigError, match=r"zero\.offload: parameters needs zero\.stage=3, not 1"):
+        plan_report("base", ["zero.offload=parameters", "zero.stage=1"], cluster(8))
+
+
+def test_offload_is_advised_where_nothing_fits_without_it() -> None:
+    small = cluster(2, gpu_memory=24)
+    given = plan_report("xl", ["zero.stage=3", "zero.offload=parameters"], small).splitlines()
+    assert given[-1].startswith("nothing fits without zero.offload=parameters, which is not planned: try it, or use ")
+    assert not any("not needed" in line for line in given)
+    assert plan_report("xl", [], small).endswith("shorter inputs, or try zero.offload")
+    assert plan_report("xl", ["optimizer.name=muon"], small).endswith("or shorter inputs")  # it refuses offload
 
 
 @pytest.mark.parametrize(
