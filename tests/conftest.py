@@ -259,6 +259,19 @@ def run_ranks(fork: Fork) -> Callable[..., str]:
     return run
 
 
+def torchrun(script: Path, *arguments: str, processes: int, timeout: float = 300) -> None:
+    """Run a script of the tests on that many GPUs by a real launcher; it must succeed, within `timeout` seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
 def free_port() -> int:
     """Find a free TCP port in a range of this test process, below the ports that the kernel assigns."""
     import socket

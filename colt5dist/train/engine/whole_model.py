@@ -45,7 +45,7 @@ def whole_copy(
     Args:
         module: the model, `CoLT5` or `CausalCoLT5`.
         device: where to put the copy.
-        has_room: (1,) on the device, by which the ranks agree; from before, for now there may be no memory for it.
+        has_room: (1,) on the device, by which the ranks agree; allocated earlier, since by now there may be no memory.
         wanted: whether this rank wants one; the others help it to theirs.
 
     Returns:

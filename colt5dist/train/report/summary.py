@@ -73,12 +73,12 @@ def summary(
                 "held-out bits per byte of target text: not measured, since the held-out targets hold no byte of text "
                 "(are most tokens unknown to the tokenizer? `prepare.py info` counts them)"
             )
-        average = last.get("eval/ema/loss")
-        if average is not None:
-            lines.append(f"held-out loss of the averaged weights (train.ema): {average:.4f}")
-        sets = {key.split("/")[1]: last[key] for key in last if re.fullmatch("eval/(?!ema/)[^/]+/loss", key)}
-        if sets:
-            losses = [f"{name} {'not finite' if loss is None else f'{loss:.4f}'}" for name, loss in sets.items()]
+        sets = {key.split("/")[1]: last[key] for key in last if re.fullmatch("eval/[^/]+/loss", key)}
+        written = {name: "not finite" if loss is None else f"{loss:.4f}" for name, loss in sets.items()}
+        if average := written.pop("ema", None):
+            lines.append(f"held-out loss of the averaged weights (train.ema): {average}")
+        if written:
+            losses = [f"{name} {loss}" for name, loss in written.items()]
             lines.append(f"held-out loss of each validation set: {', '.join(losses)}")
         if last.get("eval/loss_shuffled_inputs") is not None and last["eval/loss"]:
             change = last["eval/loss_shuffled_inputs"] / last["eval/loss"] - 1

@@ -1,14 +1,12 @@
 """Compiled layers and CUDA graphs train as plain PyTorch does, on one GPU or on two where there are two."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import torchrun
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("fast_path_gpu")]
 SCRIPT = Path(__file__).with_name("fast_path.py")
@@ -28,16 +26,8 @@ whose matrix products may have 10 bits."""
 def results(tmp_path_factory: pytest.TempPathFactory, micro_settings: tuple[str, ...]) -> dict[str, Any]:
     """What fast_path.py finds."""
     output = tmp_path_factory.mktemp("fast") / "out.json"
-    processes = str(min(2, torch.cuda.device_count()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(output), *micro_settings, "train.micro_batch_size=2", "train.global_batch_size=12"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    own = [*micro_settings, "train.micro_batch_size=2", "train.global_batch_size=12"]
+    torchrun(SCRIPT, str(output), *own, processes=min(2, torch.cuda.device_count()), timeout=600)
     return json.loads(output.read_text())
 
 

@@ -4,9 +4,6 @@ That a run at stage 3 on two processes scores the answers of one process is in t
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, torchrun
 
 from colt5dist import CausalCoLT5, CoLT5, CoLT5Config
 from colt5dist.train.engine.whole_model import NoRoomError, whole_copy
@@ -57,19 +54,6 @@ def test_the_copy_writes_what_the_model_writes(kind: Any, routing: str, alone: N
     expected = model.generate(ids, max_new_tokens=12, seed=0, **number)
     assert torch.equal(copy.generate(ids, max_new_tokens=12, seed=0, **number), expected)
     assert len(set(expected.flatten().tolist())) > 3
-
-
-def torchrun(script: Path, *arguments: str, processes: int) -> None:
-    """Run a script on that many GPUs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 ON_GPUS = pytest.param("GPUs", marks=[pytest.mark.gpu, pytest.mark.xdist_group("whole_model_gpu")])

@@ -1,15 +1,13 @@
 """ZeRO stages in bf16 over NCCL, on one GPU or on two where there are two."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import torchrun
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("zero_stages_gpu")]
 SCRIPT = Path(__file__).with_name("zero_matrix.py")
@@ -27,15 +25,7 @@ def run_matrix(
     """What zero_matrix.py finds on that many GPUs."""
     output = folder / f"{processes}.json"
     own = (*settings, "train.micro_batch_size=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(output), str(folder), stages, f"--loads={loads}", *own],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    torchrun(SCRIPT, str(output), str(folder), stages, f"--loads={loads}", *own, processes=processes)
     return json.loads(output.read_text())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import torchrun
 
 from colt5dist.train.report.monitor import read_metrics
 
@@ -35,10 +36,8 @@ def settings(micro_settings: tuple[str, ...], short_texts: Path) -> list[str]:
 def results(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> dict[str, dict[str, Any]]:
     """Seven steps for each variant."""
     folder = tmp_path_factory.mktemp("bad")
-    processes = str(min(2, torch.cuda.device_count()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     own = [str(folder / "out.json"), str(folder), *VARIANTS, "--", *settings, "train.steps=7"]
-    run([*command, str(SCRIPT), *own])
+    torchrun(SCRIPT, *own, processes=min(2, torch.cuda.device_count()))
     return json.loads((folder / "out.json").read_text())
 
 

@@ -30,6 +30,9 @@ def test_the_averaged_weights_are_no_validation_set(tmp_path: Path) -> None:
     lines = lines_of(tmp_path, {"eval/loss": 3.0, "eval/ema/loss": 2.5, "eval/code/loss": 2.0}, 4.0)
     assert "held-out loss of the averaged weights (train.ema): 2.5000" in lines
     assert "held-out loss of each validation set: code 2.0000" in lines
+    lines = lines_of(tmp_path, {"eval/loss": 3.0, "eval/ema/loss": None}, 4.0)
+    assert "held-out loss of the averaged weights (train.ema): not finite" in lines
+    assert not any("validation set" in line for line in lines)
 
 
 def test_a_run_that_stopped_says_how_to_go_on(tmp_path: Path) -> None:
